@@ -1,0 +1,51 @@
+"""Every error a user can meet, and the one sentence each of them owes the user.
+
+PrefloopError                  anything below; the command line prints it and exits with 2
+├── RecipeError                the recipe (or --set) says something impossible
+├── DataError                  a data file is missing, malformed, or holds nothing usable
+├── ModelError                 a model or tokenizer cannot be found, loaded or used
+├── GenerationError            the engine could not produce text
+├── JudgeError                 a judge could not be built or failed too often
+├── TrainingError              the loss is NaN or infinite, or starts where it must not
+├── GuardStop                  a guard was told to stop the run, and had a reason to
+└── RunFolderError             the run's folder belongs to another recipe, is damaged, or cannot be written
+
+A message says what is wrong, where, and what to do about it, in one sentence. Errors that only a bug
+can cause are assertions.
+"""
+
+
+class PrefloopError(Exception):
+    """Base of all errors that are the user's to mend."""
+
+
+class RecipeError(PrefloopError, ValueError):
+    """The recipe, or an override of it, cannot be used as it stands."""
+
+
+class DataError(PrefloopError, ValueError):
+    """Input data cannot be read or leave nothing to work on."""
+
+
+class ModelError(PrefloopError, RuntimeError):
+    """A model or tokenizer cannot be found, loaded or used."""
+
+
+class GenerationError(PrefloopError, RuntimeError):
+    """The engine could not produce text."""
+
+
+class JudgeError(PrefloopError, RuntimeError):
+    """A judge cannot be built, or failed on more answers than the recipe allows."""
+
+
+class TrainingError(PrefloopError, ArithmeticError):
+    """Training produced a number that must not be trained on."""
+
+
+class GuardStop(PrefloopError, RuntimeError):
+    """A guard measured collapse and the recipe told it to stop the run."""
+
+
+class RunFolderError(PrefloopError, OSError):
+    """The run's folder cannot be used: another recipe's, damaged, or not writable."""

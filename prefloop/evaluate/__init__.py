@@ -1,0 +1,1 @@
+"""Answers into numbers: one file a measure."""

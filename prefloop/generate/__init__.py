@@ -1,0 +1,1 @@
+"""Text from models: engines behind one protocol, and the prompts we put to them."""

@@ -1,0 +1,80 @@
+"""What a method is. One file per method; the file's name is the method's name; no list to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefloop.generate.engine import Engine
+from prefloop.generate.templates import PromptSet
+from prefloop.rank import OpenJudge
+from prefloop.records import Candidates, Pair, Prompt, Reject, Sampling
+
+if TYPE_CHECKING:
+    from prefloop.train.losses import GroupLogps, LossOutput
+
+Reference = Literal["initial", "round_start"]
+Generator = Literal["current", "frozen"]
+
+
+@dataclass(frozen=True)
+class Actors:
+    """Who plays in one chunk of one round."""
+
+    policy: Engine
+    """The generating policy: the current one, or the initial one where the method says `frozen`."""
+    judge: OpenJudge | None
+    prompts: PromptSet
+    round: int
+    seed: int
+    """Of this chunk; methods derive one seed per phase from it."""
+
+
+class Method(BaseModel):
+    """A method's fields are its options; what it needs is declared; the rest it composes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    needs_target: ClassVar[bool] = False
+    """Whether every prompt must come with a target response."""
+    needs_judge: ClassVar[bool] = False
+    """Whether `rank` asks the recipe's judge."""
+    roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    """The responses of a pair that the trainer scores, in order."""
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """The paper's schedule as defaults of the recipe's sections `loop` and `train`."""
+
+    reference: Reference = "initial"
+    """Whose log-probs the loss is measured from: the initial policy's, or the round's first."""
+    generator: Generator = "current"
+    """Who generates: the policy as trained so far, or the initial policy for the whole run."""
+    prompt_set: str = "compact"
+    """Prompts put to the model: "compact" for small models, "paper" in full, or a folder of yours."""
+    sampling: Sampling = Field(default_factory=Sampling)
+
+    def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
+        """All the text of one chunk of prompts."""
+        raise NotImplementedError
+
+    def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+        """The same groups with scores and ratings."""
+        raise NotImplementedError
+
+    def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
+        """Training examples from ranked groups; gates live here."""
+        raise NotImplementedError
+
+    def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
+        """Per-example loss of B groups; pure. `progress` in [0, 1] is the position in the round."""
+        raise NotImplementedError
+
+    def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
+        """The mean loss where policy and reference are equal, if it is known: the trainer's first check."""
+        return None
+
+    def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
+        """The method's own measures of one round, from the ranked groups."""
+        return {}

@@ -1,0 +1,51 @@
+"""A live bar with tokens per second and time left; silent when nobody watches."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """Progress of one job. Shows nothing when standard error is not a terminal."""
+
+    def __init__(self, label: str, total: int, unit: str = "tok") -> None:
+        """`total` counts items (answers, steps); `unit` names what `advance` is told besides."""
+        console = Console(stderr=True)
+        self._unit = unit
+        self._amount = 0
+        self._start = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(label, total=total, speed="")
+
+    def advance(self, items: int = 0, amount: int = 0) -> None:
+        """`items` more are done, at the cost of `amount` units."""
+        self._amount += amount
+        speed = self._amount / max(time.perf_counter() - self._start, 1e-9)
+        self._progress.update(
+            self._task, advance=items, speed=f"{speed:,.0f} {self._unit}/s" if self._amount else ""
+        )
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

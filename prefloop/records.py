@@ -1,0 +1,180 @@
+"""What one stage hands to the next: frozen records, one JSON line each, read and written here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prefloop.errors import RunFolderError
+
+Finish = Literal["stop", "length"]
+
+
+class Record(BaseModel):
+    """A frozen record; unknown fields are an error, so that old files never pass as new ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Prompt(Record):
+    """A conversation that waits for an answer."""
+
+    id: str
+    messages: tuple[Message, ...] = Field(min_length=1)
+    """The turns so far; the last one is the user's."""
+    target: str | None = None
+    """The data set's own answer (y_t), where it has one."""
+
+    @property
+    def text(self) -> str:
+        """The user's last turn."""
+        return self.messages[-1].content
+
+
+class Response(Record):
+    """One answer as a model gave it."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    """The sampled tokens, end-of-turn included when the model reached it."""
+    mean_logprob: float | None = None
+    """Mean log-probability per token (nats) under the policy that sampled it, at temperature 1."""
+    finish: Finish = "stop"
+    """"length" when the token limit cut the answer off."""
+
+
+class Candidates(Record):
+    """All that was generated for one prompt, by name ("draft_a", "refined", ...), and what it scored."""
+
+    prompt: Prompt
+    responses: dict[str, Response]
+    scores: dict[str, float] = {}
+    """Judge's score by response name; higher is better."""
+    ratings: dict[str, float] = {}
+    """Numbers about the group that are not a judge's score (severity of the flaw, mean log-probs ...)."""
+
+
+class Pair(Record):
+    """One training example: chosen over rejected, with the target where the method trains on triples."""
+
+    prompt_id: str
+    round: int
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    target: str | None = None
+    margin: float = 0.0
+    """AROP's M: what the implicit reward difference must exceed; 0 elsewhere."""
+    origin: dict[str, str] = {}
+    """Which candidate became what, for example {"chosen": "refined", "rejected": "flawed"}."""
+    scores: dict[str, float] = {}
+    """The judge's scores of chosen and rejected, where a judge decided."""
+
+    @property
+    def id(self) -> str:
+        """Unique within a run."""
+        return f"{self.round:04d}/{self.prompt_id}"
+
+
+class Reject(Record):
+    """A prompt that gave no pair, and why. Rejects are counted, never turned into data."""
+
+    prompt_id: str
+    stage: str
+    reason: str
+    """A short fixed phrase ("empty answer"), so that rejects can be counted by it."""
+    detail: str = ""
+    """What exactly was seen, for the person who looks at it."""
+
+
+class Sampling(Record):
+    """How tokens are drawn."""
+
+    temperature: float = Field(default=0.7, ge=0.0, le=5.0)
+    """0 is greedy decoding. IAL section 4.1 samples at 0.7."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; 1 switches it off."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 switches it off."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """An answer that reaches this length is marked finish="length"."""
+
+
+class Request(Record):
+    """One conversation to be continued by an engine."""
+
+    messages: tuple[Message, ...]
+    prefix: str = ""
+    """Text with which the answer already begins; the engine continues it and returns only what is new."""
+
+
+class Scored(Record):
+    """A given answer under a model. T tokens, end-of-turn included as the last one."""
+
+    token_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    """[T] character span of each token in the answer; (n, n) for end-of-turn."""
+    logprobs: tuple[float, ...]
+    """[T] log-probability (nats) of each token at temperature 1, given the prompt and those before it."""
+    top_texts: tuple[tuple[str, ...], ...] = ()
+    """[T][k] the k likeliest tokens at each position as text, likeliest first, where asked for."""
+    top_logprobs: tuple[tuple[float, ...], ...] = ()
+    """[T][k] and their log-probabilities."""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability per token (nats)."""
+        return sum(self.logprobs) / len(self.logprobs)
+
+
+class RoundResult(Record):
+    """The measures of one round; None where a measure has no value."""
+
+    round: int
+    """-1 is the policy before the first round."""
+    measures: dict[str, float | None]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """Write records, one JSON line each, replacing the file."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(record.model_dump_json() + "\n" for record in records)
+
+
+def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
+    """Read a file of records of one kind; a damaged line is named by file and number."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield kind.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]["msg"]
+                raise RunFolderError(
+                    f"{path}:{number} is not a {kind.__name__} record ({first}); "
+                    "delete this stage's files to make them again"
+                ) from error
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Read a small JSON object of ours, such as a manifest."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise RunFolderError(f"{path} is damaged ({error}); delete it to make its stage again") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{path} holds no JSON object; delete it to make its stage again")
+    return value

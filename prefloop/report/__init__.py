@@ -1,0 +1,1 @@
+"""Numbers and pairs into something to look at."""
