@@ -38,8 +38,12 @@ def find(package: ModuleType, name: str, base: type[M], what: str) -> type[M]:
     found = [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
     ]
     if len(found) != 1:
-        raise RecipeError(f"{module.__name__} must define exactly one {base.__name__}, it defines {len(found)}")
+        raise RecipeError(
+            f"{module.__name__} must define exactly one {base.__name__}, it defines {len(found)}"
+        )
     return found[0]

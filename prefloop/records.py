@@ -174,7 +174,9 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise RunFolderError(f"{path} is damaged ({error}); delete it to make its stage again") from error
+        raise RunFolderError(
+            f"{path} is damaged ({error}); delete it to make its stage again"
+        ) from error
     if not isinstance(value, dict):
         raise RunFolderError(f"{path} holds no JSON object; delete it to make its stage again")
     return value

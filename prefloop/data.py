@@ -1,0 +1,399 @@
+"""Where prompts come from: files, Hugging Face data sets and the embedded set, checked row by row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefloop.errors import DataError
+from prefloop.records import Message, Prompt
+from prefloop.seeds import derive_seed
+
+EMBEDDED = "embedded:instructions"
+Part: TypeAlias = Literal["train", "eval"]
+CountTokens: TypeAlias = Callable[[str], int]
+Row: TypeAlias = Mapping[str, object]
+Located: TypeAlias = tuple[str, Row]
+"""Where a row was found ("train.jsonl:12"), and the row."""
+
+
+class DataOptions(BaseModel):
+    """The recipe's section `data`.
+
+    A source is a file (.jsonl, .json, .csv, .parquet), a folder (written by `save_to_disk`, or holding
+    data files), a data set on the Hugging Face hub ("owner/name"), or "embedded:instructions".
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    train: str = EMBEDDED
+    """Source of the prompts to train on."""
+    eval: str | None = None
+    """Source of the evaluation prompts. null: `holdout` of `train`; else the embedded set's own, or none."""
+    holdout: int = Field(default=0, ge=0)
+    """Prompts drawn from `train` by the run's seed and kept for evaluation, where `eval` is null."""
+    split: str = "train"
+    """Split of `train`, where it is a data set or folder; slices such as "train[:1000]" work on the hub's."""
+    eval_split: str = "test"
+    """Split of `eval`, where it is a data set or folder."""
+    subset: str | None = None
+    """Configuration name of a hub data set, for those that have several; holds for `train` and `eval`."""
+    prompt_field: str = "prompt"
+    """Column with the prompt: a text, or a list of {role, content} turns."""
+    input_field: str | None = None
+    """Column with material that is put below the prompt after a blank line ("input" in Alpaca's format)."""
+    response_field: str | None = "response"
+    """Column with the target response: a text; null ignores responses."""
+    messages_field: str | None = "messages"
+    """Column with a whole conversation of {role, content} turns. Where a row has it, it comes before
+    `prompt_field`, and a last assistant turn before `response_field`; null ignores the column."""
+    id_field: str | None = "id"
+    """Column with unique ids; rows without one are numbered. null numbers all rows."""
+    max_prompt_tokens: int = Field(default=512, ge=1)
+    """Prompts with more tokens (all turns, without the chat template's own) are dropped and counted."""
+    max_response_tokens: int = Field(default=512, ge=1)
+    """Rows whose target has more tokens are dropped and counted, where the method trains on targets."""
+    limit: int | None = Field(default=None, ge=1)
+    """Read only the first so many usable rows of `train`, in the file's order; null reads all."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> DataOptions:
+        if self.eval is not None and self.holdout:
+            raise ValueError("data.holdout and data.eval exclude each other; set one of them")
+        return self
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The prompts of a run, and how many rows were left out for which reason."""
+
+    train: list[Prompt]
+    eval: list[Prompt]
+    dropped: dict[str, int]
+    """Reason -> rows; reasons of the evaluation source begin with "eval: "."""
+
+
+def load_data(
+    options: DataOptions, *, needs_target: bool, seed: int, count_tokens: CountTokens | None
+) -> LoadedData:
+    """All prompts of a run. Without `count_tokens` no length is checked.
+
+    With `holdout`, copies of a held-out conversation leave the training prompts too and are counted.
+    Raises DataError where a row is malformed or no row fits the length limits.
+    """
+    dropped: Counter[str] = Counter()
+
+    def read(source: str, part: Part, limit: int | None = None) -> list[Prompt]:
+        def fits(prompt: Prompt) -> bool:
+            reason = _too_long(prompt, options, needs_target, count_tokens)
+            if reason:
+                dropped[reason if part == "train" else f"eval: {reason}"] += 1
+            return reason is None
+
+        rows = read_prompts(source, options, part=part, needs_target=needs_target)
+        prompts = list(islice(filter(fits, rows), limit))
+        if not prompts:
+            raise DataError(f"every row of {source} is too long; raise data.max_*_tokens")
+        return prompts
+
+    train = read(options.train, "train", options.limit)
+    held_out: list[Prompt] = []
+    if options.eval is not None:
+        held_out = read(options.eval, "eval")
+    elif options.holdout:
+        rest, held_out = _hold_out(train, options.holdout, seed)
+        dropped["copy of a held-out prompt"] = len(train) - len(rest) - len(held_out)
+        train = rest
+    elif options.train == EMBEDDED:
+        held_out = read(EMBEDDED, "eval")
+    return LoadedData(train, held_out, dict(+dropped))
+
+
+def read_prompts(
+    source: str, options: DataOptions, *, part: Part = "train", needs_target: bool = False
+) -> Iterator[Prompt]:
+    """Stream the prompts of one source; DataError names the file and line of the first bad row.
+
+    `part` says which split of a data set is meant: `options.split` or `options.eval_split`.
+    """
+    stem, rows = _open(source, options, part)
+    if source == EMBEDDED:
+        options = DataOptions()
+    first_use: dict[str, int] = {}
+    for number, (where, row) in enumerate(rows, start=1):
+        prompt = _prompt(where, row, options, f"{stem}-{number}")
+        if needs_target and prompt.target is None:
+            raise DataError(
+                f"{where} has no target response, which this run needs for every prompt; name its "
+                "column in data.response_field, or end the messages with an assistant turn"
+            )
+        if prompt.id in first_use:
+            raise DataError(
+                f"{where} repeats the id {prompt.id!r} of row {first_use[prompt.id]}; name a column of "
+                "unique ids in data.id_field, or set it to null to number the rows"
+            )
+        first_use[prompt.id] = number
+        yield prompt
+    if not first_use:
+        raise DataError(f"{source} holds no rows; name a source with prompts in data.{part}")
+
+
+def round_subset(prompts: Sequence[Prompt], *, round: int, size: int, seed: int) -> list[Prompt]:
+    """The `size` prompts of one round (from 0); pure, so that any round can be drawn by itself.
+
+    Rounds walk through a seeded permutation of all prompts, then through the next one, so that each
+    prompt comes once before any comes twice. A round that crosses from one permutation to the next
+    takes prompts that it does not hold yet. DataError unless 1 <= size <= len(prompts).
+    """
+    if not 1 <= size <= len(prompts):
+        raise DataError(
+            f"a round of {size} prompts cannot be drawn from {len(prompts)}; set "
+            "loop.prompts_per_round to at most that, or give more data"
+        )
+    assert round >= 0
+    tail: list[int] = []
+    done = epoch = 0
+    while True:
+        order = list(range(len(prompts)))
+        Random(derive_seed(seed, "prompts", epoch)).shuffle(order)
+        held = set(tail)
+        lead = [index for index in order if index not in held][: size - len(tail)]
+        led = set(lead)
+        walk = tail + lead + [index for index in order if index not in led]
+        rounds = len(walk) // size
+        if round < done + rounds:
+            start = (round - done) * size
+            return [prompts[index] for index in walk[start : start + size]]
+        tail = walk[rounds * size :]
+        done += rounds
+        epoch += 1
+
+
+def _too_long(
+    prompt: Prompt, options: DataOptions, needs_target: bool, count: CountTokens | None
+) -> str | None:
+    if count is None:
+        return None
+    if sum(count(turn.content) for turn in prompt.messages) > options.max_prompt_tokens:
+        return "prompt too long"
+    if needs_target and prompt.target and count(prompt.target) > options.max_response_tokens:
+        return "response too long"
+    return None
+
+
+def _hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Draw `count` prompts by seed; the others, without copies of the drawn, and the drawn."""
+    distinct = len({prompt.messages for prompt in prompts})
+    if count >= distinct:
+        raise DataError(f"data.holdout is {count} of {distinct} different prompts; lower it")
+    drawn = set(Random(derive_seed(seed, "holdout")).sample(range(len(prompts)), count))
+    held_out = [prompts[index] for index in sorted(drawn)]
+    known = {prompt.messages for prompt in held_out}
+    return [prompt for prompt in prompts if prompt.messages not in known], held_out
+
+
+# Rows to prompts
+
+
+def _prompt(where: str, row: Row, options: DataOptions, default_id: str) -> Prompt:
+    turns = _turns(where, row, options)
+    answered = turns[-1].role == "assistant"
+    answer = turns.pop().content if answered else _cell(row, options.response_field)
+    target = None if answer is None else _text(where, options.response_field or "", answer)
+    given = _cell(row, options.id_field)
+    identity = default_id if given is None else given
+    if isinstance(identity, bool) or not isinstance(identity, str | int):
+        raise DataError(f"{where}: {options.id_field!r} must be a text or a whole number")
+    return Prompt(id=str(identity), messages=tuple(turns), target=target)
+
+
+def _turns(where: str, row: Row, options: DataOptions) -> list[Message]:
+    messages, field = _cell(row, options.messages_field), options.messages_field or ""
+    prompt = _cell(row, options.prompt_field)
+    if messages is None and isinstance(prompt, list):
+        messages, field = prompt, options.prompt_field
+    if messages is not None:
+        return _conversation(where, field, messages)
+    if prompt is None:
+        raise DataError(_missing(where, row, options))
+    text = _text(where, options.prompt_field, prompt)
+    extra = _cell(row, options.input_field)
+    if extra is not None and extra != "":
+        text = f"{text}\n\n{_text(where, options.input_field or '', extra)}"
+    return [Message(role="user", content=text)]
+
+
+def _cell(row: Row, field: str | None) -> object:
+    return row.get(field) if field else None
+
+
+def _conversation(where: str, field: str, value: object) -> list[Message]:
+    """Check that turns are {role, content}: a system turn if any, then user and assistant in turn."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: {field!r} must be a filled list of {{role, content}} turns")
+    turns: list[Message] = []
+    for number, turn in enumerate(value):
+        name = f"{field}[{number}]"
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise DataError(f'{where}: {name} must be an object with "role" and "content"')
+        expected = "assistant" if turns and turns[-1].role == "user" else "user"
+        role = turn["role"]
+        if role != expected and (role != "system" or number):
+            raise DataError(
+                f"{where}: {name} has the role {role!r} where {expected!r} must stand; let user and "
+                "assistant alternate, after one system turn at most"
+            )
+        turns.append(Message(role=role, content=_text(where, f"{name}.content", turn["content"])))
+    if turns[-1].role == "system":
+        raise DataError(f"{where}: {field!r} holds a system turn only; add the user's")
+    return turns
+
+
+def _text(where: str, field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {field!r} is {type(value).__name__}, not text; convert it")
+    if not value.strip():
+        raise DataError(f"{where}: {field!r} is empty; fill it in or remove the row")
+    if value.encode(errors="ignore").decode() != value:
+        raise DataError(f"{where}: {field!r} holds half of a surrogate pair; remove it")
+    return value
+
+
+def _missing(where: str, row: Row, options: DataOptions) -> str:
+    wanted = [field for field in (options.prompt_field, options.messages_field) if field]
+    needs = " or ".join(map(repr, wanted))
+    if any(field in row for field in wanted):
+        return f"{where}: {needs} is empty; fill it in or remove the row"
+    found = ", ".join(repr(str(name)[:40]) for name in row) or "none"
+    return (
+        f"{where} has no {needs} (its columns: {found}); set data.prompt_field or data.messages_field "
+        "(Alpaca's: prompt_field instruction, input_field input, response_field output)"
+    )
+
+
+# Sources to rows
+
+
+def _open(source: str, options: DataOptions, part: str) -> tuple[str, Iterator[Located]]:
+    """The stem that generated ids begin with, and the rows."""
+    if source.startswith("embedded:"):
+        if source != EMBEDDED:
+            raise DataError(f"there is no {source!r}; the only embedded data set is {EMBEDDED!r}")
+        return part, _read_jsonl(Path(__file__).parent / "instructions" / f"{part}.jsonl")
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_file():
+        if suffix not in READERS:
+            raise DataError(f"{source} ends in none of {', '.join(READERS)}; convert or rename it")
+        return path.stem, READERS[suffix](path)
+    if path.is_dir() or (suffix not in READERS and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)):
+        split = options.split if part == "train" else options.eval_split
+        return f"{path.name}-{split}", _read_dataset(source, path, options.subset, split)
+    if not path.parent.is_dir():
+        raise DataError(f"no file {source}: there is no folder {path.parent}; correct the path")
+    beside = [entry.name for entry in path.parent.iterdir()]
+    close = get_close_matches(path.name, beside, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "a hub data set is written 'owner/name'"
+    raise DataError(f"no file or folder {source}; {hint}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # Bytes are decoded line by line, so that a wrong encoding can be named by its line.
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); mend that first") from error
+
+
+def _object(where: str, value: object) -> Located:
+    if not isinstance(value, dict):
+        raise DataError(f'{where} is not an object; every row must be one, as {{"prompt": "Hi"}}')
+    return where, value
+
+
+def _json(path: Path, text: str, first_line: int = 1) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(f"{path}:{line} is not JSON ({error.msg}); correct this line") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Located]:
+    for number, line in _lines(path):
+        if line.strip():
+            yield _object(f"{path}:{number}", _json(path, line, number))
+
+
+def _read_json(path: Path) -> Iterator[Located]:
+    """One list of objects, held in memory while it is read; else objects line by line."""
+    _, start = next(_lines(path), (0, ""))
+    if not start.lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    rows = _json(path, "".join(line for _, line in _lines(path)))
+    assert isinstance(rows, list)
+    for number, row in enumerate(rows, start=1):
+        yield _object(f"{path}, item {number}", row)
+
+
+def _read_csv(path: Path) -> Iterator[Located]:
+    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise csv.Error("more cells than the header has")
+            first = reader.line_num - sum(cell.count("\n") for cell in row.values() if cell)
+            yield f"{path}:{first}", {name: cell or None for name, cell in row.items()}
+    except csv.Error as error:
+        where = f"{path}:{reader.reader.line_num}"
+        raise DataError(f"{where} is not CSV ({error}); check its quotes and commas") from error
+
+
+READERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": lambda path: _read_dataset(str(path), path, None, "train"),
+}
+
+
+def _read_dataset(source: str, path: Path, subset: str | None, split: str) -> Iterator[Located]:
+    # Imported here: it takes seconds that `prefloop --help` must not wait for.
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    name = str(path)
+    try:
+        if path.is_file():
+            data = load_dataset("parquet", data_files=name, split=split, streaming=True)
+        elif any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            data = load_from_disk(name)
+        else:
+            data = load_dataset(name, subset, split=split)
+        if isinstance(data, DatasetDict):
+            if split not in data:
+                raise ValueError(f"no split {split!r}, there are: {', '.join(data)}")
+            data = data[split]
+        # A saved data set may ask for tensors; rows must be plain Python.
+        for number, row in enumerate(data.with_format(None), start=1):
+            yield f"{source}, row {number}", row
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        remedy = "check its name, data.split, data.eval_split, data.subset and the network"
+        raise DataError(f"{source} cannot be read as a data set ({reason}); {remedy}") from error

@@ -1,0 +1,89 @@
+"""Estimates with their intervals: bootstrap for means, Wilson for shares. N values, S resamples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from prefloop.errors import DataError
+
+# Resampled indices held at a time: 8 MB, however many values there are.
+_BLOCK = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean or share with its interval, and from how many values."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, seed: int, level: float = 0.95, resamples: int = 2000
+) -> Estimate | None:
+    """The mean of N values and its percentile bootstrap interval; None where there are no values.
+
+    Source: Efron and Tibshirani (1993), An Introduction to the Bootstrap, section 13.3. Equal values
+    and seed give equal intervals. With fewer than about ten values the interval is too narrow.
+    """
+    values_N = np.asarray(values, dtype=np.float64)
+    count = len(values_N)
+    if not count:
+        return None
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // count)
+    blocks = [
+        values_N[generator.integers(count, size=(min(rows, resamples - start), count))].mean(axis=1)
+        for start in range(0, resamples, rows)
+    ]
+    means_S = np.concatenate(blocks)
+    low, high = np.quantile(means_S, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(values_N.mean()), float(low), float(high), count)
+
+
+def paired_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = 2000,
+) -> Estimate | None:
+    """Mean of first minus second over the same N prompts, with a bootstrap interval over prompts.
+
+    Resampling prompts, not values, keeps what the two sides share (hard prompts are hard for both)
+    out of the interval. Raises DataError where the sides do not have the same number of values.
+    """
+    if len(first) != len(second):
+        raise DataError(
+            f"a paired comparison got {len(first)} values against {len(second)}; "
+            "give both sides a value for each prompt, in the same order"
+        )
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    return bootstrap_mean(differences, seed=seed, level=level, resamples=resamples)
+
+
+def wilson(successes: int, count: int, *, level: float = 0.95) -> Estimate | None:
+    """A share and its Wilson score interval; None where nothing was counted.
+
+    Source: Wilson (1927), J. Am. Stat. Assoc. 22. Never leaves [0, 1], and at 0 or `count` successes
+    still has a width, which is why shares such as JSR use it and not the bootstrap.
+    """
+    assert 0 <= successes <= count, f"{successes} of {count}"
+    if not count:
+        return None
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = successes / count
+    scale = 1 + z**2 / count
+    centre = (share + z**2 / (2 * count)) / scale
+    half = z / scale * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    # Rounding must not put the interval's end past the share itself at 0 and 1.
+    return Estimate(
+        share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), count
+    )

@@ -1,0 +1,126 @@
+"""Pairs as a preference data set that other trainers read: TRL's conversational format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from prefloop.errors import DataError, PrefloopError, RunFolderError
+from prefloop.records import Pair
+
+Format = Literal["jsonl", "parquet"]
+Row = dict[str, Any]
+_ROWS_PER_GROUP = 1000
+
+
+class Exported(NamedTuple):
+    """Where the pairs went, and how many there are."""
+
+    path: Path
+    pairs: int
+
+
+def export_pairs(
+    pairs: Iterable[Pair], folder_or_file: Path | str, format: Format = "jsonl"
+) -> Exported:
+    """Write pairs as one file that ``datasets.load_dataset`` reads and TRL's ``DPOTrainer`` trains on.
+
+    Columns: `prompt` (the turns), `chosen` and `rejected` (one assistant turn each), `target` (null
+    where the method has none), `margin`, `round`, `prompt_id`. A folder gets `pairs.jsonl` or
+    `pairs.parquet`. The file appears whole or not at all, and replaces an older one.
+    Raises DataError where there are no pairs or the name fits no format, RunFolderError where the
+    file cannot be written.
+    """
+    path = _destination(Path(folder_or_file), format)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = _write_whole(pairs, path, format)
+    except PrefloopError:  # some are OSErrors too, and already say what is wrong
+        raise
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path} ({error.strerror or error}); export to another place"
+        ) from error
+    return Exported(path, count)
+
+
+def as_row(pair: Pair) -> Row:
+    """One pair as a row of the data set."""
+    return {
+        "prompt": [{"role": turn.role, "content": turn.content} for turn in pair.prompt],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "target": pair.target,
+        "margin": pair.margin,
+        "round": pair.round,
+        "prompt_id": pair.prompt_id,
+    }
+
+
+def _destination(place: Path, format: Format) -> Path:
+    if place.is_dir() or not place.suffix:
+        return place / f"pairs.{format}"
+    if place.suffix == f".{format}":
+        return place
+    raise DataError(
+        f"{place} does not end in .{format}; rename it so, name a folder, "
+        f"or choose the format that its name asks for"
+    )
+
+
+def _write_whole(pairs: Iterable[Pair], path: Path, format: Format) -> int:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        count = _WRITERS[format](map(as_row, pairs), temporary)
+        if not count:
+            raise DataError(
+                f"there are no pairs to export to {path}; run a round that makes some first"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _write_jsonl(rows: Iterator[Row], path: Path) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for count, row in enumerate(rows, start=1):  # noqa: B007
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return count
+
+
+def _write_parquet(rows: Iterator[Row], path: Path) -> int:
+    # Imported here because it takes longer than all the rest of the command line.
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    # Spelled out: a column of nulls only (no targets) would otherwise lose its type.
+    schema = pa.schema(
+        {
+            "prompt": turns,
+            "chosen": turns,
+            "rejected": turns,
+            "target": pa.string(),
+            "margin": pa.float64(),
+            "round": pa.int64(),
+            "prompt_id": pa.string(),
+        }
+    )
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, _ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
+
+
+_WRITERS: dict[Format, Callable[[Iterator[Row], Path], int]] = {
+    "jsonl": _write_jsonl,
+    "parquet": _write_parquet,
+}

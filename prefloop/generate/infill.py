@@ -1,0 +1,134 @@
+"""A minimal flaw without asking for one: one word of an answer replaced by what the policy finds less likely.
+
+The rest stays verbatim, so even a weak model makes a pair that differs in a single place (`flaw: infill`
+of AROP; our addition beside the paper's prompted flaw).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from prefloop.generate.engine import Engine
+from prefloop.records import Request, Sampling, Scored
+from prefloop.seeds import derive_seed
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_FUNCTION_WORDS = frozenset(
+    "a an the and or but if then than so of to in on at by for with from as is are was were be been "
+    "it its this that these those i you he she we they my your his her our their".split()
+)
+# Alternatives below e^-7 are noise rather than something the policy might say.
+_FLOOR = -7.0
+_ALTERNATIVES = 16
+_MAX_WORD_TOKENS = 5
+_TRIES = 3
+
+
+class Infill(NamedTuple):
+    """A flawed copy of an answer."""
+
+    text: str
+    start: int
+    """Character at which the replaced word begins, in both texts."""
+    original: str
+    replacement: str
+
+
+class _Option(NamedTuple):
+    start: int
+    end: int
+    begins: str
+    """First token of the replacement, as text."""
+    logprob: float
+
+
+def _options(answer: str, scored: Scored) -> list[_Option]:
+    """Every (word, first token of a less likely word of the same kind) of an answer."""
+    found = []
+    # A token's span may include the space before the word.
+    token_at = {
+        end - len(answer[start:end].lstrip()): number
+        for number, (start, end) in enumerate(scored.offsets)
+        if end > start
+    }
+    for match in _WORD.finditer(answer):
+        place = token_at.get(match.start())
+        if place is None or match.group().lower() in _FUNCTION_WORDS:
+            continue
+        for text, logprob in zip(scored.top_texts[place], scored.top_logprobs[place], strict=True):
+            word = text.strip()
+            if (
+                _FLOOR <= logprob < scored.logprobs[place]
+                and _WORD.fullmatch(word)
+                and word.isdigit() == match.group()[0].isdigit()
+                and word[0].isupper() == match.group()[0].isupper()
+                and not match.group().lower().startswith(word.lower())
+                and word.lower() not in _FUNCTION_WORDS
+            ):
+                found.append(_Option(match.start(), match.end(), word, logprob))
+    return found
+
+
+def infill_flaws(
+    engine: Engine,
+    requests: Sequence[Request],
+    answers: Sequence[str],
+    sampling: Sampling,
+    *,
+    seed: int,
+) -> list[Infill | None]:
+    """One flawed copy per answer; None where no word has a plausible, less likely alternative.
+
+    The word is drawn by `seed` among those with alternatives, then the alternative by its probability;
+    a replacement of several tokens is finished by sampling from the policy up to the word's end.
+    """
+    scored = engine.score(requests, answers, top=_ALTERNATIVES)
+    plans: list[list[_Option]] = []
+    for number, (answer, score) in enumerate(zip(answers, scored, strict=True)):
+        draw = random.Random(derive_seed(seed, "word", number))
+        plans.append(_draw_plan(_options(answer, score), draw))
+    flaws: list[Infill | None] = [None] * len(answers)
+    for attempt in range(_TRIES):
+        todo = [n for n, plan in enumerate(plans) if flaws[n] is None and attempt < len(plan)]
+        if not todo:
+            break
+        chosen = [plans[n][attempt] for n in todo]
+        finished = engine.sample(
+            [
+                requests[n].model_copy(
+                    update={"prefix": answers[n][: option.start] + option.begins}
+                )
+                for n, option in zip(todo, chosen, strict=True)
+            ],
+            sampling.model_copy(update={"max_new_tokens": _MAX_WORD_TOKENS}),
+            seed=derive_seed(seed, "finish", attempt),
+            label="infill",
+        )
+        for n, option, rest in zip(todo, chosen, finished, strict=True):
+            flaws[n] = _splice(answers[n], option, rest.text)
+    return flaws
+
+
+def _draw_plan(options: list[_Option], draw: random.Random) -> list[_Option]:
+    """Up to `_TRIES` options: words in random order, at each the alternative drawn by its probability."""
+    words = sorted({option.start for option in options})
+    draw.shuffle(words)
+    plan = []
+    for start in words[:_TRIES]:
+        here = [option for option in options if option.start == start]
+        plan += draw.choices(here, weights=[2.718281828**option.logprob for option in here])
+    return plan
+
+
+def _splice(answer: str, option: _Option, continuation: str) -> Infill | None:
+    """Put the finished word in; None when it came out as the original or ran past the word limit."""
+    rest = re.match(r"[^\W_]*", continuation)
+    assert rest is not None
+    original, replacement = answer[option.start : option.end], option.begins + rest.group()
+    if replacement.lower() == original.lower():
+        return None
+    text = answer[: option.start] + replacement + answer[option.end :]
+    return Infill(text, option.start, original, replacement)

@@ -1,0 +1,263 @@
+"""The closed loop: the only file that knows the order of the stages.
+
+    prompts -> generate -> rank -> pair -> train -> evaluate -> the next round, with the new policy
+
+Every stage reads what the one before wrote and leaves records and a manifest in the run's folder; a
+stage whose manifest is there is not run again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from prefloop.errors import GuardStop
+from prefloop.evaluate.answers import ANSWER, answer_measures
+from prefloop.evaluate.health import check_guards
+from prefloop.rank import NoVerdict
+from prefloop.recipe import Recipe
+from prefloop.records import (
+    Candidates,
+    Pair,
+    Prompt,
+    Record,
+    Request,
+    RoundResult,
+    write_jsonl,
+)
+from prefloop.report.console import stage_line
+from prefloop.rundir import Journal, RoundDir, RunDir, Stopwatch, open_run
+from prefloop.seeds import derive_seed
+from prefloop.session import Session
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[Sequence[Any], int], Iterable[Record]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves to look at."""
+
+    folder: Path
+    policy: Path
+    """The policy that the run recommends: the last round's, or the best one's under `best_round`."""
+    results: list[RoundResult]
+    """Measures of the start (-1) and of each measured round."""
+
+
+def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
+    """Play all rounds that are not played yet; continuing a killed run is the same call."""
+    with open_run(folder, recipe.dump()) as rundir:
+        rundir.event("begin")
+        loop = _Loop(recipe, rundir, console)
+        results = loop.play()
+        policy = loop.finish(results)
+        rundir.event("end")
+    return Outcome(folder, policy, results)
+
+
+class _Loop:
+    """One run in progress."""
+
+    def __init__(self, recipe: Recipe, rundir: RunDir, console: Console) -> None:
+        self.recipe = recipe
+        self.rundir = rundir
+        self.console = console
+        self.session = Session(recipe, rundir)
+
+    def play(self) -> list[RoundResult]:
+        """All rounds in order; the measures of each that was measured."""
+        start = self.rundir.round(-1)
+        if self.recipe.sft is not None:
+            self._supervise(start)
+        results = [self._evaluate(start)]
+        last = self.recipe.loop.rounds - 1
+        for number in range(self.recipe.loop.rounds):
+            here = self.rundir.round(number)
+            self._generate(here)
+            self._rank(here)
+            pairs = self._pair(here)
+            self._train(here, pairs)
+            if self.recipe.evaluate.every_round or number == last:
+                results.append(self._evaluate(here))
+                self._guard(results)
+        return results
+
+    def finish(self, results: Sequence[RoundResult]) -> Path:
+        """Put the recommended policy, with its card, where people look for it."""
+        number = self.recipe.loop.rounds - 1
+        if self.recipe.guard.action == "best_round":
+            scored = [r for r in results if r.measures.get("score") is not None and r.round >= 0]
+            if scored:
+                number = max(scored, key=lambda r: r.measures["score"] or 0.0).round
+        return self.session.publish(self.rundir.round(number), results)
+
+    # Stages, in the order in which a round plays them.
+
+    def _generate(self, here: RoundDir) -> None:
+        def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
+            with self.session.generator(here) as actors:
+                return list(self.recipe.method.generate(prompts, actors(seed)))
+
+        self._chunked(
+            here, "candidates", lambda: self.session.prompts(here.number), work, Candidates
+        )
+
+    def _rank(self, here: RoundDir) -> None:
+        def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
+            with self.session.generator(here) as actors:
+                return list(self.recipe.method.rank(groups, actors(seed)))
+
+        self._chunked(
+            here, "ranked", lambda: here.records("candidates", Candidates), work, Candidates
+        )
+
+    def _pair(self, here: RoundDir) -> list[Pair]:
+        def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
+            return list(self.recipe.method.pair(groups, here.number))
+
+        self._chunked(here, "pairs", lambda: here.records("ranked", Candidates), work, Pair)
+        pairs, rejects = here.records("pairs", Pair), here.rejects()
+        share = len(rejects) / max(1, len(pairs) + len(rejects))
+        if not pairs or share > self.recipe.guard.max_reject_share:
+            reasons = Counter(reject.reason for reject in rejects).most_common()
+            raise GuardStop(
+                f"round {here.number} made {len(pairs)} pairs of {len(pairs) + len(rejects)} prompts "
+                f"({', '.join(f'{n} {reason}' for reason, n in reasons)}); see {here.path}/rejects.jsonl, "
+                "and change the method's gates or prompts, or guard.max_reject_share"
+            )
+        return pairs
+
+    def _train(self, here: RoundDir, pairs: list[Pair]) -> None:
+        if here.manifest("train"):
+            return
+        watch = Stopwatch()
+        if self.recipe.loop.mix_previous and here.number > 0:
+            pairs = self.rundir.round(here.number - 1).records("pairs", Pair) + pairs
+        facts = self.session.train(here, pairs)
+        here.finish("train", **facts, input=here.digest("pairs"), seconds=watch.seconds)
+        self.session.tidy(here)
+        self._say(here, "train", {"pairs": len(pairs), "steps": facts["steps"]}, watch)
+
+    def _supervise(self, here: RoundDir) -> None:
+        """Round 0: supervised fine-tuning on the data's targets (IAL's initiation)."""
+        if here.manifest("sft"):
+            return
+        watch = Stopwatch()
+        facts = self.session.supervise(here)
+        here.finish("sft", **facts, seconds=watch.seconds)
+        self.session.tidy(here)
+        self._say(here, "sft", {"prompts": facts["examples"], "steps": facts["steps"]}, watch)
+
+    def _evaluate(self, here: RoundDir) -> RoundResult:
+        """Answers to the held-out prompts, and the whole method played on them, measured."""
+        done = here.manifest("result")
+        if done is not None:
+            return here.records("result", RoundResult)[0]
+        watch = Stopwatch()
+        self._chunked(here, "answers", self.session.held_out, self._answer(here), Candidates)
+        start = self.rundir.round(-1).records("answers", Candidates)
+        answers = here.records("answers", Candidates)
+        measures = answer_measures(answers, start, seed=self.recipe.seed)
+        if self.recipe.evaluate.introspection:
+            measures |= self._introspect(here)
+        measures |= self.session.training_measures(here)
+        result = RoundResult(round=here.number, measures=measures)
+        write_jsonl(here.path / "result.jsonl", [result])
+        here.finish("result", input=here.digest("answers"), seconds=watch.seconds)
+        self._say(here, "evaluate", {"prompts": len(answers)}, watch)
+        return result
+
+    def _answer(self, here: RoundDir) -> Work:
+        sampling = self.recipe.evaluate.sampling or self.recipe.method.sampling
+
+        def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
+            engine = self.session.engine_after(here)
+            asks = [Request(messages=prompt.messages) for prompt in prompts]
+            answers = engine.sample(asks, sampling, seed=seed, label="evaluate")
+            texts = [answer.text for answer in answers]
+            now = engine.score(asks, texts)
+            with self.session.initial_policy():
+                initial = engine.score(asks, texts)
+            verdicts = self.session.score_answers(prompts, texts)
+            for n, prompt in enumerate(prompts):
+                verdict = verdicts[n]
+                yield Candidates(
+                    prompt=prompt,
+                    responses={ANSWER: answers[n]},
+                    scores={} if isinstance(verdict, NoVerdict) else {ANSWER: verdict[0]},
+                    ratings={
+                        "logprob": now[n].mean_logprob,
+                        "logprob_initial": initial[n].mean_logprob,
+                    },
+                )
+
+        return work
+
+    def _introspect(self, here: RoundDir) -> dict[str, float | None]:
+        """The method's own measures on held-out prompts (R_i, identical rate ...)."""
+        method = self.recipe.method
+
+        def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
+            actors = self.session.actors_after(here, seed)
+            groups = [g for g in method.generate(prompts, actors) if isinstance(g, Candidates)]
+            return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
+
+        self._chunked(here, "introspection", self.session.held_out, work, Candidates)
+        return method.measures(here.records("introspection", Candidates))
+
+    def _guard(self, results: Sequence[RoundResult]) -> None:
+        tripped = check_guards(results[-1].measures, results[0].measures, self.recipe.guard)
+        for sentence in tripped:
+            log.warning("round %d: %s", results[-1].round, sentence)
+            self.rundir.event("guard", round=results[-1].round, sentence=sentence)
+        if tripped and self.recipe.guard.action == "stop":
+            raise GuardStop(
+                f"guard: {tripped[0]} after round {results[-1].round}; the rounds before it are kept in "
+                f"{self.rundir.path}, set guard.action to warn in a new run to go on regardless"
+            )
+
+    # What all stages share.
+
+    def _chunked(
+        self,
+        here: RoundDir,
+        stage: str,
+        items: Callable[[], Sequence[Any]],
+        work: Work,
+        kind: type[Record],
+    ) -> None:
+        """Run a stage chunk by chunk unless it is done; each chunk has a seed of its own place."""
+        if here.manifest(stage):
+            return
+        watch = Stopwatch()
+        everything, size = items(), self.recipe.generate.chunk_size
+        journal = Journal(here.path, stage)
+        # Held-out prompts meet the same random numbers after every round, so that rounds compare.
+        place = "held-out" if stage in ("answers", "introspection") else here.number
+        for number in range(journal.chunks, -(-len(everything) // size)):
+            seed = derive_seed(self.recipe.seed, place, stage, number)
+            chunk = everything[number * size : (number + 1) * size]
+            journal.append(list(work(chunk, seed)))
+        made = len(here.records(stage, kind))
+        rejected = Counter(reject.reason for reject in here.rejects())
+        here.finish(
+            stage,
+            records=made,
+            rejects=dict(rejected),
+            output=here.digest(stage),
+            seconds=watch.seconds,
+        )
+        if stage in ("candidates", "pairs"):
+            self._say(here, stage, {stage: made, "rejects": len(here.rejects())}, watch)
+
+    def _say(self, here: RoundDir, stage: str, counts: dict[str, int], watch: Stopwatch) -> None:
+        self.console.print(stage_line(here.number, stage, counts, watch.seconds), highlight=False)
+        self.rundir.event("stage", round=here.number, stage=stage, **counts, seconds=watch.seconds)

@@ -1,0 +1,271 @@
+"""AROP: the policy refines its own answer, plants one subtle flaw in it, and learns the difference by a margin.
+
+Source: "Adversarial Reflection-Optimized Preference". Section 4.2's three phases are `_draft`, `_refine` and
+`_flaw`; section 4.3's loss is -log sigma(R - M) against the initial policy; Algorithm 1 generates
+with the current policy, so optimiser and learning-rate schedule run through all rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefloop.gates import Gates
+from prefloop.generate.infill import infill_flaws
+from prefloop.methods import Actors, Method
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response
+from prefloop.seeds import derive_seed
+from prefloop.text import edit_share, fold_whitespace
+from prefloop.train import losses
+from prefloop.train.losses import GroupLogps, LossOutput
+
+_RATINGS = ("1", "2", "3", "4", "5")
+_FINAL = "Final answer:"
+
+
+class Margin(BaseModel):
+    """AROP's M, one number a pair, at least 0 (math.md, "AROP's margin")."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["fixed", "confidence", "severity", "edit", "axes"] = "confidence"
+    """How M is found. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
+    m: float = Field(default=1.0, ge=0.0)
+    """fixed: M itself; confidence, edit: what the measured difference is multiplied by."""
+    m_min: float = Field(default=0.0, ge=0.0)
+    """severity, axes: M of a flaw rated 1."""
+    m_max: float = Field(default=2.0, ge=0.0)
+    """severity, axes: M of a flaw rated 5."""
+    axes: dict[str, float] = {"helpfulness": 1 / 3, "harmlessness": 1 / 3, "honesty": 1 / 3}
+    """axes: weight of each axis (section 6.2, V-AROP)."""
+
+    def rated_axes(self) -> tuple[str | None, ...]:
+        """The ratings to ask for: none, one of the flaw as a whole (None), or one an axis."""
+        if self.kind == "axes":
+            return tuple(self.axes)
+        return (None,) if self.kind == "severity" else ()
+
+    def of(self, chosen: str, rejected: str, ratings: dict[str, float]) -> float:
+        """M of one pair from its texts and ratings."""
+        match self.kind:
+            case "fixed":
+                return self.m
+            case "confidence":
+                gap = ratings["confidence_refined"] - ratings["confidence_flawed"]
+                return self.m * min(max(gap, 0.0), 1.0)
+            case "edit":
+                return self.m * edit_share(chosen, rejected)
+            case "severity":
+                return self._of_rating(ratings["severity"])
+            case "axes":
+                return sum(
+                    w * self._of_rating(ratings[f"severity_{a}"]) for a, w in self.axes.items()
+                )
+
+    def _of_rating(self, rating: float) -> float:
+        return self.m_min + (self.m_max - self.m_min) * (rating - 1) / 4
+
+
+class AROP(Method):
+    """Adversarial Reflection-Optimized Preference: refine, plant one subtle flaw, learn it by a margin."""
+
+    answer: ClassVar[str] = "draft_a"
+    roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    defaults: ClassVar = {
+        "loop": {"rounds": 20, "prompts_per_round": 32, "carry_optimizer": True},
+        "train": {"epochs": 1, "batch_size": 32},
+    }
+
+    beta: float = Field(default=0.1, gt=0.0)
+    """Inverse temperature of the implicit reward difference R (section 3.1)."""
+    refine: bool = True
+    """False: the raw draft A is the chosen answer (ablation "w/o SCR" of Table 2)."""
+    flaw: Literal["prompt", "infill"] = "prompt"
+    """Ask for a subtle flaw (section 4.2), or replace one word by a less likely one (our addition)."""
+    margin: Margin = Margin()
+    """M of section 4.3; kind fixed with m 0 is the ablation "w/o Margin" of Table 2."""
+    gates: Gates = Gates(max_edit_share=0.5, max_length_ratio=2.0)
+    """A flaw that rewrites everything is none of the subtle ones that the method stands on."""
+
+    def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
+        """Candidates A and B, the refined answer and its flawed copy."""
+        asks = [Request(messages=prompt.messages) for prompt in prompts]
+        found = [
+            {"draft_a": a, "draft_b": b}
+            for a, b in zip(
+                self._sample(asks, actors, "draft_a"),
+                self._sample(asks, actors, "draft_b"),
+                strict=True,
+            )
+        ]
+        if self.refine:
+            self._refine(prompts, found, actors)
+        else:
+            found = [{"draft_a": r["draft_a"], "refined": r["draft_a"]} for r in found]
+        flaws = self._flaw(prompts, asks, [r["refined"] for r in found], actors)
+        for prompt, responses, flawed in zip(prompts, found, flaws, strict=True):
+            if flawed is None:
+                yield Reject(
+                    prompt_id=prompt.id,
+                    stage="generate",
+                    reason="no word to flaw",
+                    detail=responses["refined"].text,
+                )
+            else:
+                yield Candidates(prompt=prompt, responses={**responses, "flawed": flawed})
+
+    def _sample(self, asks: list[Request], actors: Actors, phase: str) -> list[Response]:
+        seed = derive_seed(actors.seed, phase)
+        return actors.policy.sample(asks, self.sampling, seed=seed, label=phase)
+
+    def _refine(
+        self, prompts: Sequence[Prompt], found: list[dict[str, Response]], actors: Actors
+    ) -> None:
+        """Structured critique and refinement: analyse A and B, write one better answer."""
+        asks = [
+            Request(
+                messages=actors.prompts.render(
+                    "refine",
+                    question=prompt.text,
+                    answer_a=responses["draft_a"].text,
+                    answer_b=responses["draft_b"].text,
+                )
+            )
+            for prompt, responses in zip(prompts, found, strict=True)
+        ]
+        refined = self._sample(asks, actors, "refined")
+        for responses, ask, response in zip(found, asks, refined, strict=True):
+            responses["refined"] = response
+            if _FINAL in ask.messages[-1].content:
+                # The analysis before the final answer is thinking, not part of y_w; without the final
+                # answer nothing is left, and the gates count an empty answer.
+                before, final, answer = response.text.rpartition(_FINAL)
+                critique = before if final else answer
+                responses["critique"] = response.model_copy(update={"text": critique.strip()})
+                responses["refined"] = response.model_copy(
+                    update={"text": answer.strip() if final else ""}
+                )
+
+    def _flaw(
+        self,
+        prompts: Sequence[Prompt],
+        asks: list[Request],
+        refined: list[Response],
+        actors: Actors,
+    ) -> list[Response | None]:
+        """Max-margin rejection synthesis: one subtle flaw in the refined answer."""
+        if self.flaw == "infill":
+            flaws = infill_flaws(
+                actors.policy,
+                asks,
+                [response.text for response in refined],
+                self.sampling,
+                seed=derive_seed(actors.seed, "flawed"),
+            )
+            # A copy but for one word ends as its original does.
+            return [
+                None if flaw is None else Response(text=flaw.text, finish=response.finish)
+                for flaw, response in zip(flaws, refined, strict=True)
+            ]
+        prompted = [
+            Request(
+                messages=actors.prompts.render("flaw", question=prompt.text, answer=response.text)
+            )
+            for prompt, response in zip(prompts, refined, strict=True)
+        ]
+        return [*self._sample(prompted, actors, "flawed")]
+
+    def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+        """The order is given; what is measured is how far apart the two answers are."""
+        ratings: list[dict[str, float]] = [{} for _ in groups]
+        if self.margin.kind == "confidence":
+            asks = [Request(messages=group.prompt.messages) for group in groups]
+            for name in ("refined", "flawed"):
+                scored = actors.policy.score(asks, [g.responses[name].text for g in groups])
+                for rating, score in zip(ratings, scored, strict=True):
+                    rating[f"confidence_{name}"] = score.mean_logprob
+        for axis in self.margin.rated_axes():
+            key = f"severity_{axis}" if axis else "severity"
+            for rating, value in zip(ratings, self._severity(groups, axis, actors), strict=True):
+                rating[key] = value
+        for group, rating in zip(groups, ratings, strict=True):
+            yield group.model_copy(update={"ratings": rating})
+
+    def _severity(
+        self, groups: Sequence[Candidates], axis: str | None, actors: Actors
+    ) -> list[float]:
+        """Expected rating 1 to 5, over the probabilities of the rating tokens, never sampled text."""
+        asks = [
+            Request(
+                messages=actors.prompts.render(
+                    "severity",
+                    question=group.prompt.text,
+                    answer=group.responses["refined"].text,
+                    flawed=group.responses["flawed"].text,
+                    axis=axis,
+                )
+            )
+            for group in groups
+        ]
+        rows = actors.policy.choose(asks, _RATINGS)
+        return [sum(p * rating for rating, p in enumerate(row, start=1)) for row in rows]
+
+    def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
+        """Refined over flawed, with its margin, where the gates let it pass."""
+        for group in ranked:
+            refined, flawed = group.responses["refined"], group.responses["flawed"]
+            reason = self.gates.reason_against(refined, flawed)
+            if reason is not None:
+                yield Reject(
+                    prompt_id=group.prompt.id,
+                    stage="pair",
+                    reason=reason,
+                    detail=f"refined: {refined.text!r}; flawed: {flawed.text!r}",
+                )
+                continue
+            yield Pair(
+                prompt_id=group.prompt.id,
+                round=round,
+                prompt=group.prompt.messages,
+                chosen=refined.text,
+                rejected=flawed.text,
+                margin=self.margin.of(refined.text, flawed.text, group.ratings),
+                origin={"chosen": "refined" if self.refine else "draft_a", "rejected": "flawed"},
+            )
+
+    def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
+        """-log sigma(beta (r(y_w) - r(y_l)) - M) of B pairs."""
+        r_c, r_r = (logps.ratio(role) for role in self.roles)
+        loss_B = losses.arop(r_c, r_r, logps.margin_B, beta=self.beta)
+        with torch.no_grad():
+            reward_B = self.beta * (r_c - r_r)
+            metrics = {
+                "reward_margin": reward_B,
+                "real_reward": self.beta * r_c,
+                "reward_chosen": self.beta * r_c,
+                "reward_rejected": self.beta * r_r,
+                "accuracy": (reward_B > 0).float(),
+                "over_margin": (reward_B > logps.margin_B).float(),
+                "M": logps.margin_B,
+            }
+        return LossOutput(loss_B, metrics)
+
+    def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
+        """Mean of log(1 + e^M)."""
+        return sum(math.log1p(math.exp(pair.margin)) for pair in pairs) / len(pairs)
+
+    def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
+        """How often refining changes the draft and how much of the refined answer the flaw touches."""
+        if not ranked:
+            return {}
+        texts = [{name: r.text for name, r in group.responses.items()} for group in ranked]
+        same = [fold_whitespace(t["draft_a"]) == fold_whitespace(t["refined"]) for t in texts]
+        shares = [edit_share(t["refined"], t["flawed"]) for t in texts]
+        return {
+            "identical_rate": sum(same) / len(same),
+            "flaw_edit_share": sum(shares) / len(shares),
+        }

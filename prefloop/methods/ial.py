@@ -1,0 +1,215 @@
+"""IAL: Player, Advisor, Player again; a judge ranks; SPACP on target, better and worse answer.
+
+Source: "Introspective Adversarial Learning". Algorithm 1, line by line: the Player answers (7), the Advisor,
+which is the same model, suggests (8), the Player rewrites (9), the reward model ranks (10); the
+loss is SPACP against the policy at the round's start, over this round's pairs and the previous one's (13).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from prefloop.gates import Gates
+from prefloop.methods import Actors, Method, Reference
+from prefloop.rank import NoVerdict
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
+from prefloop.seeds import derive_seed
+from prefloop.text import fold_whitespace
+from prefloop.train import losses
+from prefloop.train.losses import GroupLogps, LossOutput
+
+_OBJECTIVES = {
+    "smoothed": losses.spacp,
+    "linear": losses.spacp_linear,
+    "printed": losses.spacp_printed,
+}
+
+
+class IAL(Method):
+    """Introspective Adversarial Learning: Player, Advisor, Player again; SPACP on target, better, worse."""
+
+    needs_target: ClassVar[bool] = True
+    needs_judge: ClassVar[bool] = True
+    answer: ClassVar[str] = "draft"
+    roles: ClassVar[tuple[str, ...]] = ("target", "chosen", "rejected")
+    defaults: ClassVar = {
+        "loop": {"rounds": 3, "mix_previous": True, "carry_optimizer": False},
+        "train": {
+            "epochs": 2,
+            "lr": 5e-7,
+            "optimizer": "rmsprop",
+            "schedule": "linear",
+            "warmup": 0.1,
+            "batch_size": 32,
+        },
+    }
+
+    reference: Reference = "round_start"
+    """Algorithm 1, line 13: the loss is measured from pi_t, the policy at the round's start."""
+    eta: float = Field(default=0.1, gt=0.0)
+    """Inverse temperature of the implicit reward. Section 4.1 writes it as beta = 0.1."""
+    gamma: float = Field(default=5.0, ge=0.0)
+    """Weight of the penalty that keeps the target likely; 0 gives SPAC. Section 4.1: 5.0."""
+    lam: float = Field(default=1.0, ge=0.0)
+    """Weight of the preference term. Section 4.1: lambda = 1.0."""
+    objective: Literal["smoothed", "linear", "printed"] = "smoothed"
+    """SPACP with both terms inside log-sigmoid (appendix B.6), as eq. 10, or eq. 12 to the letter."""
+    penalty: Literal["relative", "nll"] = "relative"
+    """P = max(0, -r(y_t)), or plain negative log-likelihood (the ablation of appendix C, Q2)."""
+    advisor: bool = True
+    """False: the second answer is a second draft, without advice."""
+    identical: Literal["train", "reject", "copy_draft"] = "train"
+    """What becomes of y' = y: trained on, rejected, or (ablation of appendix B.4) made so everywhere."""
+    gates: Gates = Gates(identical=False, meta_talk=False)
+    """Both answers are what the target is preferred to, so clumsy ones are trained on by default."""
+    advice: Sampling = Sampling(max_new_tokens=128)
+    """How the Advisor writes."""
+
+    def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
+        """Draft, suggestion and rewrite of each prompt."""
+        asks = [Request(messages=prompt.messages) for prompt in prompts]
+        drafts = actors.policy.sample(
+            asks, self.sampling, seed=derive_seed(actors.seed, "draft"), label="player"
+        )
+        found = [{"draft": draft} for draft in drafts]
+        if self.identical == "copy_draft":
+            for responses in found:
+                responses["rewrite"] = responses["draft"]
+        elif self.advisor:
+            self._advise(prompts, found, actors)
+        else:
+            again = actors.policy.sample(
+                asks, self.sampling, seed=derive_seed(actors.seed, "rewrite"), label="player again"
+            )
+            for responses, second in zip(found, again, strict=True):
+                responses["rewrite"] = second
+        for prompt, responses in zip(prompts, found, strict=True):
+            yield Candidates(prompt=prompt, responses=responses)
+
+    def _advise(
+        self, prompts: Sequence[Prompt], found: list[dict[str, Response]], actors: Actors
+    ) -> None:
+        """Add the Advisor's suggestion and the Player's rewrite to each prompt's responses."""
+        render = actors.prompts.render
+        suggestions = actors.policy.sample(
+            [
+                Request(messages=render("advisor", question=p.text, answer=r["draft"].text))
+                for p, r in zip(prompts, found, strict=True)
+            ],
+            self.advice,
+            seed=derive_seed(actors.seed, "advice"),
+            label="advisor",
+        )
+        rewrites = actors.policy.sample(
+            [
+                Request(
+                    messages=render(
+                        "rewrite", question=p.text, answer=r["draft"].text, suggestion=s.text
+                    )
+                )
+                for p, r, s in zip(prompts, found, suggestions, strict=True)
+            ],
+            self.sampling,
+            seed=derive_seed(actors.seed, "rewrite"),
+            label="player again",
+        )
+        for responses, suggestion, rewrite in zip(found, suggestions, rewrites, strict=True):
+            responses["advice"] = suggestion
+            responses["rewrite"] = rewrite
+
+    def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+        """The judge's scores of draft and rewrite (eq. 5)."""
+        assert actors.judge is not None
+        verdicts = actors.judge.score(
+            [group.prompt for group in groups],
+            [(g.responses["draft"].text, g.responses["rewrite"].text) for g in groups],
+        )
+        for group, verdict in zip(groups, verdicts, strict=True):
+            if isinstance(verdict, NoVerdict):
+                yield Reject(
+                    prompt_id=group.prompt.id,
+                    stage="rank",
+                    reason="no verdict",
+                    detail=verdict.reason,
+                )
+            else:
+                yield group.model_copy(
+                    update={"scores": {"draft": verdict[0], "rewrite": verdict[1]}}
+                )
+
+    def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
+        """Triples (y_t, y+, y-): the draft wins if it scores above the rewrite, else the rewrite (eq. 5)."""
+        for group in ranked:
+            draft, rewrite = group.responses["draft"], group.responses["rewrite"]
+            reason = self.gates.reason_against(draft, rewrite)
+            if reason is None and self.identical == "reject" and _identical(group):
+                reason = "identical"
+            if reason is not None:
+                yield Reject(
+                    prompt_id=group.prompt.id,
+                    stage="pair",
+                    reason=reason,
+                    detail=f"draft: {draft.text!r}; rewrite: {rewrite.text!r}",
+                )
+                continue
+            better = "draft" if group.scores["draft"] > group.scores["rewrite"] else "rewrite"
+            worse = "rewrite" if better == "draft" else "draft"
+            yield Pair(
+                prompt_id=group.prompt.id,
+                round=round,
+                prompt=group.prompt.messages,
+                chosen=group.responses[better].text,
+                rejected=group.responses[worse].text,
+                target=group.prompt.target,
+                origin={"chosen": better, "rejected": worse},
+                scores={"chosen": group.scores[better], "rejected": group.scores[worse]},
+            )
+
+    def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
+        """SPACP of B triples."""
+        r_t, r_c, r_r = (logps.ratio(role) for role in self.roles)
+        nll = self.penalty == "nll"
+        loss_B = _OBJECTIVES[self.objective](
+            r_t, r_c, r_r, eta=self.eta, gamma=0.0 if nll else self.gamma, lam=self.lam
+        )
+        if nll:
+            loss_B = loss_B + losses.nll_penalty(
+                logps.policy["target"], logps.lengths["target"], gamma=self.gamma
+            )
+        with torch.no_grad():
+            metrics = {
+                "margin": r_t - (r_c + r_r) / 2,
+                "real_reward": self.eta * r_t,
+                "penalty": losses.penalty(r_t),
+                "reward_chosen": self.eta * r_c,
+                "reward_rejected": self.eta * r_r,
+                "accuracy": (r_t > torch.maximum(r_c, r_r)).float(),
+            }
+        return LossOutput(loss_B, metrics)
+
+    def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
+        """(1 + lambda) log 2 with both terms smoothed, lambda log 2 with the first one linear."""
+        if self.penalty == "nll":
+            return None
+        return (self.lam if self.objective == "linear" else 1 + self.lam) * math.log(2)
+
+    def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
+        """R_i (appendix C, Table 6), identical rate (appendix B.4) and mean scores."""
+        if not ranked:
+            return {}
+        scores = [group.scores for group in ranked]
+        return {
+            "R_i": sum(s["rewrite"] > s["draft"] for s in scores) / len(ranked),
+            "identical_rate": sum(map(_identical, ranked)) / len(ranked),
+            "score_rewrite": sum(s["rewrite"] for s in scores) / len(ranked),
+        }
+
+
+def _identical(group: Candidates) -> bool:
+    texts = {fold_whitespace(group.responses[name].text) for name in ("draft", "rewrite")}
+    return len(texts) == 1

@@ -1,0 +1,189 @@
+"""What a run shows on a console: stage lines, the table of rounds, pairs with their differences.
+
+On a terminal with colour and arrows; into a pipe or file as plain lines, never cut or wrapped. Text that
+a model wrote is shown as text: no markup, no control sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefloop.records import Pair, RoundResult
+from prefloop.report.diff import coloured, marked
+from prefloop.text import Span, spans
+
+# Most telling first. A key that only begins with one of these ("win_rate_low") follows it.
+MEASURES = (
+    "score",
+    "win_rate",
+    "R_i",
+    "identical_rate",
+    "flaw_edit_share",
+    "train_loss",
+    "train_accuracy",
+    "train_margin",
+    "train_reward_margin",
+    "train_real_reward",
+    "kl",
+    "distinct_2",
+    "mean_length",
+    "stop_rate",
+)
+_COLUMNS = 8
+_TINY = 5e-4
+# C0 except tab and newline, DEL, C1: a model's answer must not steer the terminal it is shown on.
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+_CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """The text with control characters replaced by their visible pictures."""
+    return text.translate(_CONTROLS)
+
+
+def measure_names(results: Sequence[RoundResult]) -> list[str]:
+    """Every measure that any round has: the known in their order, then the others by name."""
+
+    def place(name: str) -> tuple[int, str]:
+        known = [i for i, key in enumerate(MEASURES) if name == key or name.startswith(f"{key}_")]
+        return (min(known) if known else len(MEASURES), name)
+
+    return sorted({name for result in results for name in result.measures}, key=place)
+
+
+def round_name(number: int) -> str:
+    """A round as people call it: "start" for the policy before the first."""
+    return "start" if number < 0 else str(number)
+
+
+def format_values(values: Sequence[float | None]) -> list[str]:
+    """One measure's values, all with as many digits; "-" where there is none."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    largest = max(map(abs, finite), default=0.0)
+    if 0 < largest < _TINY:
+        form = ".1e"
+    elif largest > 1 and all(value.is_integer() for value in finite):
+        form = ".0f"
+    else:
+        form = ".1f" if largest >= 100 else ".3f"
+    return ["-" if value is None else format(value, form) for value in values]
+
+
+def visible_rounds(
+    results: Sequence[RoundResult], limit: int = _COLUMNS
+) -> list[RoundResult | None]:
+    """The rounds that fit a table: all, or the first two and the latest with None where rounds are left out."""
+    if len(results) <= limit:
+        return list(results)
+    return [*results[:2], None, *results[3 - limit :]]
+
+
+def round_table(results: Sequence[RoundResult], *, arrows: bool = True) -> Table:
+    """One row a measure, one column a round, then the change from the first column to the last.
+
+    `arrows` shows beside each value whether it rose or fell since the round before; an arrow says which
+    way, not whether that is good.
+    """
+    shown, gap = visible_rounds(results), "…" if arrows else "..."
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("round", no_wrap=True)
+    for result in shown:
+        table.add_column(
+            gap if result is None else round_name(result.round), justify="right", no_wrap=True
+        )
+    table.add_column("change", justify="right", no_wrap=True)
+    for name in measure_names(results):
+        history = [result.measures.get(name) for result in results]
+        texts = {
+            result.round: text for result, text in zip(results, format_values(history), strict=True)
+        }
+        if arrows:
+            for result, (before, after) in zip(results, pairwise([None, *history]), strict=True):
+                texts[result.round] += _arrow(before, after)
+        cells = [gap if result is None else texts[result.round] for result in shown]
+        table.add_row(Text(printable(name)), *cells, _change(history))
+    return table
+
+
+def show_rounds(results: Sequence[RoundResult], console: Console) -> None:
+    """Print the table of rounds."""
+    if console.is_terminal and not console.options.ascii_only:
+        console.print(round_table(results))
+        return
+    table = round_table(results, arrows=False)
+    wide = console.options.update(width=10_000, max_width=10_000)
+    lines = [
+        "".join(piece.text for piece in line).rstrip() for line in console.render_lines(table, wide)
+    ]
+    console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def show_pair(pair: Pair, console: Console) -> None:
+    """Print a pair: the conversation, then both answers with the words that differ marked.
+
+    Red or `[-...-]` is only in the rejected answer, green or `{+...+}` only in the chosen one.
+    """
+    found = [Span(kind, printable(text)) for kind, text in spans(pair.rejected, pair.chosen)]
+    colour = console.color_system is not None
+    details = [f"margin {pair.margin:.3g}"] if pair.margin else []
+    details += [f"{role}: {name}" for role, name in pair.origin.items()]
+    details += [f"{role} scores {score:.3g}" for role, score in pair.scores.items()]
+    blocks: list[tuple[str, str | Text]] = [
+        (turn.role, printable(turn.content)) for turn in pair.prompt
+    ]
+    if pair.target is not None:
+        blocks.append(("target", printable(pair.target)))
+    blocks.append(("chosen", coloured(found, "old") if colour else marked(found, "old")))
+    blocks.append(("rejected", coloured(found, "new") if colour else marked(found, "new")))
+    _print(console, Text(printable("  ".join([f"pair {pair.id}", *details])), style="bold"))
+    for name, body in blocks:
+        _print(console, Text(name, style="dim"))
+        _print(console, body)
+    _print(console, "")
+
+
+def stage_line(round: int, stage: str, counts: Mapping[str, int], seconds: float) -> str:
+    """One finished stage in one line; `counts` by plural noun: "round 0  pairs  31 pairs, 1 reject  4.0 s"."""
+    things = ", ".join(
+        f"{n:,} {noun.removesuffix('s') if n == 1 else noun}" for noun, n in counts.items()
+    )
+    place = "start  " if round < 0 else f"round {round}"
+    return "  ".join(part for part in (place, f"{stage:<10}", things, duration(seconds)) if part)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: "4.0 s", "41 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _arrow(before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        return ""
+    return "→" if before == after else "↑" if after > before else "↓"
+
+
+def _change(history: Sequence[float | None]) -> str:
+    first, last = history[0], history[-1]
+    if len(history) < 2 or first is None or last is None:
+        return ""
+    text = format_values([*history, last - first])[-1]
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _print(console: Console, body: str | Text) -> None:
+    # As a Text a string is taken as it is; rich reads emoji codes and markup in anything else.
+    body = Text(body) if isinstance(body, str) else body
+    console.print(body, soft_wrap=not console.is_terminal)

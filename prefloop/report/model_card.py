@@ -1,0 +1,216 @@
+"""README.md of a trained policy: a Hugging Face model card that says only what the run knows.
+
+Nothing is guessed: a base model, data set or licence that is not known as a Hub id or name is left out
+of the header. Absolute paths become bare names, so that a published card tells nothing of a machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from prefloop.records import RoundResult
+from prefloop.report.console import format_values, measure_names, round_name, visible_rounds
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DATA_FILES = {".jsonl", ".json", ".csv", ".parquet"}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of."""
+
+    recipe: Mapping[str, Any]
+    """The resolved recipe, as a plain dict."""
+    results: Sequence[RoundResult]
+    """Every evaluated round in order, round -1 (before training) included where there is one."""
+    environment: Mapping[str, Any]
+    """Versions and machine, as far as they may be published; nested mappings are flattened."""
+    pairs: int
+    """Training pairs over all rounds."""
+    rejects: Mapping[str, int] = field(default_factory=dict)
+    """Prompts that gave no pair, by reason."""
+    base_model: str | None = None
+    """Hub id of the base model where the recipe's `model.source` is not one itself."""
+    license: str | None = None
+    """Licence identifier as the Hub spells it; left out of the card where unknown."""
+
+
+def write_model_card(folder: Path, facts: CardFacts) -> Path:
+    """Write the card as `folder`/README.md, replacing the one that a library may have put there."""
+    path = folder / "README.md"
+    path.write_text(model_card(facts), encoding="utf-8")
+    return path
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card's text: YAML header, then what was trained, on what, measured how, and with what."""
+    header = yaml.safe_dump(_header(facts), sort_keys=False, allow_unicode=True)
+    sections = [_summary(facts), _data(facts), _measures(facts), _use(facts), _origin(facts)]
+    return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model or data set name can be one on the Hub, and is not a file or folder here."""
+    local = Path(name).exists() or Path(name).suffix in _DATA_FILES
+    return _HUB_ID.fullmatch(name) is not None and not local
+
+
+def _header(facts: CardFacts) -> dict[str, Any]:
+    base = facts.base_model or _source(facts)
+    adapter = _library(facts) == "peft"
+    train = _data_name(facts, "train")
+    header: dict[str, Any] = {}
+    if is_hub_id(base):
+        header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
+    header |= {"library_name": _library(facts), "pipeline_tag": "text-generation"}
+    header["tags"] = ["prefloop", "preference-optimization", "self-alignment", _method(facts)]
+    if adapter:
+        header["tags"].append("lora")
+    if train and is_hub_id(train):
+        header["datasets"] = [train]
+    if facts.license:
+        header["license"] = facts.license
+    return header
+
+
+def _summary(facts: CardFacts) -> str:
+    base = _code(facts.base_model or _shown(_source(facts)))
+    what = "A LoRA adapter for" if _library(facts) == "peft" else "A full fine-tune of"
+    rounds = sum(result.round >= 0 for result in facts.results)
+    return (
+        f"# {_shown(str(facts.recipe.get('name', 'policy')))}\n\n"
+        f"{what} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
+        "policy generates answers to prompts, they are made into preference pairs, and the policy is "
+        f"trained on them. {rounds} {'round was' if rounds == 1 else 'rounds were'} measured."
+    )
+
+
+def _data(facts: CardFacts) -> str:
+    judge = _section(facts, "judge").get("name")
+    train = _data_name(facts, "train")
+    source = _code(_shown(train)) if train else "not recorded"
+    lines = [
+        "## Training data",
+        "",
+        f"- Prompts (and target answers, where the data have them): {source}.",
+        f"- {facts.pairs:,} preference pairs made by the loop, which has no step where a person checks them.",
+        f"- Judge: {_code(str(judge))}, a program; its mistakes and biases are in the pairs."
+        if judge
+        else "- No judge: the method itself decides which answer of a pair is preferred.",
+    ]
+    if facts.rejects:
+        reasons = "; ".join(f"{_cell(why)}: {n:,}" for why, n in sorted(facts.rejects.items()))
+        lines.append(f"- {sum(facts.rejects.values()):,} prompts gave no pair ({reasons}).")
+    return "\n".join(lines)
+
+
+def _measures(facts: CardFacts) -> str:
+    if not any(result.measures for result in facts.results):
+        return "## Measures\n\nThis policy was not evaluated."
+    shown = visible_rounds(facts.results)
+    names = ["…" if result is None else round_name(result.round) for result in shown]
+    lines = ["## Measures", "", _row(["round", *names]), _row(["---", *["---:"] * len(names)])]
+    for name in measure_names(facts.results):
+        values = format_values([result.measures.get(name) for result in facts.results])
+        by_round = dict(zip((result.round for result in facts.results), values, strict=True))
+        lines.append(_row([_cell(name), *("…" if r is None else by_round[r.round] for r in shown)]))
+    size = _section(facts, "evaluate").get("prompts")
+    on = f"at most {size} held-out prompts" if size else "held-out prompts"
+    held_out = _data_name(facts, "eval")
+    on += f" of {_code(_shown(held_out))}" if held_out else ""
+    lines += [
+        "",
+        f"Measured automatically by the training program itself on {on} with seed "
+        f"{facts.recipe.get('seed', 'unknown')}, from one run: differences between rounds may be chance. "
+        "`start` is the policy before training. Truthfulness, safety and bias were not assessed beyond "
+        "what the table names.",
+    ]
+    return "\n".join(lines)
+
+
+def _use(facts: CardFacts) -> str:
+    kind = "AutoPeftModelForCausalLM" if _library(facts) == "peft" else "AutoModelForCausalLM"
+    return (
+        "## Use\n\n```python\n"
+        f"from {_library(facts)} import {kind}\n"
+        "from transformers import AutoTokenizer\n\n"
+        'path = "."  # this folder, or its name on the Hub\n'
+        f"model = {kind}.from_pretrained(path)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
+    )
+
+
+def _origin(facts: CardFacts) -> str:
+    recipe = yaml.safe_dump(_published(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
+    # A fence longer than any run of backquotes inside cannot be closed from inside.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
+    lines = ["## How it was made", "", f"{fence}yaml\n{recipe}{fence}"]
+    versions = list(_flat(_published(dict(facts.environment))))
+    if versions:
+        lines += ["", _row(["environment", ""]), _row(["---", "---"])]
+        lines += [_row([_cell(name), _cell(value)]) for name, value in versions]
+    return "\n".join(lines)
+
+
+def _section(facts: CardFacts, name: str) -> Mapping[str, Any]:
+    return facts.recipe.get(name) or {}
+
+
+def _source(facts: CardFacts) -> str:
+    return str(_section(facts, "model").get("source", "an unnamed model"))
+
+
+def _library(facts: CardFacts) -> str:
+    return "peft" if _section(facts, "model").get("tuning") == "lora" else "transformers"
+
+
+def _method(facts: CardFacts) -> str:
+    return str(_section(facts, "method").get("name", "unknown"))
+
+
+def _data_name(facts: CardFacts, which: str) -> str | None:
+    name = _section(facts, "data").get(which)
+    return str(name) if name else None
+
+
+def _shown(name: str) -> str:
+    """The last part of an absolute path; anything else as it stands."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(name)
+        if path.is_absolute() or name.startswith("~"):
+            return path.name
+    return name
+
+
+def _published(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _published(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_published(item) for item in value]
+    return _shown(value) if isinstance(value, str) else value
+
+
+def _flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", str(item)
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

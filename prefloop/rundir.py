@@ -1,0 +1,285 @@
+"""The run's folder: where each artifact lies, which stages are done, and how a killed one goes on.
+
+A stage that writes records goes through a Journal: whole chunks only, and after each chunk the sizes
+of its files are noted. A killed stage is cut back to the last note and continues there. Its manifest,
+`STAGE.done.json`, is written last, by an atomic rename: where it lies, the stage is not run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from prefloop.errors import RunFolderError
+from prefloop.records import Pair, Record, Reject, RoundResult, read_json, read_jsonl
+
+R = TypeVar("R", bound=Record)
+REJECTS = "rejects.jsonl"
+_VERSIONS = ("prefloop", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, sees the old or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class Journal:
+    """Append-only record files of one stage, advanced in whole chunks."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        """Open the stage's files, cut back to the last whole chunk if the stage was killed."""
+        self._folder = folder
+        self._note = folder / f"{stage}.progress.json"
+        self._main = folder / f"{stage}.jsonl"
+        self._files = (self._main, folder / REJECTS)
+        if self._note.exists():
+            note = read_json(self._note)
+        else:
+            # The stage's own file starts empty; rejects of earlier stages stay.
+            note = {"chunks": 0, self._main.name: 0, REJECTS: _size(folder / REJECTS)}
+            write_atomically(self._note, json.dumps(note))
+        self.chunks = int(str(note["chunks"]))
+        for path in self._files:
+            wanted, have = int(str(note[path.name])), _size(path)
+            if have < wanted:
+                raise RunFolderError(
+                    f"{path} is shorter than when it was written; delete {folder} to redo the round"
+                )
+            path.touch()
+            os.truncate(path, wanted)
+
+    def append(self, records: Iterable[Record]) -> None:
+        """Write one chunk: rejects to the rejects, all else to the stage's file; then note it."""
+        main, rejects = (path.open("a", encoding="utf-8") for path in self._files)
+        with main, rejects:
+            for record in records:
+                file = rejects if isinstance(record, Reject) else main
+                file.write(record.model_dump_json() + "\n")
+            for file in (main, rejects):
+                file.flush()
+                os.fsync(file.fileno())
+        self.chunks += 1
+        sizes = {path.name: _size(path) for path in self._files}
+        write_atomically(self._note, json.dumps({"chunks": self.chunks, **sizes}))
+
+
+class RoundDir:
+    """One round's folder."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.path = path
+        self.number = number
+
+    @property
+    def policy(self) -> Path:
+        """The policy at the round's end: a LoRA adapter or a whole model."""
+        return self.path / "policy"
+
+    @property
+    def train(self) -> Path:
+        """Training checkpoints and the metrics of each optimiser step."""
+        return self.path / "train"
+
+    def manifest(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage left behind; None while it is not finished."""
+        path = self.path / f"{stage}.done.json"
+        return read_json(path) if path.exists() else None
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Mark a stage as done; `facts` are counts, failures, hashes and seconds."""
+        facts = {"stage": stage, **facts, "versions": installed_versions()}
+        write_atomically(self.path / f"{stage}.done.json", json.dumps(facts, indent=1) + "\n")
+        (self.path / f"{stage}.progress.json").unlink(missing_ok=True)
+
+    def records(self, stage: str, kind: type[R]) -> list[R]:
+        """All records that a stage wrote."""
+        return list(read_jsonl(self.path / f"{stage}.jsonl", kind))
+
+    def rejects(self) -> list[Reject]:
+        """The round's rejects so far."""
+        path = self.path / REJECTS
+        return list(read_jsonl(path, Reject)) if path.exists() else []
+
+    def digest(self, stage: str) -> str:
+        """Hash of a stage's records: what the next stage's manifest names as its input."""
+        return sha256((self.path / f"{stage}.jsonl").read_bytes()).hexdigest()[:16]
+
+
+class RunDir:
+    """A run's folder, locked by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def round(self, number: int) -> RoundDir:
+        """A round's folder, made if missing; -1 is `start`, where the initial policy is measured."""
+        path = self.path / "rounds" / ("start" if number < 0 else f"{number:04d}")
+        path.mkdir(parents=True, exist_ok=True)
+        return RoundDir(path, number)
+
+    def rounds(self) -> list[RoundDir]:
+        """The rounds that exist, in order, without `start`."""
+        folders = sorted((self.path / "rounds").glob("[0-9]*"))
+        return [RoundDir(folder, int(folder.name)) for folder in folders]
+
+    def pairs(self, rounds: Iterable[int] | None = None) -> list[tuple[RoundDir, list[Pair]]]:
+        """Pairs of the rounds that have made theirs; `rounds` picks some. Raises RunFolderError."""
+        made = [here for here in self.rounds() if here.manifest("pairs")]
+        missing = sorted(set(rounds or ()) - {here.number for here in made})
+        if missing:
+            raise RunFolderError(
+                f"{self.path} has no pairs of round {missing[0]}; it has {len(made)} rounds with pairs"
+            )
+        return [
+            (here, here.records("pairs", Pair))
+            for here in made
+            if rounds is None or here.number in rounds
+        ]
+
+    def results(self) -> list[RoundResult]:
+        """Measures of the start and of every measured round, in order."""
+        start = self.path / "rounds" / "start"
+        everywhere = [RoundDir(start, -1), *self.rounds()]
+        return [
+            result
+            for here in everywhere
+            if here.manifest("result")
+            for result in here.records("result", RoundResult)
+        ]
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Append to the diary of the run."""
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **facts}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def open_run(path: Path, recipe: str) -> Iterator[RunDir]:
+    """Create or continue the run in `path` with this resolved recipe (YAML); holds the lock.
+
+    Raises RunFolderError if the folder belongs to another recipe, is in use, or cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("w")
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write to {path}: {error.strerror}; choose another --out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"{path} is in use by another process; wait for it or choose another --out"
+            ) from error
+        _claim(path, recipe)
+        yield RunDir(path)
+
+
+def read_run(path: Path) -> RunDir:
+    """A run to look at, finished or not; takes no lock. Raises RunFolderError if `path` is no run."""
+    if not (path / "recipe.yaml").is_file():
+        raise RunFolderError(f"{path} is no run (it has no recipe.yaml); name a folder below runs/")
+    return RunDir(path)
+
+
+def _claim(path: Path, recipe: str) -> None:
+    """Leave recipe and environment in a new folder; refuse a folder that another recipe made."""
+    stored = path / "recipe.yaml"
+    if not stored.exists():
+        strangers = [child.name for child in path.iterdir() if child.name != ".lock"]
+        if strangers:
+            raise RunFolderError(
+                f"{path} holds {strangers[0]!r} but no recipe.yaml, so it is no run; choose another --out"
+            )
+        write_atomically(path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_atomically(stored, recipe)
+        return
+    changed = differences(
+        yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(recipe)
+    )
+    if changed:
+        raise RunFolderError(
+            f"{path} was started with another recipe ({'; '.join(changed[:5])}); "
+            "run with the old values, or choose another --out"
+        )
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Where two resolved recipes differ: "train.lr was 1e-06, now 1e-05"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{place} was {old}, now {new}"]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, as they were when the run began."""
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor_count": os.cpu_count(),
+        "versions": installed_versions(),
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide what a run computes."""
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def replace_folder(temporary: Path, final: Path) -> None:
+    """Put a finished folder in its place; what lay there before is gone only afterwards."""
+    old = final.with_name(final.name + ".old")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time, to a tenth of a second."""
+        return round(time.perf_counter() - self._start, 1)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

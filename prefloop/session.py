@@ -1,0 +1,298 @@
+"""What the stages of a run share: data, policy, engine, judge and trainer, each made when first needed.
+
+The policy in memory stands at the end of some round. Asking for another place loads it from that
+round's folder, so a resumed run and an unbroken one go through the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prefloop.data import LoadedData, load_data, round_subset
+from prefloop.errors import DataError
+from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.templates import PromptSet
+from prefloop.methods import Actors
+from prefloop.rank import NoVerdict, OpenJudge, Verdict
+from prefloop.rank.similarity import Similarity
+from prefloop.recipe import Recipe, TrainOptions
+from prefloop.records import Pair, Prompt, RoundResult, read_json
+from prefloop.report.model_card import CardFacts, write_model_card
+from prefloop.rundir import RoundDir, RunDir, replace_folder
+from prefloop.seeds import derive_seed
+from prefloop.train import checkpoint, losses
+from prefloop.train.batches import encode_pairs
+from prefloop.train.losses import GroupLogps, LossOutput
+from prefloop.train.models import Policy
+from prefloop.train.sources import EMBEDDED, ModelOptions
+from prefloop.train.trainer import Job, Trainer
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+class Session:
+    """The run's state in memory."""
+
+    def __init__(self, recipe: Recipe, rundir: RunDir) -> None:
+        self.recipe = recipe
+        self.rundir = rundir
+        self._policy: Policy | None = None
+        self._engine: HFEngine | None = None
+        self._trainer: Trainer | None = None
+        self._place: Path | None = None
+        """Folder of the policy that memory holds; None for the initial one."""
+
+    # Data.
+
+    @cached_property
+    def data(self) -> LoadedData:
+        """Prompts for training and evaluation, over-long ones dropped."""
+        chat = self.engine_at(self._place).chat
+        data = load_data(
+            self.recipe.data,
+            needs_target=self.recipe.method.needs_target or self.recipe.sft is not None,
+            seed=self.recipe.seed,
+            count_tokens=chat.count,
+        )
+        self.rundir.event(
+            "data", train=len(data.train), eval=len(data.eval), dropped=dict(data.dropped)
+        )
+        return data
+
+    def prompts(self, round: int) -> list[Prompt]:
+        """The round's subset of the training prompts."""
+        size = self.recipe.loop.prompts_per_round
+        return round_subset(self.data.train, round=round, size=size, seed=self.recipe.seed)
+
+    def held_out(self) -> list[Prompt]:
+        """The evaluation prompts: the first ones of the evaluation data."""
+        if not self.data.eval:
+            raise DataError(
+                "there are no evaluation prompts; name a file in data.eval, or hold some out with data.holdout"
+            )
+        return self.data.eval[: self.recipe.evaluate.prompts]
+
+    # The policy, at different places of the run.
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
+        start = self.rundir.round(-1)
+        if self.recipe.sft is not None and start.manifest("sft"):
+            return self.recipe.model.model_copy(update={"source": str(start.policy.resolve())})
+        return self.recipe.model
+
+    def policy_at(self, place: Path | None) -> Policy:
+        """The policy saved in `place` (None: the initial one), from memory if it stands there."""
+        if self._policy is None or self._place != place:
+            # One copy at a time: the old one goes before the new one comes.
+            self._policy = self._engine = self._trainer = None
+            self._policy = Policy.load(self.model_options, place, seed=self.recipe.seed)
+            self._place = place
+        return self._policy
+
+    def policy_after(self, here: RoundDir) -> Policy:
+        """The policy at the end of a round; of `start`, the initial one."""
+        return self.policy_at(None if here.number < 0 else here.policy)
+
+    def policy_before(self, here: RoundDir) -> Policy:
+        """The policy at the start of a round."""
+        return self.policy_after(self.rundir.round(here.number - 1))
+
+    def engine_at(self, place: Path | None) -> HFEngine:
+        """The engine over `policy_at(place)`."""
+        policy = self.policy_at(place)
+        if self._engine is None:
+            size = self.recipe.generate.batch_size
+            self._engine = HFEngine(policy.model, policy.tokenizer, batch_size=size)
+        return self._engine
+
+    def engine_after(self, here: RoundDir) -> HFEngine:
+        """The engine over the policy at the end of a round."""
+        self.policy_after(here)
+        return self.engine_at(self._place)
+
+    def initial_policy(self) -> AbstractContextManager[None]:
+        """Inside, the policy in memory is the initial one."""
+        if self._place is None or self._policy is None:
+            return nullcontext()
+        return self._policy.at_start()
+
+    # Who plays.
+
+    @cached_property
+    def prompt_set(self) -> PromptSet:
+        """The prompts that the recipe names."""
+        return PromptSet(self.recipe.method.prompt_set)
+
+    @contextmanager
+    def generator(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
+        """Actors for a round's generation, by chunk seed: the current policy, or the frozen initial one."""
+        self.policy_before(here)
+        frozen = self.recipe.method.generator == "frozen"
+        with self.initial_policy() if frozen else nullcontext():
+            yield lambda seed: self._actors(here, seed)
+
+    def actors_after(self, here: RoundDir, seed: int) -> Actors:
+        """Actors with the policy at the end of a round, for measuring it."""
+        self.policy_after(here)
+        return self._actors(here, seed)
+
+    def _actors(self, here: RoundDir, seed: int) -> Actors:
+        engine = self.engine_at(self._place)
+        return Actors(engine, self._judge(engine), self.prompt_set, here.number, seed)
+
+    def _judge(self, engine: HFEngine) -> OpenJudge | None:
+        judge = self.recipe.judge
+        if judge is None:
+            return None
+        # A judge that asks the policy must see the one in memory; any other is opened once.
+        return judge.open(engine, self.prompt_set) if judge.needs_policy else self._opened_judge
+
+    @cached_property
+    def _opened_judge(self) -> OpenJudge:
+        assert self.recipe.judge is not None
+        return self.recipe.judge.open(None, self.prompt_set)
+
+    def score_answers(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
+        """The judge's scores of single answers; without a judge, similarity to the targets there are."""
+        judge = self._judge(self.engine_at(self._place))
+        if judge is None:
+            if not all(prompt.target for prompt in prompts):
+                return [NoVerdict("no judge, no target")] * len(prompts)
+            judge = Similarity().open(None, self.prompt_set)
+        return judge.score(prompts, [(text,) for text in texts])
+
+    # Training.
+
+    def trainer(self, options: TrainOptions) -> Trainer:
+        """The trainer of the policy in memory."""
+        if self._trainer is None or self._trainer.options != options:
+            assert self._policy is not None
+            track = {"log_with": list(self.recipe.track), "project_dir": str(self.rundir.path)}
+            self._trainer = Trainer(self._policy, options, track if self.recipe.track else {})
+        return self._trainer
+
+    def train(self, here: RoundDir, pairs: Sequence[Pair]) -> dict[str, Any]:
+        """Train the round's policy on pairs and save it."""
+        policy, method, loop = self.policy_before(here), self.recipe.method, self.recipe.loop
+        trainer = self.trainer(self.recipe.train)
+        if not loop.carry_optimizer:
+            trainer.renew_optimizer()
+        elif here.number > 0:
+            state = self.rundir.round(here.number - 1).train / OPTIMIZER
+            checkpoint.load_optimizer(state, trainer.optimizer)
+        equal_to_reference = method.reference == "round_start" or here.number == 0
+        facts = trainer.run(
+            Job(
+                examples=encode_pairs(self._chat, pairs, method.roles, self._window(policy)),
+                roles=method.roles,
+                loss=method.loss,
+                folder=here.train,
+                seed=derive_seed(self.recipe.seed, here.number, "train"),
+                reference=method.reference,
+                span=(here.number / loop.rounds, (here.number + 1) / loop.rounds)
+                if loop.carry_optimizer
+                else (0.0, 1.0),
+                loss_at_start=(lambda chosen: method.loss_at_start([pairs[i] for i in chosen]))
+                if equal_to_reference
+                else (lambda chosen: None),
+            )
+        )
+        if loop.carry_optimizer:
+            checkpoint.save_optimizer(here.train / OPTIMIZER, trainer.optimizer)
+        policy.save(here.policy)
+        self._place = here.policy
+        return facts
+
+    def supervise(self, here: RoundDir) -> dict[str, Any]:
+        """Supervised fine-tuning on all training prompts; the result becomes the initial policy."""
+        options = self.recipe.sft_train
+        assert options is not None
+        policy = self.policy_at(None)
+        pairs = [
+            Pair(prompt_id=p.id, round=-1, prompt=p.messages, chosen=p.target, rejected="")
+            for p in self.data.train
+            if p.target
+        ]
+        facts = self.trainer(options).run(
+            Job(
+                examples=encode_pairs(self._chat, pairs, ("chosen",), self._window(policy)),
+                roles=("chosen",),
+                loss=_sft_loss,
+                folder=here.train,
+                seed=derive_seed(self.recipe.seed, "sft"),
+            )
+        )
+        merged = policy.merge()
+        temporary = here.path / ".policy"
+        shutil.rmtree(temporary, ignore_errors=True)
+        merged.save_pretrained(temporary)
+        policy.tokenizer.save_pretrained(temporary)
+        replace_folder(temporary, here.policy)
+        # The next question for a policy loads the merged one.
+        self._policy = self._engine = self._trainer = None
+        return facts
+
+    def tidy(self, here: RoundDir) -> None:
+        """Remove what a finished training stage no longer needs."""
+        checkpoint.drop_checkpoints(here.train)
+
+    def training_measures(self, here: RoundDir) -> dict[str, float | None]:
+        """Means over the round's last epoch of what the loss reports (Margin, Real Reward ...)."""
+        path = here.train / "metrics.jsonl"
+        if here.number < 0 or not path.exists():
+            return {}
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        last = rows[-max(1, len(rows) // self.recipe.train.epochs) :]
+        skip = {"step", "lr", "tokens"}
+        return {
+            f"train_{key}": fmean(row[key] for row in last) for key in last[0] if key not in skip
+        }
+
+    @property
+    def _chat(self) -> Any:
+        return self.engine_at(self._place).chat
+
+    @staticmethod
+    def _window(policy: Policy) -> int | None:
+        return getattr(policy.model.config, "max_position_embeddings", None)
+
+    # The end.
+
+    def publish(self, here: RoundDir, results: Sequence[RoundResult]) -> Path:
+        """Copy a round's policy, with a card made from the run, to RUN/policy."""
+        final = self.rundir.path / "policy"
+        temporary = self.rundir.path / ".policy"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(here.policy, temporary)
+        embedded = EMBEDDED.get(self.recipe.model.source.removeprefix("embedded:"))
+        rounds = self.rundir.rounds()
+        rejects: dict[str, int] = {}
+        for reject in (reject for folder in rounds for reject in folder.rejects()):
+            rejects[reject.reason] = rejects.get(reject.reason, 0) + 1
+        write_model_card(
+            temporary,
+            CardFacts(
+                recipe=self.recipe.model_dump(mode="json"),
+                results=results,
+                environment=read_json(self.rundir.path / "environment.json"),
+                pairs=sum(len(folder.records("pairs", Pair)) for folder in rounds),
+                rejects=rejects,
+                base_model=embedded.hub_id if embedded else None,
+                license=embedded.license if embedded else None,
+            ),
+        )
+        replace_folder(temporary, final)
+        return final
+
+
+def _sft_loss(logps: GroupLogps, progress: float) -> LossOutput:
+    return LossOutput(losses.sft(logps.policy["chosen"], logps.lengths["chosen"]), {})

@@ -1,0 +1,259 @@
+"""Log-probs of completions under a causal LM: padded, or packed as prefix trees; the numbers are the same.
+
+Both ways are exact: each token gets the log-prob that one plain forward pass over its own sequence would
+give it. Logits exist only where a token is scored, some positions at a time, and are computed again in the
+backward pass. Whatever the model's dtype, logits are normalised in float32.
+
+Mixed precision is the caller's: these functions call parts of the model, so call them inside autocast.
+
+Shapes: B sequences, T tokens of a sequence or row, N scored tokens, C of them at a time, L tokens of one
+completion, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from prefloop.errors import ModelError
+from prefloop.train.packing import Row, TokenGroup, pack
+
+GroupLogprobs = list[list[Tensor]]
+"""By group, by completion: (L,) float32 token log-probs in nats."""
+
+KNOWN = frozenset(
+    {
+        "cohere", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neox",
+        "granite", "helium", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi", "phi3", "qwen2",
+        "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
+    }
+)  # fmt: skip
+"""Model types whose treatment of our masks, and whose head, the tests compare with plain forward passes."""
+
+HEAD_SCALES = {
+    "final_logit_softcapping": None,  # Gemma 2, 3
+    "logit_scale": 1.0,  # Cohere
+    "logits_scaling": 1.0,  # Granite
+}
+"""What known models do to the head's output, and the setting that does nothing; absent does nothing too."""
+
+LOGITS_AT_ONCE = 2**24
+"""Floats (64 MiB) of logits that may exist at a time; it sets C."""
+
+
+def group_logprobs(
+    model: nn.Module, groups: Sequence[TokenGroup], *, packing: bool, token_budget: int
+) -> GroupLogprobs:
+    """Differentiable log-probs of every completion of every group.
+
+    `packing` is a wish: a model that cannot be packed exactly (`supports_packing` says why) is padded.
+    `token_budget` bounds a packed row, in tokens; each row is one forward pass.
+    """
+    longest = max((group.longest for group in groups), default=0)
+    if packing and supports_packing(model, longest=longest) is None:
+        return packed_logprobs(model, pack(groups, token_budget))
+    return padded_logprobs(model, groups)
+
+
+def padded_logprobs(model: nn.Module, groups: Sequence[TokenGroup]) -> GroupLogprobs:
+    """Log-probs with each completion a sequence of its own, all in one right-padded batch."""
+    sequences = [(g.prompt, completion) for g in groups for completion in g.completions]
+    if not groups:
+        return []
+    assert all(g.prompt and g.completions for g in groups), (
+        "a group needs a prompt and a completion"
+    )
+    longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    ids_BT = torch.zeros(len(sequences), longest, dtype=torch.long)
+    real_BT = torch.zeros_like(ids_BT)
+    predicts_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for b, (prompt, completion) in enumerate(sequences):
+        end = len(prompt) + len(completion)
+        ids_BT[b, :end] = torch.tensor(prompt + completion)
+        real_BT[b, :end] = 1
+        predicts_BT[b, len(prompt) - 1 : end - 1] = True
+    batch_N, time_N = predicts_BT.nonzero(as_tuple=True)
+    logps_N = _target_logps(
+        model,
+        {"input_ids": ids_BT, "attention_mask": real_BT},
+        (batch_N, time_N),
+        ids_BT[batch_N, time_N + 1],
+    )
+    by_sequence = iter(torch.split(logps_N, [len(completion) for _, completion in sequences]))
+    return [[next(by_sequence) for _ in group.completions] for group in groups]
+
+
+def packed_logprobs(model: nn.Module, rows: Sequence[Row]) -> GroupLogprobs:
+    """Log-probs of the groups that `pack` laid out, in the order in which it got them.
+
+    Raises ModelError where the model has no known way to attend along a tree. Call `supports_packing`
+    first, with the longest sequence: what it finds wrong with windows is not looked for here.
+    """
+    if (reason := _cannot_pack(model)) is not None:
+        raise ModelError(f"the model cannot be packed: {reason}; set packing to false")
+    found: dict[int, dict[int, Tensor]] = {}
+    for row in rows:
+        logps_N = _target_logps(
+            model,
+            {
+                "input_ids": row.input_ids[None],
+                "position_ids": row.position_ids[None],
+                "attention_mask": _mask_for(model, row.mask()),
+            },
+            (torch.zeros_like(row.predictors), row.predictors),
+            row.targets,
+        )
+        for slot in row.slots:
+            logps_L = logps_N[slot.scored.to(logps_N.device)]
+            found.setdefault(slot.group, {})[slot.completion] = logps_L
+    return [[found[g][c] for c in sorted(found[g])] for g in sorted(found)]
+
+
+def supports_packing(model: nn.Module, *, longest: int | None = None) -> str | None:
+    """Why the model's log-probs cannot be packed exactly, as half a sentence; None when they can.
+
+    `longest` is the longest sequence to come, in tokens, prompt included: a sliding window that is no
+    shorter never slides. Without it, any window is a reason.
+    """
+    if (reason := _cannot_pack(model)) is not None:
+        return reason
+    config = _config(model)
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    if slides and window is not None and (longest is None or longest > window):
+        return f"its attention slides over {window} tokens and sequences may be longer"
+    return None
+
+
+def _cannot_pack(model: nn.Module) -> str | None:
+    config = _config(model)
+    if config.model_type not in KNOWN:
+        return f"models of type {config.model_type!r} have not been checked"
+    if isinstance(_unwrapped(model), FSDPModule) or (
+        _is_wrapped(model) and not isinstance(model, DistributedDataParallel)
+    ):
+        return "its weights are sharded, and processes could differ in their number of rows"
+    attention = config._attn_implementation
+    if attention not in _MASKS:
+        return f"its attention {attention!r} takes no mask per token; load it with 'sdpa'"
+    if odd := set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }:
+        return f"it has layers of type {', '.join(sorted(odd))}"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention is not causal"
+    return None
+
+
+def _bool_mask(mask_TT: Tensor, dtype: torch.dtype) -> Tensor:
+    return mask_TT
+
+
+def _additive_mask(mask_TT: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask_TT.shape, dtype=dtype).masked_fill(~mask_TT, torch.finfo(dtype).min)
+
+
+# SDPA is as fast with either kind of mask, and the bool one is right under autocast too.
+_MASKS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "sdpa": _bool_mask,
+    "eager": _additive_mask,
+}
+
+
+def _mask_for(model: nn.Module, mask_TT: Tensor) -> Tensor:
+    """The row's mask as transformers passes it on unchanged: (1, 1, T, T)."""
+    convert = _MASKS[_config(model)._attn_implementation]
+    return convert(mask_TT, next(model.parameters()).dtype)[None, None]
+
+
+def _target_logps(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    predictors: tuple[Tensor, Tensor],
+    targets_N: Tensor,
+) -> Tensor:
+    """(N,) log-prob of each target from the hidden state at its predictor, a (batch, time) index pair."""
+    device = next(model.parameters()).device
+    on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
+    on_device["use_cache"] = False
+    if len(targets_N) == 0:
+        return torch.zeros(0, device=device)
+    if _has_plain_head(model):
+        base = _unwrapped(model)
+        hidden_BTH = base.get_decoder()(**on_device).last_hidden_state
+        index = tuple(axis.to(hidden_BTH.device) for axis in predictors)
+        return _in_chunks(base.get_output_embeddings(), hidden_BTH[index], targets_N)
+    logits_NV = _whole_logits(model, on_device, predictors)
+    return _in_chunks(nn.Identity(), logits_NV, targets_N)
+
+
+def _whole_logits(
+    model: nn.Module, inputs: dict[str, Any], predictors: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(N, V) logits by the model's own forward, which knows its head and its wrapper's hooks."""
+    batch_N, time_N = predictors
+    kept = torch.unique(time_N)
+    if "logits_to_keep" in inspect.signature(type(_unwrapped(model)).forward).parameters:
+        inputs = inputs | {"logits_to_keep": kept.to(inputs["input_ids"].device)}
+        time_N = torch.searchsorted(kept, time_N)
+    logits: Tensor = model(**inputs).logits
+    return logits[batch_N.to(logits.device), time_N.to(logits.device)]
+
+
+def _in_chunks(head: nn.Module, states_NX: Tensor, targets_N: Tensor) -> Tensor:
+    vocabulary = getattr(head, "out_features", states_NX.shape[-1])
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    chunks = zip(torch.split(states_NX, size), torch.split(targets_N, size), strict=True)
+    return torch.cat([_recomputed(head, states_CX, targets_C) for states_CX, targets_C in chunks])
+
+
+def _recomputed(head: nn.Module, states_CX: Tensor, targets_C: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _chunk_logps(head, states_CX, targets_C)
+    return cast(Tensor, checkpoint(_chunk_logps, head, states_CX, targets_C, use_reentrant=False))
+
+
+def _chunk_logps(head: nn.Module, states_CX: Tensor, targets_C: Tensor) -> Tensor:
+    logits_CV = head(states_CX).float()
+    return -cross_entropy(logits_CV, targets_C.to(logits_CV.device), reduction="none")
+
+
+def _has_plain_head(model: nn.Module) -> bool:
+    """Whether logits are known to be the head of the decoder's states, and both may be called apart."""
+    config = _config(model)
+    return (
+        config.model_type in KNOWN
+        and not _is_wrapped(model)
+        and not isinstance(_unwrapped(model), FSDPModule)
+        and all(getattr(config, name, off) in (None, off) for name, off in HEAD_SCALES.items())
+    )
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "module", None), nn.Module)
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside a wrapper for several processes and inside peft's."""
+    inner: Any = model.module if _is_wrapped(model) else model
+    if not hasattr(inner, "get_base_model"):
+        return inner
+    if inner.active_peft_config.is_prompt_learning:
+        kind = inner.active_peft_config.peft_type
+        raise ModelError(
+            f"the adapter's kind {kind!s} adds tokens of its own; train a LoRA instead"
+        )
+    return inner.get_base_model()
+
+
+def _config(model: nn.Module) -> Any:
+    return _unwrapped(model).config

@@ -1,0 +1,72 @@
+"""Intervals against published and closed-form values."""
+
+import numpy as np
+import pytest
+
+from prefloop.errors import DataError
+from prefloop.evaluate.stats import bootstrap_mean, paired_difference, wilson
+
+
+def test_wilson_matches_newcombe_1998_table_1():
+    # Newcombe (1998), Statistics in Medicine 17, Table I, method 3.
+    found = wilson(81, 263)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+    found = wilson(0, 20)
+    assert (found.low, round(found.high, 4)) == (0.0, 0.1611)
+    found = wilson(1, 29)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.0061, 0.1718)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 29, 1000])
+def test_wilson_is_mirrored_and_holds_its_share(count):
+    for successes in {0, count // 2, count}:
+        found, mirror = wilson(successes, count), wilson(count - successes, count)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.low == pytest.approx(1 - mirror.high, abs=1e-12)
+        assert found.high > found.low
+
+
+def test_bootstrap_interval_of_many_values_is_the_normal_one():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=4000)
+    found = bootstrap_mean(values, seed=1)
+    half = 1.96 * values.std() / 4000**0.5
+    assert found.value == pytest.approx(values.mean())
+    assert found.value - found.low == pytest.approx(half, rel=0.08)
+    assert found.high - found.value == pytest.approx(half, rel=0.08)
+
+
+def test_bootstrap_is_the_same_for_one_seed_and_another_for_another():
+    values = [0.1, 0.9, 0.4, 0.7, 0.2, 0.35]
+    assert bootstrap_mean(values, seed=5) == bootstrap_mean(values, seed=5)
+    assert bootstrap_mean(values, seed=5) != bootstrap_mean(values, seed=6)
+
+
+def test_bootstrap_of_constant_values_has_no_width():
+    found = bootstrap_mean([2.0, 2.0, 2.0], seed=0)
+    assert (found.value, found.low, found.high, found.count) == (2.0, 2.0, 2.0, 3)
+
+
+def test_resampling_in_blocks_uses_every_resample(monkeypatch):
+    whole = bootstrap_mean(range(50), seed=3, resamples=501)
+    monkeypatch.setattr("prefloop.evaluate.stats._BLOCK", 200)
+    assert bootstrap_mean(range(50), seed=3, resamples=501) == whole
+
+
+def test_estimates_of_nothing_are_none():
+    assert bootstrap_mean([], seed=0) is None
+    assert paired_difference([], [], seed=0) is None
+    assert wilson(0, 0) is None
+
+
+def test_pairing_removes_what_both_sides_share():
+    hard = np.random.default_rng(0).normal(0.0, 10.0, size=200)
+    gain = np.random.default_rng(1).normal(0.5, 0.5, size=200)
+    found = paired_difference(hard + gain, hard, seed=0)
+    # Unpaired, the interval would be 4 wide.
+    assert 0.3 < found.low < found.value < found.high < 0.7
+    assert found.high - found.low < 0.2
+
+
+def test_paired_difference_refuses_unequal_sides():
+    with pytest.raises(DataError, match="2 values against 1"):
+        paired_difference([1.0, 2.0], [1.0], seed=0)

@@ -1,0 +1,62 @@
+import re
+
+import pytest
+
+from prefloop.generate.templates import SHIPPED, PromptSet
+
+VALUES = {
+    "advisor": ("question", "answer"),
+    "rewrite": ("question", "answer", "suggestion"),
+    "refine": ("question", "answer_a", "answer_b"),
+    "flaw": ("question", "answer"),
+    "severity": ("question", "answer", "flawed"),
+}
+# Small models answer any question that they see.
+LEFT_OUT = {("compact", "flaw"): {"question"}}
+
+
+def render(name: str, role: str, **more: str | None) -> str:
+    values: dict[str, str | None] = {key: f"<<{key}>>" for key in VALUES[role]}
+    if role == "severity":
+        values["axis"] = None
+    (message,) = PromptSet(name).render(role, **(values | more))
+    assert message.role == "user"
+    return message.content
+
+
+@pytest.mark.parametrize("name", ["compact", "paper"])
+@pytest.mark.parametrize("role", sorted(VALUES))
+def test_a_prompt_shows_all_that_it_is_given_once(name: str, role: str) -> None:
+    text = render(name, role)
+    shown = re.findall(r"<<(\w+)>>", text)
+    assert sorted(shown) == sorted(set(VALUES[role]) - LEFT_OUT.get((name, role), set()))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(SHIPPED.glob("*/*.jinja")), ids=lambda p: p.parent.name + p.stem
+)
+def test_every_prompt_begins_with_a_comment(path) -> None:
+    assert re.match(r"\{#.{20,}#\}\n", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("role", sorted(VALUES))
+def test_compact_prompts_instruct_in_at_most_60_words(role: str) -> None:
+    assert len(re.sub(r"<<\w+>>", "", render("compact", role)).split()) <= 60
+
+
+@pytest.mark.parametrize("name", ["compact", "paper"])
+def test_severity_asks_for_a_digit_last_and_names_the_axis_only_if_there_is_one(name: str) -> None:
+    plain, axis = render(name, "severity"), render(name, "severity", axis="honesty")
+    assert "one digit from 1 to 5" in plain.splitlines()[-1]
+    assert "one digit from 1 to 5" in axis.splitlines()[-1]
+    assert "honesty" in axis
+    assert "None" not in plain
+
+
+def test_only_the_papers_refine_asks_for_a_final_answer_line() -> None:
+    assert "\nFinal answer:\n" in render("paper", "refine")
+    assert "Final answer:" not in render("compact", "refine")
+
+
+def test_values_are_put_in_as_they_are() -> None:
+    assert "{{ 7*7 }} <b>&" in render("paper", "rewrite", answer="{{ 7*7 }} <b>&")
