@@ -19,6 +19,7 @@ from prefloop.data import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.memory import keep_freed_memory
 from prefloop.methods import Actors
 from prefloop.rank import NoVerdict, OpenJudge, Verdict
 from prefloop.rank.similarity import Similarity
@@ -41,6 +42,7 @@ class Session:
     """The run's state in memory."""
 
     def __init__(self, recipe: Recipe, rundir: RunDir) -> None:
+        keep_freed_memory()
         self.recipe = recipe
         self.rundir = rundir
         self._policy: Policy | None = None

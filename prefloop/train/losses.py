@@ -36,7 +36,7 @@ class GroupLogps:
     """Role to (B,) summed log-probs (nats) under the reference; no gradient."""
     lengths: Mapping[str, Tensor]
     """Role to (B,) tokens of the response, end-of-turn included; at least 1."""
-    margin_B: Tensor  # noqa: N815
+    margin_B: Tensor
     """AROP's M, at least 0; zeros where the method has none."""
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class GroupLogps:
 class LossOutput(NamedTuple):
     """What a method's loss gives the trainer, which takes the mean."""
 
-    loss_B: Tensor  # noqa: N815
+    loss_B: Tensor
     metrics: dict[str, Tensor]
     """Name to (B,) numbers for the log, detached."""
 
