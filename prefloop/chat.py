@@ -101,7 +101,8 @@ class Chat:
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses the turns {roles}: {error}"
+                f"the chat template of {self.tokenizer.name_or_path} refuses the turns {roles}: "
+                f"{str(error).rstrip('.')}; name another jinja file in model.chat_template"
             ) from error
 
     def _end_of_turn(self) -> int:

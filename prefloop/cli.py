@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +14,17 @@ import typer
 
 from prefloop import __version__
 from prefloop.errors import PrefloopError
+
+_TERMINATED = 128 + signal.SIGTERM
+_REMEDIES = {
+    errno.ENOENT: "correct the path",
+    errno.ENOTDIR: "correct the path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "shorten it",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOSPC: "free some space",
+}
 
 app = typer.Typer(
     help="Closed-loop self-alignment of language models, from one recipe.",
@@ -45,11 +58,15 @@ class Format(StrEnum):
 
 
 def main() -> None:
-    """Run the command line: 0 for success, 2 for an error that is the user's to mend, 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0 for success, 2 for an error that is the user's to mend, 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        app(prog_name="prefloop")
     except SystemExit as end:
-        if end.code == 130:
+        if end.code in (130, _TERMINATED):
             _complain("interrupted; the same command goes on where it stopped")
         raise
     except PrefloopError as error:
@@ -57,13 +74,22 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror or error}")
+        remedy = _REMEDIES.get(error.errno or 0, "mend that, then try again")
+        _complain(f"{where}{error.strerror or error}; {remedy}")
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(_TERMINATED)
 
 
 def _complain(sentence: str) -> None:
-    """One line on stderr; a library's message inside it may have brought line breaks."""
-    typer.echo(f"prefloop: {' '.join(sentence.split())}", err=True)
+    """One line on stderr, whatever a library's message or a file's text brought into it."""
+    line = " ".join(sentence.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    typer.echo(f"prefloop: {shown}", err=True)
 
 
 def _version(wanted: bool) -> None:
@@ -141,8 +167,25 @@ def export(
     from prefloop.rundir import read_run
 
     pairs = [pair for _, found in read_run(run_folder).pairs(rounds) for pair in found]
-    done = export_pairs(pairs, out, kind.value)
-    typer.echo(f"{done.pairs} pairs in {done.path}")
+    # TRL ends every answer's turn, which an answer that was cut off never did.
+    finished = [pair for pair in pairs if not pair.unfinished]
+    done = export_pairs(finished, out, kind.value)
+    left_out = len(pairs) - len(finished)
+    typer.echo(
+        f"{done.pairs} pairs in {done.path}"
+        + (f"; {left_out} cut-off ones left out" * bool(left_out))
+    )
+
+
+@app.command()
+def merge(
+    run_folder: RunArgument,
+    out: Annotated[Path, typer.Argument(help="The model's folder; must not exist.")],
+) -> None:
+    """Write a run's policy as one plain model, its adapter merged in."""
+    from prefloop.merge import merge_policy
+
+    typer.echo(f"merged model in {merge_policy(run_folder, out)}")
 
 
 def _log_to_stderr() -> None:

@@ -1,16 +1,11 @@
-"""Where prompts come from: files, Hugging Face data sets and the embedded set, checked row by row."""
+"""The prompts of a run: rows of files, data sets or the embedded set, each checked as it is read."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
-from pathlib import Path
 from random import Random
 from typing import Literal, TypeAlias
 
@@ -18,14 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefloop.errors import DataError
 from prefloop.records import Message, Prompt
+from prefloop.rows import EMBEDDED, Row, open_rows
 from prefloop.seeds import derive_seed
 
-EMBEDDED = "embedded:instructions"
 Part: TypeAlias = Literal["train", "eval"]
 CountTokens: TypeAlias = Callable[[str], int]
-Row: TypeAlias = Mapping[str, object]
-Located: TypeAlias = tuple[str, Row]
-"""Where a row was found ("train.jsonl:12"), and the row."""
 
 
 class DataOptions(BaseModel):
@@ -37,9 +29,9 @@ class DataOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    train: str = EMBEDDED
+    train: str = Field(default=EMBEDDED, min_length=1)
     """Source of the prompts to train on."""
-    eval: str | None = None
+    eval: str | None = Field(default=None, min_length=1)
     """Source of the evaluation prompts. null: `holdout` of `train`; else the embedded set's own, or none."""
     holdout: int = Field(default=0, ge=0)
     """Prompts drawn from `train` by the run's seed and kept for evaluation, where `eval` is null."""
@@ -127,7 +119,8 @@ def read_prompts(
 
     `part` says which split of a data set is meant: `options.split` or `options.eval_split`.
     """
-    stem, rows = _open(source, options, part)
+    split = options.split if part == "train" else options.eval_split
+    stem, rows = open_rows(source, part, options.subset, split)
     if source == EMBEDDED:
         options = DataOptions()
     first_use: dict[str, int] = {}
@@ -280,120 +273,3 @@ def _missing(where: str, row: Row, options: DataOptions) -> str:
         f"{where} has no {needs} (its columns: {found}); set data.prompt_field or data.messages_field "
         "(Alpaca's: prompt_field instruction, input_field input, response_field output)"
     )
-
-
-# Sources to rows
-
-
-def _open(source: str, options: DataOptions, part: str) -> tuple[str, Iterator[Located]]:
-    """The stem that generated ids begin with, and the rows."""
-    if source.startswith("embedded:"):
-        if source != EMBEDDED:
-            raise DataError(f"there is no {source!r}; the only embedded data set is {EMBEDDED!r}")
-        return part, _read_jsonl(Path(__file__).parent / "instructions" / f"{part}.jsonl")
-    path = Path(source).expanduser()
-    suffix = path.suffix.lower()
-    if path.is_file():
-        if suffix not in READERS:
-            raise DataError(f"{source} ends in none of {', '.join(READERS)}; convert or rename it")
-        return path.stem, READERS[suffix](path)
-    if path.is_dir() or (suffix not in READERS and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)):
-        split = options.split if part == "train" else options.eval_split
-        return f"{path.name}-{split}", _read_dataset(source, path, options.subset, split)
-    if not path.parent.is_dir():
-        raise DataError(f"no file {source}: there is no folder {path.parent}; correct the path")
-    beside = [entry.name for entry in path.parent.iterdir()]
-    close = get_close_matches(path.name, beside, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "a hub data set is written 'owner/name'"
-    raise DataError(f"no file or folder {source}; {hint}")
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Bytes are decoded line by line, so that a wrong encoding can be named by its line.
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); mend that first") from error
-
-
-def _object(where: str, value: object) -> Located:
-    if not isinstance(value, dict):
-        raise DataError(f'{where} is not an object; every row must be one, as {{"prompt": "Hi"}}')
-    return where, value
-
-
-def _json(path: Path, text: str, first_line: int = 1) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line} is not JSON ({error.msg}); correct this line") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Located]:
-    for number, line in _lines(path):
-        if line.strip():
-            yield _object(f"{path}:{number}", _json(path, line, number))
-
-
-def _read_json(path: Path) -> Iterator[Located]:
-    """One list of objects, held in memory while it is read; else objects line by line."""
-    _, start = next(_lines(path), (0, ""))
-    if not start.lstrip().startswith("["):
-        yield from _read_jsonl(path)
-        return
-    rows = _json(path, "".join(line for _, line in _lines(path)))
-    assert isinstance(rows, list)
-    for number, row in enumerate(rows, start=1):
-        yield _object(f"{path}, item {number}", row)
-
-
-def _read_csv(path: Path) -> Iterator[Located]:
-    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise csv.Error("more cells than the header has")
-            first = reader.line_num - sum(cell.count("\n") for cell in row.values() if cell)
-            yield f"{path}:{first}", {name: cell or None for name, cell in row.items()}
-    except csv.Error as error:
-        where = f"{path}:{reader.reader.line_num}"
-        raise DataError(f"{where} is not CSV ({error}); check its quotes and commas") from error
-
-
-READERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": lambda path: _read_dataset(str(path), path, None, "train"),
-}
-
-
-def _read_dataset(source: str, path: Path, subset: str | None, split: str) -> Iterator[Located]:
-    # Imported here: it takes seconds that `prefloop --help` must not wait for.
-    from datasets import DatasetDict, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    name = str(path)
-    try:
-        if path.is_file():
-            data = load_dataset("parquet", data_files=name, split=split, streaming=True)
-        elif any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            data = load_from_disk(name)
-        else:
-            data = load_dataset(name, subset, split=split)
-        if isinstance(data, DatasetDict):
-            if split not in data:
-                raise ValueError(f"no split {split!r}, there are: {', '.join(data)}")
-            data = data[split]
-        # A saved data set may ask for tensors; rows must be plain Python.
-        for number, row in enumerate(data.with_format(None), start=1):
-            yield f"{source}, row {number}", row
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        remedy = "check its name, data.split, data.eval_split, data.subset and the network"
-        raise DataError(f"{source} cannot be read as a data set ({reason}); {remedy}") from error

@@ -9,13 +9,33 @@ from pydantic import BaseModel, ConfigDict, Field
 from prefloop.records import Response
 from prefloop.text import edit_share, fold_whitespace
 
+_HERE = r"(?:here(?:['’]s| is| are)|below (?:is|are))"
+# "A version of the poem", "a response to the complaint" and "three suggestions" are what users ask for.
+_ANSWER = (
+    r"(?:rewrite|revision|draft"
+    r"|(?:answer|response)s?(?! to (?!(?:the|this|your) (?:question|task|prompt)))"
+    r"|versions?(?! of (?!(?:the|my|your) (?:\w+ )?(?:answer|response|draft))))\b"
+)
+_REVISED = (
+    r"(?:the |my |your |an? )?(?:improved|refined|revised|rewritten|corrected|updated|modified"
+    rf"|polished|enhanced|flawed|degraded)(?: and \w+)? {_ANSWER}"
+)
+_OPENINGS = (
+    rf"(?:{_HERE}|this is) {_REVISED}",
+    rf"(?:{_HERE}|this is) (?:the|my|an?) (?:new|better|final) {_ANSWER}",
+    rf"{_HERE} (?:the|my|your|an?) (?=(?:answer|response)\b){_ANSWER}",
+    rf"{_HERE} [^.:\n]{{0,40}}\bwith (?:one|an?) (?:\w+ )?(?:flaw|mistake|error)\b",
+    rf"{_REVISED}(?:\W*[:\n]|,? (?:is|with|that)\b)",
+    r"(?:new|better) (?:answer|response|version)\W*:",
+    r"i(?:['’]ve| have) (?:made|improved|revised|rewritten|refined|updated|changed|added)\b"
+    r"[^.\n]{0,60}\b(?:the|my|this) (?:\w+ )?(?:answer|response|version|suggestion)s?\b",
+    r"(?:based on|following|according to) (?:the|your|these) (?:\w+ )?suggestions?\b",
+    r"(?:the|your|my) (?:last|previous|old|original) (?:answer|response)s?\b",
+    r"suggestions? for improv",
+    r"as an (?:\w+ )?advisor,? i\b",
+)
 _META_TALK = re.compile(
-    r"^\W*(sure|certainly|of course|okay)?\W*"
-    r"((here(['’]s| is| are))|this is|below is|i(['’]ve| have) (made|rewritten|revised|improved|added))\b"
-    r"[^.\n]{0,80}\b(answer|response|version|text|sentence|rewrite|revision|suggestion|flaw|draft)s?\b"
-    r"|^\W*(the )?(improved|refined|revised|rewritten|better|new|final|flawed|corrected) "
-    r"(answer|response|version)\b"
-    r"|\bas an (expert )?advisor\b",
+    rf"^\W*(?:(?:sure|certainly|of course|ok|okay|absolutely)\b\W*)?(?:{'|'.join(_OPENINGS)})",
     re.IGNORECASE,
 )
 
@@ -28,7 +48,7 @@ def is_meta_talk(text: str) -> bool:
 class Gates(BaseModel):
     """What a pair must satisfy. Empty answers never pass."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     cut_off: bool = True
     """Reject an answer that the length limit cut off."""

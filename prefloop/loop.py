@@ -137,6 +137,8 @@ class _Loop:
 
     def _train(self, here: RoundDir, pairs: list[Pair]) -> None:
         if here.manifest("train"):
+            # Once more, for a run that was killed between the manifest and this.
+            self.session.tidy(here)
             return
         watch = Stopwatch()
         if self.recipe.loop.mix_previous and here.number > 0:
@@ -149,6 +151,7 @@ class _Loop:
     def _supervise(self, here: RoundDir) -> None:
         """Round 0: supervised fine-tuning on the data's targets (IAL's initiation)."""
         if here.manifest("sft"):
+            self.session.tidy(here)
             return
         watch = Stopwatch()
         facts = self.session.supervise(here)
@@ -158,9 +161,8 @@ class _Loop:
 
     def _evaluate(self, here: RoundDir) -> RoundResult:
         """Answers to the held-out prompts, and the whole method played on them, measured."""
-        done = here.manifest("result")
-        if done is not None:
-            return here.records("result", RoundResult)[0]
+        if here.manifest("result") and (found := here.records("result", RoundResult)):
+            return found[0]
         watch = Stopwatch()
         self._chunked(here, "answers", self.session.held_out, self._answer(here), Candidates)
         start = self.rundir.round(-1).records("answers", Candidates)

@@ -26,6 +26,11 @@ def names(package: ModuleType) -> list[str]:
     return sorted(info.name for info in pkgutil.iter_modules(package.__path__))
 
 
+def name_of(package: ModuleType, plugin: BaseModel) -> str:
+    """The name under which a recipe finds a method or judge of `package`, or of the user's own module."""
+    return type(plugin).__module__.removeprefix(f"{package.__name__}.")
+
+
 def find(package: ModuleType, name: str, base: type[M], what: str) -> type[M]:
     """The one subclass of `base` defined in file `name` of `package`, or in any importable `a.b`."""
     known = names(package)
@@ -33,7 +38,7 @@ def find(package: ModuleType, name: str, base: type[M], what: str) -> type[M]:
         raise RecipeError(f"no {what} {name!r}; {nearest(name, known)}")
     try:
         module = importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise RecipeError(f"{what} {name!r} cannot be imported: {error}") from error
     found = [
         value

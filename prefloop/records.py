@@ -17,7 +17,7 @@ Finish = Literal["stop", "length"]
 class Record(BaseModel):
     """A frozen record; unknown fields are an error, so that old files never pass as new ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Message(Record):
@@ -78,8 +78,12 @@ class Pair(Record):
     """AROP's M: what the implicit reward difference must exceed; 0 elsewhere."""
     origin: dict[str, str] = {}
     """Which candidate became what, for example {"chosen": "refined", "rejected": "flawed"}."""
+    unfinished: tuple[str, ...] = ()
+    """Roles whose answer the length limit cut off: trained on without an end-of-turn token."""
     scores: dict[str, float] = {}
     """The judge's scores of chosen and rejected, where a judge decided."""
+    ratings: dict[str, float] = {}
+    """What the margin was made from: confidences, or the flaw's severity by axis."""
 
     @property
     def id(self) -> str:
@@ -157,7 +161,11 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
 
 def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
     """Read a file of records of one kind; a damaged line is named by file and number."""
-    with path.open(encoding="utf-8") as file:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path} is gone; delete {path.parent} to redo the round") from error
+    with file:
         for number, line in enumerate(file, start=1):
             try:
                 yield kind.model_validate_json(line)
@@ -165,7 +173,7 @@ def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
                 first = error.errors()[0]["msg"]
                 raise RunFolderError(
                     f"{path}:{number} is not a {kind.__name__} record ({first}); "
-                    "delete this stage's files to make them again"
+                    f"delete {path.parent} to redo the round"
                 ) from error
 
 
@@ -173,10 +181,12 @@ def read_json(path: Path) -> dict[str, object]:
     """Read a small JSON object of ours, such as a manifest."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even UTF-8
         raise RunFolderError(
-            f"{path} is damaged ({error}); delete it to make its stage again"
+            f"{path} is damaged ({error}); delete {path.parent} to make all in it again"
         ) from error
     if not isinstance(value, dict):
-        raise RunFolderError(f"{path} holds no JSON object; delete it to make its stage again")
+        raise RunFolderError(
+            f"{path} holds no JSON object; delete {path.parent} to make all in it again"
+        )
     return value

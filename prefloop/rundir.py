@@ -7,6 +7,7 @@ of its files are noted. A killed stage is cut back to the last note and continue
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -23,12 +24,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from safetensors import SafetensorError
 
 from prefloop.errors import RunFolderError
 from prefloop.records import Pair, Record, Reject, RoundResult, read_json, read_jsonl
 
 R = TypeVar("R", bound=Record)
 REJECTS = "rejects.jsonl"
+_FULL = os.strerror(errno.ENOSPC)
 _VERSIONS = ("prefloop", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu")
 
 
@@ -57,9 +60,15 @@ class Journal:
             # The stage's own file starts empty; rejects of earlier stages stay.
             note = {"chunks": 0, self._main.name: 0, REJECTS: _size(folder / REJECTS)}
             write_atomically(self._note, json.dumps(note))
-        self.chunks = int(str(note["chunks"]))
-        for path in self._files:
-            wanted, have = int(str(note[path.name])), _size(path)
+        try:
+            self.chunks = int(str(note["chunks"]))
+            sizes = [int(str(note[path.name])) for path in self._files]
+        except (KeyError, ValueError) as error:
+            raise RunFolderError(
+                f"{self._note} is damaged ({note}); delete {folder} to redo the round"
+            ) from error
+        for path, wanted in zip(self._files, sizes, strict=True):
+            have = _size(path)
             if have < wanted:
                 raise RunFolderError(
                     f"{path} is shorter than when it was written; delete {folder} to redo the round"
@@ -118,6 +127,11 @@ class RoundDir:
         """The round's rejects so far."""
         path = self.path / REJECTS
         return list(read_jsonl(path, Reject)) if path.exists() else []
+
+    def steps(self) -> int:
+        """Optimiser steps that the round's training has logged."""
+        path = self.train / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def digest(self, stage: str) -> str:
         """Hash of a stage's records: what the next stage's manifest names as its input."""
@@ -193,8 +207,33 @@ def open_run(path: Path, recipe: str) -> Iterator[RunDir]:
             raise RunFolderError(
                 f"{path} is in use by another process; wait for it or choose another --out"
             ) from error
-        _claim(path, recipe)
-        yield RunDir(path)
+        with _failures_in_words(path):
+            _claim(path, recipe)
+            yield RunDir(path)
+
+
+@contextmanager
+def _failures_in_words(path: Path) -> Iterator[None]:
+    """What the system or a library says about a run's files, as a sentence with a remedy."""
+    try:
+        yield
+    except Exception as error:
+        # Writers in Rust (safetensors, tokenizers) raise kinds of their own, with the system's words.
+        if _FULL in str(error):
+            raise RunFolderError(
+                f"the disk of {path} is full; free some space, then the same command goes on "
+                "where it stopped"
+            ) from error
+        if isinstance(error, SafetensorError) or _is_gone(error, path):
+            raise RunFolderError(
+                f"a file of {path} is damaged or gone ({error}); delete the folder of its round to "
+                "redo it"
+            ) from error
+        raise
+
+
+def _is_gone(error: Exception, path: Path) -> bool:
+    return isinstance(error, FileNotFoundError) and str(path) in str(error)
 
 
 def read_run(path: Path) -> RunDir:
@@ -206,24 +245,49 @@ def read_run(path: Path) -> RunDir:
 
 def _claim(path: Path, recipe: str) -> None:
     """Leave recipe and environment in a new folder; refuse a folder that another recipe made."""
-    stored = path / "recipe.yaml"
+    stored, around = path / "recipe.yaml", path / "environment.json"
     if not stored.exists():
-        strangers = [child.name for child in path.iterdir() if child.name != ".lock"]
+        ours = (".lock", "recipe.yaml.tmp")
+        strangers = [child.name for child in path.iterdir() if child.name not in ours]
         if strangers:
             raise RunFolderError(
                 f"{path} holds {strangers[0]!r} but no recipe.yaml, so it is no run; choose another --out"
             )
-        write_atomically(path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        # The recipe goes first: it alone makes the folder a run, whenever the process is killed.
         write_atomically(stored, recipe)
-        return
-    changed = differences(
-        yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(recipe)
-    )
-    if changed:
+    if not around.exists():
+        _note_environment(around)
+    try:
+        old = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        if not isinstance(old, dict):
+            raise ValueError("it holds no sections")
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunFolderError(
+            f"{stored} is damaged ({error}); choose another --out, or delete {path} to begin again"
+        ) from error
+    changed = differences(old, yaml.safe_load(recipe))
+    if changed and not _has_made_something(path):
+        # Its first attempt ended before its first chunk: a mended recipe may take its place.
+        shutil.rmtree(path / "rounds", ignore_errors=True)
+        write_atomically(stored, recipe)
+        _note_environment(around)
+    elif changed:
         raise RunFolderError(
             f"{path} was started with another recipe ({'; '.join(changed[:5])}); "
             "run with the old values, or choose another --out"
         )
+
+
+def _note_environment(path: Path) -> None:
+    write_atomically(path, json.dumps(environment(), indent=1) + "\n")
+
+
+def _has_made_something(path: Path) -> bool:
+    records = (path / "rounds").rglob("*.json*")
+    return any(
+        file.name.endswith(".done.json") or (file.suffix == ".jsonl" and _size(file))
+        for file in records
+    )
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

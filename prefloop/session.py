@@ -32,7 +32,7 @@ from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
-from prefloop.train.sources import EMBEDDED, ModelOptions
+from prefloop.train.sources import EMBEDDED, ModelOptions, quiet
 from prefloop.train.trainer import Job, Trainer
 
 OPTIMIZER = "optimizer.safetensors"
@@ -83,20 +83,14 @@ class Session:
 
     # The policy, at different places of the run.
 
-    @property
-    def model_options(self) -> ModelOptions:
-        """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
-        start = self.rundir.round(-1)
-        if self.recipe.sft is not None and start.manifest("sft"):
-            return self.recipe.model.model_copy(update={"source": str(start.policy.resolve())})
-        return self.recipe.model
-
     def policy_at(self, place: Path | None) -> Policy:
         """The policy saved in `place` (None: the initial one), from memory if it stands there."""
         if self._policy is None or self._place != place:
             # One copy at a time: the old one goes before the new one comes.
             self._policy = self._engine = self._trainer = None
-            self._policy = Policy.load(self.model_options, place, seed=self.recipe.seed)
+            self._policy = Policy.load(
+                initial_source(self.recipe, self.rundir), place, seed=self.recipe.seed
+            )
             self._place = place
         return self._policy
 
@@ -178,8 +172,7 @@ class Session:
         """The trainer of the policy in memory."""
         if self._trainer is None or self._trainer.options != options:
             assert self._policy is not None
-            track = {"log_with": list(self.recipe.track), "project_dir": str(self.rundir.path)}
-            self._trainer = Trainer(self._policy, options, track if self.recipe.track else {})
+            self._trainer = Trainer(self._policy, options, self.recipe.track, str(self.rundir.path))
         return self._trainer
 
     def train(self, here: RoundDir, pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -200,6 +193,7 @@ class Session:
                 folder=here.train,
                 seed=derive_seed(self.recipe.seed, here.number, "train"),
                 reference=method.reference,
+                first_step=sum(r.steps() for r in self.rundir.rounds() if r.number < here.number),
                 span=(here.number / loop.rounds, (here.number + 1) / loop.rounds)
                 if loop.carry_optimizer
                 else (0.0, 1.0),
@@ -236,16 +230,19 @@ class Session:
         merged = policy.merge()
         temporary = here.path / ".policy"
         shutil.rmtree(temporary, ignore_errors=True)
-        merged.save_pretrained(temporary)
-        policy.tokenizer.save_pretrained(temporary)
+        with quiet():
+            merged.save_pretrained(temporary)
+            policy.tokenizer.save_pretrained(temporary)
         replace_folder(temporary, here.policy)
         # The next question for a policy loads the merged one.
         self._policy = self._engine = self._trainer = None
         return facts
 
     def tidy(self, here: RoundDir) -> None:
-        """Remove what a finished training stage no longer needs."""
+        """Remove what a finished training stage no longer needs, and what killed ones left half-made."""
         checkpoint.drop_checkpoints(here.train)
+        for part in here.path.glob(f".{here.policy.name}*"):
+            shutil.rmtree(part)
 
     def training_measures(self, here: RoundDir) -> dict[str, float | None]:
         """Means over the round's last epoch of what the loss reports (Margin, Real Reward ...)."""
@@ -276,6 +273,10 @@ class Session:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(here.policy, temporary)
         embedded = EMBEDDED.get(self.recipe.model.source.removeprefix("embedded:"))
+        base = embedded.hub_id if embedded else None
+        if self.recipe.sft is not None and self.recipe.model.tuning == "lora":
+            # The adapter fits the fine-tuned model of round 0, not the one it came from.
+            base = "rounds/start/policy"
         rounds = self.rundir.rounds()
         rejects: dict[str, int] = {}
         for reject in (reject for folder in rounds for reject in folder.rejects()):
@@ -288,12 +289,20 @@ class Session:
                 environment=read_json(self.rundir.path / "environment.json"),
                 pairs=sum(len(folder.records("pairs", Pair)) for folder in rounds),
                 rejects=rejects,
-                base_model=embedded.hub_id if embedded else None,
+                base_model=base,
                 license=embedded.license if embedded else None,
             ),
         )
         replace_folder(temporary, final)
         return final
+
+
+def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:
+    """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
+    start = run.round(-1)
+    if recipe.sft is not None and start.manifest("sft"):
+        return recipe.model.model_copy(update={"source": str(start.policy.resolve())})
+    return recipe.model
 
 
 def _sft_loss(logps: GroupLogps, progress: float) -> LossOutput:

@@ -92,7 +92,7 @@ def test_check_dump_prints_a_recipe_and_nothing_else_on_stdout(shell: Shell) -> 
         ),
         (
             ("schema", "--out", "nowhere/schema.json"),
-            "prefloop: nowhere/schema.json: No such file or directory\n",
+            "prefloop: nowhere/schema.json: No such file or directory; correct the path\n",
         ),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_sentence(shell: Shell) -> None:
     assert shell("schema", "--out", "schema.json") == (
         2,
         "",
-        "prefloop: schema.json: No space left on device\n",
+        "prefloop: schema.json: No space left on device; free some space\n",
     )
 
 

@@ -40,9 +40,8 @@ WRONG = [
     ("metod: {name: ial}\n", "r.yaml: unknown key 'metod'; did you mean 'method'?"),
     (
         IAL_RECIPE + "train: {learning_rate_: 1, lrr: 5e-7}\n",
-        "r.yaml: unknown key 'learning_rate_' in train; there are: epochs, lr, optimizer, schedule, "
-        "warmup, batch_size, micro_batch_size, weight_decay, max_grad_norm, packing, token_budget, "
-        "save_every",
+        "r.yaml: unknown key 'learning_rate_' in train; "
+        f"there are: {', '.join(TrainOptions.model_fields)}",
     ),
     (
         IAL_RECIPE + "train: {batchsize: 8}\n",
@@ -326,7 +325,7 @@ def test_a_dump_shows_every_value_and_loads_as_the_same_recipe(folder: Path, met
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=20))
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), min_size=1, max_size=20))
 def test_any_text_survives_a_dump(text: str) -> None:
     recipe = Recipe(name="r", method=IAL(), data={"train": text})
     assert _through_yaml(recipe) == recipe
@@ -397,9 +396,9 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
             "judge.model: no folder ../no-judge (paths are relative to the working directory)",
         ),
         (
-            IAL_RECIPE + "data: {train: few.jsonl}\nguard: {action: best_round}\n"
-            "loop: {prompts_per_round: 2}\n",
-            "guard.action best_round needs held-out prompts; set data.eval or data.holdout",
+            IAL_RECIPE + "data: {train: few.jsonl}\nloop: {prompts_per_round: 2}\n",
+            "there are no held-out prompts to measure on; name a file in data.eval, "
+            "or hold some of data.train out with data.holdout",
         ),
         (
             IAL_RECIPE + "track: [dvclive]\n",
@@ -467,11 +466,6 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
         (
             IAL_RECIPE + "data: {train: owner/name, holdout: 2}\n",
             "data.train owner/name is not here: it will be looked up on the Hugging Face Hub",
-        ),
-        (
-            IAL_RECIPE + "data: {train: few.jsonl}\nloop: {prompts_per_round: 3}\n"
-            "train: {batch_size: 3, micro_batch_size: 1}\n",
-            "no held-out prompts: set data.eval or data.holdout to measure on new prompts",
         ),
         (
             "method: {name: ial, generator: frozen}\njudge: {name: similarity}\n",

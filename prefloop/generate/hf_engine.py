@@ -8,6 +8,7 @@ numbers an answer is drawn with.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -120,7 +121,7 @@ class HFEngine:
         return Response(
             text=text if continues else text.strip(),
             token_ids=tuple(ids),
-            mean_logprob=sum(logprobs) / len(logprobs),
+            mean_logprob=sum(_finite(logprobs)) / len(logprobs),
             finish="stop" if stopped else "length",
         )
 
@@ -140,15 +141,17 @@ class HFEngine:
         return Scored(
             token_ids=tuple(answer_ids),
             offsets=offsets,
-            logprobs=tuple(chosen[:, 0].tolist()),
-            top_texts=tuple(
-                tuple(self.chat.tokenizer.batch_decode([[i] for i in row]))
-                for row in indices.long().tolist()
-            )
-            if top
-            else (),
+            logprobs=tuple(_finite(chosen[:, 0].tolist())),
+            top_texts=tuple(map(self._token_texts, indices.long().tolist())) if top else (),
             top_logprobs=tuple(tuple(row) for row in values.tolist()) if top else (),
         )
+
+    def _token_texts(self, ids: list[int]) -> tuple[str, ...]:
+        """Each token as text. Some decoders drop the space of a text's first token, so another goes first."""
+        first = self.chat.text_ids("x")
+        rows = [first, *([*first, token] for token in ids)]
+        texts = self.chat.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+        return tuple(text[len(texts[0]) :] for text in texts[1:])
 
     def _batched(
         self, rows: list[list[int]], work: Callable[[list[int]], list[T]], share: int = 1
@@ -161,6 +164,12 @@ class HFEngine:
             places = todo[:size]
             try:
                 results = work(places)
+            except IndexError as error:  # of a table of learned positions
+                raise GenerationError(
+                    f"a prompt of {len(rows[places[0]])} tokens and its answer go beyond the model's "
+                    f"window of {getattr(self.model.config, 'max_position_embeddings', '?')} tokens; "
+                    "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
+                ) from error
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -177,6 +186,15 @@ class HFEngine:
             done.update(zip(places, results, strict=True))
             todo = todo[size:]
         return [done[place] for place in range(len(rows))]
+
+
+def _finite(logprobs: list[float]) -> list[float]:
+    if not all(map(math.isfinite, logprobs)):
+        raise GenerationError(
+            "the policy's log-probabilities are not finite: its weights are damaged, or overflow; "
+            "try model.dtype float32, a lower train.lr or another model.source"
+        )
+    return logprobs
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -6,13 +6,14 @@ of AROP; our addition beside the paper's prompted flaw).
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from prefloop.generate.engine import Engine
-from prefloop.records import Request, Sampling, Scored
+from prefloop.records import Request, Response, Sampling, Scored
 from prefloop.seeds import derive_seed
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -48,20 +49,17 @@ class _Option(NamedTuple):
 def _options(answer: str, scored: Scored) -> list[_Option]:
     """Every (word, first token of a less likely word of the same kind) of an answer."""
     found = []
-    # A token's span may include the space before the word.
-    token_at = {
-        end - len(answer[start:end].lstrip()): number
-        for number, (start, end) in enumerate(scored.offsets)
-        if end > start
-    }
+    tokens = _tokens_at(answer, scored.offsets)
     for match in _WORD.finditer(answer):
-        place = token_at.get(match.start())
-        if place is None or match.group().lower() in _FUNCTION_WORDS:
+        if match.start() not in tokens or match.group().lower() in _FUNCTION_WORDS:
             continue
+        place, space = tokens[match.start()]
         for text, logprob in zip(scored.top_texts[place], scored.top_logprobs[place], strict=True):
             word = text.strip()
             if (
                 _FLOOR <= logprob < scored.logprobs[place]
+                # Without the space it would lengthen the word before instead of replacing this one.
+                and text.startswith(space + word)
                 and _WORD.fullmatch(word)
                 and word.isdigit() == match.group()[0].isdigit()
                 and word[0].isupper() == match.group()[0].isupper()
@@ -69,6 +67,23 @@ def _options(answer: str, scored: Scored) -> list[_Option]:
                 and word.lower() not in _FUNCTION_WORDS
             ):
                 found.append(_Option(match.start(), match.end(), word, logprob))
+    return found
+
+
+def _tokens_at(answer: str, offsets: Sequence[tuple[int, int]]) -> dict[int, tuple[int, str]]:
+    """By the character at which it begins: the token's number, and the space that belongs to it.
+
+    Tokenizers differ in whether a token's span includes the space before it.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    before = 0
+    for number, (start, end) in enumerate(offsets):
+        text = answer[start:end].lstrip()
+        begins = end - len(text)
+        # A character of several tokens begins with the first of them.
+        if text and begins not in found:
+            found[begins] = (number, answer[before:begins])
+        before = end
     return found
 
 
@@ -108,7 +123,7 @@ def infill_flaws(
             label="infill",
         )
         for n, option, rest in zip(todo, chosen, finished, strict=True):
-            flaws[n] = _splice(answers[n], option, rest.text)
+            flaws[n] = _splice(answers[n], option, rest)
     return flaws
 
 
@@ -119,16 +134,21 @@ def _draw_plan(options: list[_Option], draw: random.Random) -> list[_Option]:
     plan = []
     for start in words[:_TRIES]:
         here = [option for option in options if option.start == start]
-        plan += draw.choices(here, weights=[2.718281828**option.logprob for option in here])
+        plan += draw.choices(here, weights=[math.exp(option.logprob) for option in here])
     return plan
 
 
-def _splice(answer: str, option: _Option, continuation: str) -> Infill | None:
-    """Put the finished word in; None when it came out as the original or ran past the word limit."""
-    rest = re.match(r"[^\W_]*", continuation)
+def _splice(answer: str, option: _Option, continuation: Response) -> Infill | None:
+    """Put the finished word in; None when it ran past the word limit or came out as none that fits."""
+    rest = re.match(r"[^\W_]*", continuation.text)
     assert rest is not None
     original, replacement = answer[option.start : option.end], option.begins + rest.group()
-    if replacement.lower() == original.lower():
+    unfinished = continuation.finish == "length" and rest.end() == len(continuation.text)
+    if (
+        unfinished
+        or replacement.lower() in (original.lower(), *_FUNCTION_WORDS)
+        or replacement.isdigit() != original.isdigit()
+    ):
         return None
     text = answer[: option.start] + replacement + answer[option.end :]
     return Infill(text, option.start, original, replacement)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
 from prefloop.rank import OpenJudge
-from prefloop.records import Candidates, Pair, Prompt, Reject, Sampling
+from prefloop.records import Candidates, Pair, Prompt, Reject, Response, Sampling
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
@@ -33,10 +33,15 @@ class Actors:
     """Of this chunk; methods derive one seed per phase from it."""
 
 
+def unfinished(roles: Mapping[str, Response]) -> tuple[str, ...]:
+    """The roles whose response the length limit cut off."""
+    return tuple(role for role, response in roles.items() if response.finish == "length")
+
+
 class Method(BaseModel):
     """A method's fields are its options; what it needs is declared; the rest it composes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     needs_target: ClassVar[bool] = False
     """Whether every prompt must come with a target response."""
@@ -54,6 +59,20 @@ class Method(BaseModel):
     prompt_set: str = "compact"
     """Prompts put to the model: "compact" for small models, "paper" in full, or a folder of yours."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How answers are drawn, in generation and, unless `evaluate.sampling` says otherwise, in evaluation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_own_defaults(cls, values: Any) -> Any:
+        """A section given in part (`gates: {cut_off: false}`) keeps this method's values in the rest."""
+        if not isinstance(values, Mapping):
+            return values
+        merged = dict(values)
+        for name in values.keys() & cls.model_fields.keys():
+            default = cls.model_fields[name].get_default(call_default_factory=True)
+            if isinstance(default, BaseModel) and isinstance(values[name], Mapping):
+                merged[name] = {**default.model_dump(), **values[name]}
+        return merged
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """All the text of one chunk of prompts."""

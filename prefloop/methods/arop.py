@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefloop.gates import Gates
 from prefloop.generate.infill import infill_flaws
-from prefloop.methods import Actors, Method
+from prefloop.methods import Actors, Method, unfinished
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response
 from prefloop.seeds import derive_seed
 from prefloop.text import edit_share, fold_whitespace
-from prefloop.train import losses
-from prefloop.train.losses import GroupLogps, LossOutput
+
+if TYPE_CHECKING:
+    from prefloop.train.losses import GroupLogps, LossOutput
 
 _RATINGS = ("1", "2", "3", "4", "5")
 _FINAL = "Final answer:"
 
 
 class Margin(BaseModel):
-    """AROP's M, one number a pair, at least 0 (math.md, "AROP's margin")."""
+    """AROP's M, one number a pair, at least 0 (docs/methods/arop.md, "The margin")."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: Literal["fixed", "confidence", "severity", "edit", "axes"] = "confidence"
     """How M is found. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
@@ -40,7 +40,11 @@ class Margin(BaseModel):
     """severity, axes: M of a flaw rated 1."""
     m_max: float = Field(default=2.0, ge=0.0)
     """severity, axes: M of a flaw rated 5."""
-    axes: dict[str, float] = {"helpfulness": 1 / 3, "harmlessness": 1 / 3, "honesty": 1 / 3}
+    axes: dict[str, Annotated[float, Field(ge=0.0)]] = {
+        "helpfulness": 1 / 3,
+        "harmlessness": 1 / 3,
+        "honesty": 1 / 3,
+    }
     """axes: weight of each axis (section 6.2, V-AROP)."""
 
     def rated_axes(self) -> tuple[str | None, ...]:
@@ -138,9 +142,12 @@ class AROP(Method):
             for prompt, responses in zip(prompts, found, strict=True)
         ]
         refined = self._sample(asks, actors, "refined")
-        for responses, ask, response in zip(found, asks, refined, strict=True):
+        # Asked of the bare template: a draft that says "Final answer:" does not ask for one.
+        bare = actors.prompts.render("refine", question="", answer_a="", answer_b="")
+        splits = _FINAL in bare[-1].content
+        for responses, response in zip(found, refined, strict=True):
             responses["refined"] = response
-            if _FINAL in ask.messages[-1].content:
+            if splits:
                 # The analysis before the final answer is thinking, not part of y_w; without the final
                 # answer nothing is left, and the gates count an empty answer.
                 before, final, answer = response.text.rpartition(_FINAL)
@@ -234,29 +241,33 @@ class AROP(Method):
                 chosen=refined.text,
                 rejected=flawed.text,
                 margin=self.margin.of(refined.text, flawed.text, group.ratings),
+                ratings=group.ratings,
+                unfinished=unfinished({"chosen": refined, "rejected": flawed}),
                 origin={"chosen": "refined" if self.refine else "draft_a", "rejected": "flawed"},
             )
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """-log sigma(beta (r(y_w) - r(y_l)) - M) of B pairs."""
+        from prefloop.train import losses  # here, because it brings torch
+
         r_c, r_r = (logps.ratio(role) for role in self.roles)
         loss_B = losses.arop(r_c, r_r, logps.margin_B, beta=self.beta)
-        with torch.no_grad():
-            reward_B = self.beta * (r_c - r_r)
-            metrics = {
-                "reward_margin": reward_B,
-                "real_reward": self.beta * r_c,
-                "reward_chosen": self.beta * r_c,
-                "reward_rejected": self.beta * r_r,
-                "accuracy": (reward_B > 0).float(),
-                "over_margin": (reward_B > logps.margin_B).float(),
-                "M": logps.margin_B,
-            }
-        return LossOutput(loss_B, metrics)
+        r_c, r_r = r_c.detach(), r_r.detach()
+        reward_B = self.beta * (r_c - r_r)
+        metrics = {
+            "reward_margin": reward_B,
+            "real_reward": self.beta * r_c,
+            "reward_chosen": self.beta * r_c,
+            "reward_rejected": self.beta * r_r,
+            "accuracy": (reward_B > 0).float(),
+            "over_margin": (reward_B > logps.margin_B).float(),
+            "M": logps.margin_B,
+        }
+        return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
         """Mean of log(1 + e^M)."""
-        return sum(math.log1p(math.exp(pair.margin)) for pair in pairs) / len(pairs)
+        return sum(p.margin + math.log1p(math.exp(-p.margin)) for p in pairs) / len(pairs)
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
         """How often refining changes the draft and how much of the refined answer the flaw touches."""

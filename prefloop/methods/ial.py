@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from prefloop.gates import Gates
-from prefloop.methods import Actors, Method, Reference
+from prefloop.methods import Actors, Method, Reference, unfinished
 from prefloop.rank import NoVerdict
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.seeds import derive_seed
 from prefloop.text import fold_whitespace
-from prefloop.train import losses
-from prefloop.train.losses import GroupLogps, LossOutput
 
-_OBJECTIVES = {
-    "smoothed": losses.spacp,
-    "linear": losses.spacp_linear,
-    "printed": losses.spacp_printed,
-}
+if TYPE_CHECKING:
+    from prefloop.train.losses import GroupLogps, LossOutput
 
 
 class IAL(Method):
@@ -167,30 +161,40 @@ class IAL(Method):
                 rejected=group.responses[worse].text,
                 target=group.prompt.target,
                 origin={"chosen": better, "rejected": worse},
+                unfinished=unfinished(
+                    {"chosen": group.responses[better], "rejected": group.responses[worse]}
+                ),
                 scores={"chosen": group.scores[better], "rejected": group.scores[worse]},
             )
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """SPACP of B triples."""
+        from prefloop.train import losses  # here, because it brings torch
+
         r_t, r_c, r_r = (logps.ratio(role) for role in self.roles)
         nll = self.penalty == "nll"
-        loss_B = _OBJECTIVES[self.objective](
+        objectives = {
+            "smoothed": losses.spacp,
+            "linear": losses.spacp_linear,
+            "printed": losses.spacp_printed,
+        }
+        loss_B = objectives[self.objective](
             r_t, r_c, r_r, eta=self.eta, gamma=0.0 if nll else self.gamma, lam=self.lam
         )
         if nll:
             loss_B = loss_B + losses.nll_penalty(
                 logps.policy["target"], logps.lengths["target"], gamma=self.gamma
             )
-        with torch.no_grad():
-            metrics = {
-                "margin": r_t - (r_c + r_r) / 2,
-                "real_reward": self.eta * r_t,
-                "penalty": losses.penalty(r_t),
-                "reward_chosen": self.eta * r_c,
-                "reward_rejected": self.eta * r_r,
-                "accuracy": (r_t > torch.maximum(r_c, r_r)).float(),
-            }
-        return LossOutput(loss_B, metrics)
+        r_t, r_c, r_r = r_t.detach(), r_c.detach(), r_r.detach()
+        metrics = {
+            "margin": r_t - (r_c + r_r) / 2,
+            "real_reward": self.eta * r_t,
+            "penalty": losses.penalty(r_t),
+            "reward_chosen": self.eta * r_c,
+            "reward_rejected": self.eta * r_r,
+            "accuracy": (r_t > r_c.maximum(r_r)).float(),
+        }
+        return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
         """(1 + lambda) log 2 with both terms smoothed, lambda log 2 with the first one linear."""

@@ -37,7 +37,7 @@ class OpenJudge(Protocol):
 class Judge(BaseModel):
     """A judge is a frozen model: its fields are its options; `open` puts it to work."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     needs_target: ClassVar[bool] = False
     """Whether every prompt must come with a target response."""

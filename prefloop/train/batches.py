@@ -37,7 +37,7 @@ def encode_pairs(
     for pair in pairs:
         group = TokenGroup(
             prompt=tuple(chat.prompt_ids(pair.prompt)),
-            completions=tuple(tuple(chat.answer_ids(getattr(pair, role))) for role in roles),
+            completions=tuple(_completion(chat, pair, role) for role in roles),
         )
         if window is not None and group.longest > window:
             raise TrainingError(
@@ -46,6 +46,12 @@ def encode_pairs(
             )
         examples.append(Example(pair.id, group, pair.margin))
     return examples
+
+
+def _completion(chat: Chat, pair: Pair, role: str) -> tuple[int, ...]:
+    # An answer that was cut off never ended its turn, so training must not say that it did.
+    encode = chat.text_ids if role in pair.unfinished else chat.answer_ids
+    return tuple(encode(getattr(pair, role)))
 
 
 def schedule(count: int, *, epochs: int, batch_size: int, seed: int) -> list[list[int]]:

@@ -64,7 +64,8 @@ def load_checkpoint(
 
 def drop_checkpoints(folder: Path) -> None:
     """Remove all checkpoints, once the policy that they led to is saved."""
-    for old in folder.glob(f"{_PREFIX}*"):
+    # Half-written ones begin with a dot.
+    for old in folder.glob(f"*{_PREFIX}*"):
         shutil.rmtree(old)
 
 

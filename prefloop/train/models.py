@@ -214,20 +214,30 @@ def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> Pr
             attn_implementation=options.attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
             trust_remote_code=options.trust_remote_code,
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        remedy = (
+            "set model.trust_remote_code to true if you trust it"
+            if "trust_remote_code" in str(error)
+            else "set model.source to one that can"
+        )
         raise ModelError(
-            f"{folder} cannot be loaded as a causal language model: {reason(error)}; "
-            "set model.source to one that can"
+            f"{folder} cannot be loaded as a causal language model: {reason(error)}; {remedy}"
         ) from error
     model: PreTrainedModel = loaded[0]
-    info: dict[str, set[str]] = loaded[1]
+    info: dict[str, Any] = loaded[1]
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{folder} lacks {len(missing)} of the weights of a causal language model "
             f"({missing[0]} ...); set model.source to a complete one"
+        )
+    if mismatched := sorted(key for key, *_ in info["mismatched_keys"]):
+        raise ModelError(
+            f"{folder} has {len(mismatched)} weights of another shape than its config.json says "
+            f"({mismatched[0]} ...); set model.source to one whose files belong together"
         )
     return model
 
@@ -281,7 +291,10 @@ def _tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
             folder, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder} has no usable tokenizer: {reason(error)}") from error
+        raise ModelError(
+            f"{folder} has no usable tokenizer: {reason(error)}; "
+            "put the tokenizer's files beside the weights"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if options.chat_template is not None:
         try:

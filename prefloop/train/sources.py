@@ -31,7 +31,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 class LoraOptions(BaseModel):
     """Low-rank adaptation (Hu et al. 2021): W + (alpha / r)·B·A, with only A and B trained."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     r: int = Field(default=16, ge=1)
     """Rank of the update."""
@@ -46,12 +46,14 @@ class LoraOptions(BaseModel):
 class ModelOptions(BaseModel):
     """Which model is aligned, what of it is trained, and in which numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = "embedded:smollm2-135m"
     """A folder, a hub id ("owner/name"), or "embedded:NAME" for a model inside an installed package."""
     tuning: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or all weights."""
     lora: LoraOptions = Field(default_factory=LoraOptions)
+    """The adapter, where `tuning` is lora."""
     dtype: Dtype = "auto"
     """Of the frozen weights. "auto": see `initial_dtype`. LoRA weights are float32 whatever it is."""
     device: str = "auto"
@@ -122,11 +124,11 @@ def local_folder(source: str, options: ModelOptions) -> Path:
     folder = Path(source) if Path(source).is_dir() else _download(source, options)
     if not (folder / "config.json").is_file():
         hint = (
-            "; it is an adapter: merge it first"
+            "it is an adapter: merge it into its model first"
             if (folder / "adapter_config.json").is_file()
-            else ""
+            else "name one that save_pretrained has written"
         )
-        raise ModelError(f"{source} has no config.json, so it is no model folder{hint}")
+        raise ModelError(f"{source} has no config.json, so it is no model folder; {hint}")
     if not any(folder.glob("*.safetensors")):
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         found = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
@@ -191,6 +193,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             # PEFT still calls what transformers has renamed.
             warnings.filterwarnings("ignore", "`.*gradient_checkpointing.*` is deprecated")
+            # PEFT corrects this by itself for GPT-2's layers.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
             yield
     finally:
         hf_logging.set_verbosity(verbosity)

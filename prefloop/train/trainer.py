@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,8 @@ class Job:
     seed: int
     reference: str | None = None
     """"initial" or "round_start": whose log-probs the loss gets; None where it needs none."""
+    first_step: int = 0
+    """Optimiser steps of the run before this job, for trackers that count on."""
     span: tuple[float, float] = (0.0, 1.0)
     """The part of the learning-rate schedule that this job walks through."""
     loss_at_start: Callable[[Sequence[int]], float | None] = lambda indices: None
@@ -72,11 +74,17 @@ def learning_rate(options: TrainOptions, progress: float) -> float:
 class Trainer:
     """Trains one policy; keeps its optimiser between jobs where asked to."""
 
-    def __init__(self, policy: Policy, options: TrainOptions, track: Mapping[str, Any]) -> None:
-        """`track`: keyword arguments for accelerate's trackers (`log_with`, `project_dir`), or empty."""
+    def __init__(
+        self, policy: Policy, options: TrainOptions, trackers: Sequence[str] = (), folder: str = "."
+    ) -> None:
+        """`trackers` names accelerate's trackers; those that write files write below `folder`."""
         self.policy = policy
         self.options = options
-        self.accelerator = Accelerator(cpu=policy.device.type == "cpu", **track)
+        self.accelerator = Accelerator(
+            cpu=policy.device.type == "cpu", log_with=list(trackers) or None, project_dir=folder
+        )
+        if trackers:
+            self.accelerator.init_trackers("prefloop")
         self.optimizer = self._new_optimizer()
         self._logged_packing = False
 
@@ -113,7 +121,7 @@ class Trainer:
             for number in range(done, len(steps)):
                 row = self._step(job, reference, steps[number], number, len(steps))
                 file.write(json.dumps(row) + "\n")
-                self.accelerator.log(row)
+                self.accelerator.log(row, step=job.first_step + number)
                 bar.advance(1, amount=row["tokens"])
                 if self._is_due(number + 1, len(steps)):
                     file.flush()

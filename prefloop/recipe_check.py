@@ -1,0 +1,131 @@
+"""What can be told about a recipe before a run: what would stop it, and what in it has no effect."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import prefloop.methods
+import prefloop.rank
+from prefloop.data import read_prompts
+from prefloop.errors import RecipeError
+from prefloop.generate.templates import PromptSet
+from prefloop.plugins import name_of, names, nearest
+from prefloop.rows import EMBEDDED as EMBEDDED_DATA
+from prefloop.rows import READERS
+from prefloop.train.sources import EMBEDDED as EMBEDDED_MODELS
+from prefloop.train.sources import local_folder
+
+if TYPE_CHECKING:
+    from prefloop.recipe import Recipe
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Notes that need no change; RecipeError or DataError where something would stop the run."""
+    PromptSet(recipe.method.prompt_set)
+    if recipe.method.needs_judge and recipe.judge is None:
+        raise RecipeError(
+            f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
+            f"add a section judge with a name ({', '.join(names(prefloop.rank))})"
+        )
+    for tracker in recipe.track:
+        if find_spec(tracker) is None:
+            raise RecipeError(
+                f"track names {tracker}, which is not installed; pip install {tracker}"
+            )
+    return [*_check_models(recipe), *_check_data(recipe), *_without_effect(recipe)]
+
+
+def _check_models(recipe: Recipe) -> Iterator[str]:
+    """A folder must hold what can be loaded; a name that is no folder here is the hub's."""
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).expanduser().is_file():
+        raise RecipeError(
+            f"model.chat_template: no file {template} (paths are relative to the working directory)"
+        )
+    sources = {
+        "model.source": recipe.model.source,
+        "judge.model": getattr(recipe.judge, "model", None),
+    }
+    for key, source in sources.items():
+        if not isinstance(source, str):
+            continue
+        place = Path(source).expanduser()
+        if place.is_dir():
+            if key == "model.source":
+                local_folder(str(place), recipe.model)
+        elif place.exists():
+            raise RecipeError(f"{key}: {source} is a file; name the folder that holds the model")
+        elif source.startswith("embedded:"):
+            embedded = source.removeprefix("embedded:")
+            if embedded not in EMBEDDED_MODELS:
+                hint = nearest(embedded, list(EMBEDDED_MODELS))
+                raise RecipeError(f"{key}: no embedded model {embedded!r}; {hint}")
+        elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise RecipeError(
+                f"{key}: no folder {source} (paths are relative to the working directory)"
+            )
+        else:
+            yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
+
+
+def _check_data(recipe: Recipe) -> Iterator[str]:
+    """Parse as many rows as the first round needs: a short read also tells that there are too few."""
+    data, size = recipe.data, recipe.loop.prompts_per_round
+    plugins = (recipe.method, recipe.judge) if recipe.judge else (recipe.method,)
+    needs_target = recipe.sft is not None or any(plugin.needs_target for plugin in plugins)
+    if _on_the_hub(data.train):
+        yield f"data.train {data.train} is not here: it will be looked up on the Hugging Face Hub"
+    else:
+        prompts = read_prompts(data.train, data, needs_target=needs_target)
+        found = sum(1 for _ in islice(prompts, min(size + data.holdout, sys.maxsize)))
+        usable = min(found, data.limit or found) - data.holdout
+        if usable < size:
+            raise RecipeError(
+                f"loop.prompts_per_round is {size}, and data.train leaves {max(usable, 0)} "
+                "to train on; lower it, or give more data"
+            )
+    if data.eval is None and not data.holdout and data.train != EMBEDDED_DATA:
+        raise RecipeError(
+            "there are no held-out prompts to measure on; name a file in data.eval, or hold some of "
+            "data.train out with data.holdout"
+        )
+    if data.eval is not None and _on_the_hub(data.eval):
+        yield f"data.eval {data.eval} is not here: it will be looked up on the Hugging Face Hub"
+    elif data.eval is not None:
+        prompts = read_prompts(data.eval, data, part="eval", needs_target=needs_target)
+        deque(islice(prompts, recipe.evaluate.prompts), maxlen=0)
+
+
+def _on_the_hub(source: str) -> bool:
+    path = Path(source).expanduser()
+    here = source.startswith((".", "embedded:")) or path.suffix in READERS or path.exists()
+    return not here and source.count("/") == 1
+
+
+def _without_effect(recipe: Recipe) -> Iterator[str]:
+    """Settings that change nothing in this recipe, or fight each other."""
+    method, loop, train = recipe.method, recipe.loop, recipe.train
+    if recipe.judge and not method.needs_judge:
+        yield (
+            f"judge: method {name_of(prefloop.methods, method)} ranks without it; "
+            "it only scores the held-out answers"
+        )
+    for option in ("mix_previous", "carry_optimizer"):
+        if loop.rounds == 1 and getattr(loop, option):
+            yield f"loop.{option} has no effect in a single round"
+    if loop.prompts_per_round < train.batch_size:
+        yield (
+            f"loop.prompts_per_round ({loop.prompts_per_round}) is less than "
+            f"train.batch_size ({train.batch_size}): each epoch is one smaller step"
+        )
+    if method.generator == "frozen" and method.reference == "round_start":
+        yield (
+            "method.generator frozen with method.reference round_start: "
+            "answers come from the initial policy, the loss is measured from the round's"
+        )

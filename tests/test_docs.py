@@ -1,0 +1,169 @@
+"""The documentation: what it names exists, what it tells people to type works."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import typer.main
+
+import prefloop.methods
+from prefloop import cli
+from prefloop.methods import Method
+from prefloop.plugins import find, names
+from prefloop.recipe import load_recipe, shipped_recipes
+from prefloop.report.console import MEASURES
+from prefloop.train.losses import GroupLogps
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(page.read_text("utf-8")) if kind == language]
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Every `prefloop ...` that stands in a block or between backquotes; explanations are cut off."""
+    text = page.read_text("utf-8")
+    inline = re.findall(r"`(prefloop [^`\n]+)`", FENCE.sub("", text))
+    lines = [line for block in blocks(page, "") for line in block.splitlines()]
+    found = [*inline, *(line for line in lines if line.startswith("prefloop "))]
+    for command in found:
+        yield " ".join(re.split(r"\s{3,}(?![\s-])", command)[0].split())
+
+
+COMMANDS = sorted({(command, page_name(page)) for page in PAGES for command in commands(page)})
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    text = FENCE.sub("", page.read_text("utf-8"))
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def tree() -> list[str]:
+    """Paths in the README's tree; two spaces are one level."""
+    (block,) = [block for block in blocks(ROOT / "README.md", "") if block.startswith("README.md")]
+    folders: list[str] = []
+    paths = []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        folders[depth:] = [name] if name.endswith("/") else []
+        paths.append("".join(folders[:depth]) + name)
+    return paths
+
+
+def test_the_commands_and_the_tree_are_found() -> None:
+    spac = "prefloop run quickstart-ial --out runs/spac --set method.gamma=0"
+    assert (spac, "docs/methods/ial.md") in COMMANDS
+    assert {"README.md", "prefloop/methods/ial.py", "docs/methods/"} <= set(tree())
+
+
+@pytest.mark.parametrize("path", tree())
+def test_what_the_tree_shows_exists(path: str) -> None:
+    assert (ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_relative_link_resolves(page: Path) -> None:
+    for text, target in LINK.findall(FENCE.sub("", page.read_text("utf-8"))):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} in {page_name(page)}"
+        if anchor:
+            assert anchor in headings(file), f"{target} in {page_name(page)}"
+        if file.suffix == ".py" and re.fullmatch(r"`[\w.]+`", text) and ".py" not in text:
+            name = text.strip("`").rpartition(".")[2]
+            assert re.search(rf"\b(def|class) {name}\b", file.read_text("utf-8")), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_table_row_has_as_many_cells_as_its_head(page: Path) -> None:
+    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text("utf-8"), re.MULTILINE):
+        assert len({row.replace("\\|", "").count("|") for row in table.splitlines()}) == 1, table
+
+
+@pytest.mark.parametrize(("command", "page"), COMMANDS)
+def test_every_command_parses_and_its_recipe_loads(
+    command: str, page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(ROOT / page, "yaml"):
+        if named := re.match(r"# (\S+\.yaml)", block):
+            Path(named[1]).write_text(block)
+    verb, *words = shlex.split(command)[1:]
+    if verb.startswith("-"):
+        return
+    group = typer.main.get_command(cli.app)
+    # Raises where an option does not exist, and only then: callbacks are not called.
+    context = group.commands[verb].make_context(verb, words)  # type: ignore[attr-defined]
+    recipe = context.params.get("recipe")
+    if recipe is not None and recipe != "RECIPE":
+        load_recipe(recipe, context.params["overrides"] or ())
+
+
+def test_the_recipe_reference_is_up_to_date() -> None:
+    path = ROOT / "docs/generate_recipe_reference.py"
+    spec = importlib.util.spec_from_file_location("generate_recipe_reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs/recipe.md").read_text("utf-8")
+    assert module.reference() == page, f"run python {path.relative_to(ROOT)}"
+
+
+def test_the_recipe_reference_explains_every_option() -> None:
+    rows = re.findall(r"^\| `.*$", (ROOT / "docs/recipe.md").read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 50
+    assert not [row for row in rows if re.search(r"\|\s*\|$", row)]
+
+
+@pytest.mark.parametrize("name", names(prefloop.methods))
+def test_every_method_has_a_page_and_its_training_measures_are_explained(name: str) -> None:
+    assert (ROOT / f"docs/methods/{name}.md").is_file()
+    kind: type[Method] = find(prefloop.methods, name, Method, "method")
+    zeros = {role: torch.zeros(2) for role in kind.roles}
+    ones = {role: torch.ones(2) for role in kind.roles}
+    output = kind().loss(GroupLogps(zeros, zeros, ones, torch.zeros(2)), 0.0)
+    explained = (ROOT / "docs/metrics.md").read_text("utf-8")
+    assert output.metrics
+    assert [key for key in output.metrics if f"`train_{key}`" not in explained] == []
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_measure_of_the_table_is_explained(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs/metrics.md").read_text("utf-8")
+
+
+def test_decisions_are_numbered_without_gaps_and_say_what_would_change_them() -> None:
+    pages = sorted((ROOT / "docs/decisions").glob("*.md"))
+    assert [page.name[:4] for page in pages] == [f"{n:04d}" for n in range(1, len(pages) + 1)]
+    index = (ROOT / "docs/index.md").read_text("utf-8")
+    for page in pages:
+        text = page.read_text("utf-8")
+        assert text.startswith(f"# {page.name[:4]} ")
+        assert all(f"**{part}.**" in text for part in ("Context", "Decision"))
+        assert "**What would change our mind.**" in text
+        assert f"decisions/{page.name}" in index
+
+
+def test_shipped_recipes_begin_with_a_line_on_themselves() -> None:
+    for path in shipped_recipes().values():
+        assert path.read_text("utf-8").startswith("# ")

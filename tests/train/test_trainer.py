@@ -1,0 +1,358 @@
+"""The trainer: exact means, an exact resume, a reference computed once, and no silent nonsense."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prefloop.chat import Chat
+from prefloop.errors import TrainingError
+from prefloop.recipe import TrainOptions
+from prefloop.records import Message, Pair
+from prefloop.train import losses
+from prefloop.train.batches import encode_pairs, schedule
+from prefloop.train.logprobs import padded_logprobs
+from prefloop.train.losses import GroupLogps, LossOutput
+from prefloop.train.models import LoraOptions, ModelOptions, Policy
+from prefloop.train.trainer import Job, Trainer, learning_rate
+
+ROLES = ("chosen", "rejected")
+LOG_2 = math.log(2)
+OPTIONS = TrainOptions(epochs=2, lr=1e-2, batch_size=4, micro_batch_size=2, schedule="cosine")
+PAIRS = [
+    Pair(
+        prompt_id=f"p{n}",
+        round=0,
+        prompt=(Message(role="user", content=f"Say {n} " + "please " * (n % 3)),),
+        chosen=f"Here is {n * 7}, with {'care' * (n % 4)}.",
+        rejected=f"Here is {n * 5}!",
+        margin=n / 10,
+    )
+    for n in range(8)
+]
+
+
+def dpo(logps: GroupLogps, progress: float) -> LossOutput:
+    r_c, r_r = logps.ratio("chosen"), logps.ratio("rejected")
+    return LossOutput(losses.dpo(r_c, r_r, beta=0.1), {"gap": (r_c - r_r).detach()})
+
+
+def policy(folder: Path, tuning: str = "lora", dropout: float = 0.0) -> Policy:
+    lora = LoraOptions(r=4, alpha=8, dropout=dropout)
+    options = ModelOptions.model_validate(
+        {"source": str(folder), "tuning": tuning, "lora": lora, "dtype": "float32", "device": "cpu"}
+    )
+    return Policy.load(options, seed=0)
+
+
+def job(policy: Policy, folder: Path, pairs: Sequence[Pair] = PAIRS, **changes: Any) -> Job:
+    examples = encode_pairs(Chat(policy.tokenizer), pairs, ROLES, window=2048)
+    plain = Job(examples, ROLES, dpo, folder, seed=5, reference="initial")
+    return replace(plain, **changes)
+
+
+def weights(policy: Policy) -> list[torch.Tensor]:
+    return [weight.detach().clone() for weight in policy.trainable_parameters()]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logps(policy: Policy, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Summed log-probs by role: padded, in one batch, without the trainer."""
+    with torch.no_grad():
+        groups = padded_logprobs(policy.model, [example.group for example in examples])
+    return {r: torch.stack([g[n].sum() for g in groups]) for n, r in enumerate(ROLES)}
+
+
+# Steps.
+
+
+def test_neither_loss_nor_update_depends_on_the_split_into_micro_batches(model_folder, tmp_path):
+    found = {}
+    for size in (1, 2, 8):
+        trained = policy(model_folder)
+        options = OPTIONS.model_copy(update={"batch_size": 8, "micro_batch_size": size})
+        Trainer(trained, options, {}).run(job(trained, tmp_path / str(size)))
+        found[size] = (rows(tmp_path / str(size)), weights(trained))
+    for size in (2, 8):
+        for row, other in zip(found[1][0], found[size][0], strict=True):
+            assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+        for weight, other in zip(found[1][1], found[size][1], strict=True):
+            torch.testing.assert_close(weight, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_short_last_step_takes_the_mean_of_what_it_has(model_folder, tmp_path):
+    trained = policy(model_folder)
+    options = OPTIONS.model_copy(update={"epochs": 1, "lr": 1e-9})
+    facts = Trainer(trained, options, {}).run(job(trained, tmp_path, PAIRS[:7]))
+    assert [row["loss"] for row in rows(tmp_path)] == pytest.approx([LOG_2, LOG_2], abs=1e-4)
+    assert (facts["steps"], facts["examples"]) == (2, 7)
+    assert facts["first_loss"] == pytest.approx(LOG_2, abs=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_training_widens_the_gap(model_folder, tmp_path, tuning):
+    trained = policy(model_folder, tuning)
+    facts = Trainer(trained, OPTIONS, {}).run(job(trained, tmp_path))
+    assert facts["first_loss"] == pytest.approx(LOG_2, abs=1e-4)
+    assert facts["last_loss"] < LOG_2 - 0.01
+    assert not trained.model.training
+    assert facts["tokens"] == sum(row["tokens"] for row in rows(tmp_path))
+
+
+def test_every_epoch_meets_every_example_once_in_an_order_of_its_own():
+    steps = schedule(7, epochs=2, batch_size=3, seed=1)
+    assert [len(step) for step in steps] == [3, 3, 1, 3, 3, 1]
+    first, second = ([n for step in half for n in step] for half in (steps[:3], steps[3:]))
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    assert steps == schedule(7, epochs=2, batch_size=3, seed=1)
+    assert steps != schedule(7, epochs=2, batch_size=3, seed=2)
+
+
+def test_the_loss_hears_how_far_the_round_is(model_folder, tmp_path):
+    heard = []
+
+    def listening(logps: GroupLogps, progress: float) -> LossOutput:
+        heard.append(progress)
+        return dpo(logps, progress)
+
+    trained = policy(model_folder)
+    options = OPTIONS.model_copy(update={"micro_batch_size": 4})
+    Trainer(trained, options, {}).run(job(trained, tmp_path, loss=listening, span=(0.5, 1.0)))
+    assert heard == [0.125, 0.375, 0.625, 0.875]
+
+
+# The learning rate.
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+def test_the_rate_rises_to_its_peak_and_follows_its_shape(shape):
+    options = TrainOptions(lr=1.0, warmup=0.2, schedule=shape)
+    at = [learning_rate(options, place) for place in (0.05, 0.1, 0.2, 0.4, 0.6, 1.0)]
+    rest = {
+        "linear": [0.75, 0.5, 0.0],
+        "cosine": [0.5 + 0.25 * math.sqrt(2), 0.5, 0.0],
+        "constant": [1.0, 1.0, 1.0],
+    }
+    assert at == pytest.approx([0.25, 0.5, 1.0, *rest[shape]])
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_no_step_is_wasted_at_rate_zero(model_folder, tmp_path, monkeypatch, shape, count):
+    options = OPTIONS.model_copy(
+        update={"epochs": 1, "batch_size": 1, "micro_batch_size": 1, "schedule": shape}
+    )
+    trained = policy(model_folder)
+    trainer = Trainer(trained, options, {})
+    trainer.run(job(trained, tmp_path, PAIRS[:count]))
+    rates = [row["lr"] for row in rows(tmp_path)]
+    assert all(0 < rate <= options.lr for rate in rates)
+    assert len(rates) == count
+
+
+def test_two_rounds_of_a_carried_schedule_walk_through_it_once(model_folder, tmp_path):
+    options = OPTIONS.model_copy(update={"epochs": 1, "batch_size": 2})
+    trained = policy(model_folder)
+    trainer = Trainer(trained, options, {})
+    for name, span in (("0", (0.0, 0.5)), ("1", (0.5, 1.0))):
+        trainer.run(job(trained, tmp_path / name, span=span))
+    found = [row["lr"] for name in "01" for row in rows(tmp_path / name)]
+    assert found == pytest.approx([learning_rate(options, (n + 0.5) / 8) for n in range(8)])
+
+
+def test_the_optimiser_is_kept_between_jobs_until_renewed(model_folder, tmp_path):
+    trained = policy(model_folder)
+    trainer = Trainer(trained, OPTIONS, {})
+
+    def steps_taken() -> set[float]:
+        return {float(state["step"]) for state in trainer.optimizer.state.values()}
+
+    trainer.run(job(trained, tmp_path / "0"))
+    trainer.run(job(trained, tmp_path / "1"))
+    assert steps_taken() == {8.0}
+    trainer.renew_optimizer()
+    assert steps_taken() == set()
+
+
+# The reference.
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["initial", "round_start"])
+def test_the_reference_is_the_policy_it_says_before_the_first_update(
+    model_folder, tmp_path, tuning, kind
+):
+    """Two jobs: in the second one the initial policy and the round's are no longer the same."""
+    trained = policy(model_folder, tuning)
+    trainer = Trainer(trained, OPTIONS, {})
+    trainer.run(job(trained, tmp_path / "0"))
+    second = job(trained, tmp_path / "1", reference=kind)
+    expected = logps(
+        policy(model_folder, tuning) if kind == "initial" else trained, second.examples
+    )
+    trainer.run(second)
+    found = load_file(tmp_path / "1" / "reference.safetensors")
+    for role in ROLES:
+        torch.testing.assert_close(found[role], expected[role], rtol=1e-4, atol=1e-3)
+        assert (found[role] - logps(trained, second.examples)[role]).abs().max() > 0.1
+
+
+def test_the_reference_is_computed_once_and_then_read(model_folder, tmp_path):
+    trained = policy(model_folder)
+    first = job(trained, tmp_path)
+    known = {role: logp_N - 1.0 for role, logp_N in logps(trained, first.examples).items()}
+    save_file(known, tmp_path / "reference.safetensors")
+    seen = []
+
+    def looking(logps: GroupLogps, progress: float) -> LossOutput:
+        seen.append(logps.ratio("chosen").detach())
+        return dpo(logps, progress)
+
+    Trainer(trained, OPTIONS.model_copy(update={"epochs": 1, "lr": 1e-9}), {}).run(
+        replace(first, loss=looking)
+    )
+    torch.testing.assert_close(torch.cat(seen), torch.ones(8), rtol=1e-3, atol=1e-3)
+
+
+def test_a_wrong_reference_is_found_at_the_first_step(model_folder, tmp_path):
+    trained = policy(model_folder)
+    before = weights(trained)
+    start = job(trained, tmp_path, loss_at_start=lambda chosen: LOG_2)
+    wrong = logps(trained, start.examples)
+    wrong["chosen"] = wrong["chosen"] - 10.0
+    save_file(wrong, tmp_path / "reference.safetensors")
+    with pytest.raises(TrainingError, match=r"first loss is 0\.3133 where .* give 0\.6931.*delete"):
+        Trainer(trained, OPTIONS, {}).run(start)
+    assert same(before, weights(trained))
+
+
+def test_the_start_is_known_for_the_examples_of_the_first_step(model_folder, tmp_path):
+    asked = []
+
+    def known(chosen: Sequence[int]) -> float:
+        asked.append(list(chosen))
+        return LOG_2
+
+    trained = policy(model_folder)
+    Trainer(trained, OPTIONS, {}).run(job(trained, tmp_path, loss_at_start=known))
+    assert asked == [schedule(8, epochs=2, batch_size=4, seed=5)[0]]
+
+
+# What must not be trained on.
+
+
+def test_a_loss_that_is_nan_names_the_pair_and_changes_nothing(model_folder, tmp_path):
+    def broken(logps: GroupLogps, progress: float) -> LossOutput:
+        output = dpo(logps, progress)
+        bad_B = logps.margin_B == PAIRS[3].margin
+        return LossOutput(torch.where(bad_B, torch.nan, output.loss_B), {})
+
+    trained = policy(model_folder)
+    before = weights(trained)
+    options = OPTIONS.model_copy(update={"batch_size": 8})
+    with pytest.raises(TrainingError, match=r"the loss of 0000/p3 is not finite"):
+        Trainer(trained, options, {}).run(job(trained, tmp_path, loss=broken))
+    lines = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
+    row = json.loads(lines[0])
+    assert len(lines) == 1
+    assert row["pair"] == "0000/p3"
+    assert row["policy"]["chosen"] == pytest.approx(row["reference"]["chosen"], rel=1e-3)
+    assert same(before, weights(trained))
+
+
+def test_an_infinite_gradient_names_its_step_and_changes_nothing(model_folder, tmp_path):
+    def steep(logps: GroupLogps, progress: float) -> LossOutput:
+        ratio_B = logps.ratio("chosen")
+        return LossOutput((ratio_B - ratio_B.detach()).abs().sqrt(), {})
+
+    trained = policy(model_folder)
+    before = weights(trained)
+    with pytest.raises(TrainingError, match=r"gradient of step 0 is (nan|inf).*0000/p"):
+        Trainer(trained, OPTIONS, {}).run(job(trained, tmp_path, loss=steep))
+    assert same(before, weights(trained))
+
+
+# Resume.
+
+
+def interrupt_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Callable[..., dict[str, Any]] = Trainer._step
+
+    def guarded(self: Trainer, job: Job, ref: Any, chosen: Any, number: int, steps: int) -> Any:
+        if number == step:
+            raise KeyboardInterrupt
+        return original(self, job, ref, chosen, number, steps)
+
+    monkeypatch.setattr(Trainer, "_step", guarded)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_job_killed_at_any_step_ends_in_the_same_weights_and_metrics(
+    model_folder, tmp_path, monkeypatch, tuning, optimizer
+):
+    """Checkpoints at every second step: killed at an odd one, a row of metrics is already too much.
+
+    Dropout draws from the global random state, so that is restored too.
+    """
+    options = OPTIONS.model_copy(update={"optimizer": optimizer, "save_every": 2, "epochs": 2})
+    unbroken = policy(model_folder, tuning, dropout=0.2)
+    Trainer(unbroken, options, {}).run(job(unbroken, tmp_path / "unbroken"))
+    expected = (tmp_path / "unbroken" / "metrics.jsonl").read_bytes()
+    for step in range(4):
+        folder = tmp_path / f"killed-{step}"
+        killed = policy(model_folder, tuning, dropout=0.2)
+        with monkeypatch.context() as patch:
+            interrupt_before(step, patch)
+            with pytest.raises(KeyboardInterrupt):
+                Trainer(killed, options, {}).run(job(killed, folder))
+        resumed = policy(model_folder, tuning, dropout=0.2)
+        torch.manual_seed(step)
+        facts = Trainer(resumed, options, {}).run(job(resumed, folder))
+        assert (folder / "metrics.jsonl").read_bytes() == expected
+        assert same(weights(unbroken), weights(resumed))
+        assert facts["steps"] == 4
+
+
+def test_a_finished_job_is_not_trained_again(model_folder, tmp_path, monkeypatch):
+    """Killed after its last step, before the policy was saved: only the weights come back."""
+    unbroken = policy(model_folder)
+    first = Trainer(unbroken, OPTIONS, {}).run(job(unbroken, tmp_path))
+    interrupt_before(0, monkeypatch)
+    resumed = policy(model_folder)
+    assert Trainer(resumed, OPTIONS, {}).run(job(resumed, tmp_path)) == first
+    assert same(weights(unbroken), weights(resumed))
+
+
+def test_a_resumed_job_reads_its_old_reference(model_folder, tmp_path):
+    """A checkpoint's weights are not the round's first ones: the reference must not follow them."""
+    trained = policy(model_folder, "full")
+    options = OPTIONS.model_copy(update={"save_every": 1})
+    start = job(trained, tmp_path, reference="round_start")
+    Trainer(trained, options, {}).run(start)
+    before = (tmp_path / "reference.safetensors").read_bytes()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    Trainer(trained, options, {}).run(replace(start, folder=tmp_path / "copy"))
+    assert (tmp_path / "copy" / "reference.safetensors").read_bytes() == before
+
+
+def test_nothing_in_the_folder_is_pickled(model_folder, tmp_path):
+    trained = policy(model_folder)
+    Trainer(trained, OPTIONS.model_copy(update={"save_every": 1}), {}).run(job(trained, tmp_path))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl"}
