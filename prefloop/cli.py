@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from prefloop import __version__
-from prefloop.errors import PrefloopError
+from prefloop.errors import DataError, PrefloopError
 
 _TERMINATED = 128 + signal.SIGTERM
 _REMEDIES = {
@@ -169,6 +169,11 @@ def export(
     pairs = [pair for _, found in read_run(run_folder).pairs(rounds) for pair in found]
     # TRL ends every answer's turn, which an answer that was cut off never did.
     finished = [pair for pair in pairs if not pair.unfinished]
+    if pairs and not finished:
+        raise DataError(
+            f"every pair of {run_folder} has a cut-off answer; begin a run with a higher "
+            "method.sampling.max_new_tokens"
+        )
     done = export_pairs(finished, out, kind.value)
     left_out = len(pairs) - len(finished)
     typer.echo(

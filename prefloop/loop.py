@@ -183,9 +183,10 @@ class _Loop:
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
             engine = self.session.engine_after(here)
             asks = [Request(messages=prompt.messages) for prompt in prompts]
-            answers = engine.sample(asks, sampling, seed=seed, label="evaluate")
-            texts = [answer.text for answer in answers]
-            now = engine.score(asks, texts)
+            with self.session.policy_after(here).merged():
+                answers = engine.sample(asks, sampling, seed=seed, label="evaluate")
+                texts = [answer.text for answer in answers]
+                now = engine.score(asks, texts)
             with self.session.initial_policy():
                 initial = engine.score(asks, texts)
             verdicts = self.session.score_answers(prompts, texts)
@@ -209,8 +210,9 @@ class _Loop:
 
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
             actors = self.session.actors_after(here, seed)
-            groups = [g for g in method.generate(prompts, actors) if isinstance(g, Candidates)]
-            return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
+            with self.session.policy_after(here).merged():
+                groups = [g for g in method.generate(prompts, actors) if isinstance(g, Candidates)]
+                return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
 
         self._chunked(here, "introspection", self.session.held_out, work, Candidates)
         return method.measures(here.records("introspection", Candidates))

@@ -10,6 +10,7 @@ from prefloop.recipe import load_recipe
 from prefloop.rundir import read_run, replace_folder
 from prefloop.session import initial_source
 from prefloop.train.models import Policy
+from prefloop.train.sources import quiet
 
 
 def merge_policy(run_folder: Path, out: Path) -> Path:
@@ -28,8 +29,9 @@ def merge_policy(run_folder: Path, out: Path) -> Path:
     policy = Policy.load(initial_source(recipe, run), adapter, trainable=False)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    policy.merge().save_pretrained(part)
-    policy.tokenizer.save_pretrained(part)
+    with quiet():
+        policy.merge().save_pretrained(part)
+        policy.tokenizer.save_pretrained(part)
     shutil.copy(adapter / "README.md", part / "README.md")
     replace_folder(part, out)
     return out

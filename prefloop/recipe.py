@@ -111,8 +111,8 @@ class TrainOptions(Section):
     """Compute what a pair's responses share once, several pairs to a row, where the model allows."""
     token_budget: int = Field(default=2048, ge=1)
     """Tokens in a packed row."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16: matrix products in bfloat16 over float32 weights, for full fine-tuning."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """bf16: matrix products in bfloat16, also over float32 weights; auto: where the model is in bfloat16."""
     save_every: int = Field(default=0, ge=0)
     """Optimiser steps between training checkpoints; 0 saves only at the round's end."""
 

@@ -34,15 +34,11 @@ def open_rows(
         return part, _read_jsonl(Path(__file__).parent / "instructions" / f"{part}.jsonl")
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
-    try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-    except OSError as error:
-        raise DataError(f"data.{part} {source}: {error.strerror}; correct the path") from error
-    if is_file:
+    if path.is_file():
         if suffix not in READERS:
             raise DataError(f"{source} ends in none of {', '.join(READERS)}; convert or rename it")
         return path.stem, READERS[suffix](path)
-    if is_folder or (suffix not in READERS and _HUB_NAME.fullmatch(source)):
+    if path.is_dir() or (suffix not in READERS and _HUB_NAME.fullmatch(source)):
         return f"{path.name}-{split}", _read_dataset(source, path, subset, split)
     raise DataError(_not_there(source, path))
 
@@ -130,7 +126,9 @@ def _read_dataset(source: str, path: Path, subset: str | None, split: str) -> It
     # Imported here: it takes seconds that `prefloop --help` must not wait for.
     from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
+    from datasets.utils import logging
 
+    logging.set_verbosity(logging.CRITICAL)  # what it logs of an error is said below
     if not sys.stderr.isatty():
         disable_progress_bars()
     name = str(path)

@@ -131,9 +131,9 @@ class Session:
     @contextmanager
     def generator(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
         """Actors for a round's generation, by chunk seed: the current policy, or the frozen initial one."""
-        self.policy_before(here)
+        policy = self.policy_before(here)
         frozen = self.recipe.method.generator == "frozen"
-        with self.initial_policy() if frozen else nullcontext():
+        with self.initial_policy() if frozen else policy.merged():
             yield lambda seed: self._actors(here, seed)
 
     def actors_after(self, here: RoundDir, seed: int) -> Actors:

@@ -16,7 +16,9 @@ from prefloop.errors import RecipeError
 def parse_yaml(text: str, source: str) -> Any:
     """The value that YAML text stands for; RecipeError names `source`, line and column of a mistake."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
+        json.dumps(value, default=str)  # ValueError where an alias stands inside its own anchor
+        return value
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

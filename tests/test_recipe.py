@@ -31,6 +31,7 @@ from prefloop.recipe import (
 
 IAL_RECIPE = "method: {name: ial}\njudge: {name: similarity}\n"
 METHODS = ", ".join(names(prefloop.methods))
+HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 CHECKOUT = Path(__file__).parent.parent / "recipes"
 
 WRONG = [
@@ -351,10 +352,22 @@ def test_a_shipped_recipe_loads_by_name_passes_its_check_and_survives_a_dump(
 
 
 def test_importing_the_recipe_imports_nothing_heavy() -> None:
-    heavy = "{'torch', 'transformers', 'datasets', 'peft', 'accelerate'}"
-    code = f"import sys, prefloop.recipe, prefloop.cli; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys, prefloop.recipe, prefloop.cli; print(sorted({HEAVY} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words", [["check", str(CHECKOUT / "quickstart-ial.yaml")], ["ls", "methods"]]
+)
+def test_looking_at_recipes_and_methods_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import atexit, sys, prefloop.cli; "
+        f"atexit.register(lambda: print(sorted({HEAVY} & sys.modules.keys()))); "
+        f"sys.argv = ['prefloop', *{words}]; prefloop.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def _through_yaml(recipe: Recipe) -> Recipe:

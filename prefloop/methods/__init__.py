@@ -74,6 +74,19 @@ class Method(BaseModel):
                 merged[name] = {**default.model_dump(), **values[name]}
         return merged
 
+    @model_validator(mode="before")
+    @classmethod
+    def _parts_keep_the_methods_defaults(cls, values: Any) -> Any:
+        """`gates: {cut_off: false}` changes one gate of the method's, not the others back to the class's."""
+        if not isinstance(values, Mapping):
+            return values
+        parts = {
+            name: {**field.default.model_dump(mode="json"), **values[name]}
+            for name, field in cls.model_fields.items()
+            if isinstance(field.default, BaseModel) and isinstance(values.get(name), Mapping)
+        }
+        return {**values, **parts}
+
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """All the text of one chunk of prompts."""
         raise NotImplementedError

@@ -57,8 +57,8 @@ class IAL(Method):
     """P = max(0, -r(y_t)), or plain negative log-likelihood (the ablation of appendix C, Q2)."""
     advisor: bool = True
     """False: the second answer is a second draft, without advice."""
-    identical: Literal["train", "reject", "copy_draft"] = "train"
-    """What becomes of y' = y: trained on, rejected, or (ablation of appendix B.4) made so everywhere."""
+    copy_draft: bool = False
+    """Both answers are the draft: the ablation of identical responses (appendix B.4)."""
     gates: Gates = Gates(identical=False, meta_talk=False)
     """Both answers are what the target is preferred to, so clumsy ones are trained on by default."""
     advice: Sampling = Sampling(max_new_tokens=128)
@@ -71,7 +71,7 @@ class IAL(Method):
             asks, self.sampling, seed=derive_seed(actors.seed, "draft"), label="player"
         )
         found = [{"draft": draft} for draft in drafts]
-        if self.identical == "copy_draft":
+        if self.copy_draft:
             for responses in found:
                 responses["rewrite"] = responses["draft"]
         elif self.advisor:
@@ -141,8 +141,6 @@ class IAL(Method):
         for group in ranked:
             draft, rewrite = group.responses["draft"], group.responses["rewrite"]
             reason = self.gates.reason_against(draft, rewrite)
-            if reason is None and self.identical == "reject" and _identical(group):
-                reason = "identical"
             if reason is not None:
                 yield Reject(
                     prompt_id=group.prompt.id,

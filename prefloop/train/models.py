@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -142,6 +143,32 @@ class Policy:
             yield
         finally:
             _exchange(self.model, initial)
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the same policy computes faster: LoRA is added into copies of the weights it adapts.
+
+        Generation takes about half the time, and memory for those copies. The weights themselves are
+        put back as they were, bit for bit. Take no optimiser step inside.
+        """
+        if not isinstance(self.model, PeftModel):
+            yield
+            return
+        kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+        with torch.no_grad():
+            for layer in self.model.modules():
+                if isinstance(layer, LoraLayer):
+                    adapted: Any = layer
+                    weight = adapted.get_base_layer().weight
+                    kept.append((weight, weight.data))
+                    delta = adapted.get_delta_weight(self.model.active_adapter)
+                    weight.data = (weight.data.float() + delta).to(weight.dtype)
+        try:
+            with self.at_start():
+                yield
+        finally:
+            for weight, data in kept:
+                weight.data = data
 
     def save(self, folder: Path) -> None:
         """Write adapter or model, and tokenizer, as PEFT and transformers read them; safetensors only.

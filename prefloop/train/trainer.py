@@ -195,7 +195,9 @@ class Trainer:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        enabled = self.options.mixed_precision == "bf16"
+        wanted = self.options.mixed_precision
+        model_is_bf16 = self.policy.model.dtype == torch.bfloat16
+        enabled = wanted == "bf16" or (wanted == "auto" and model_is_bf16)
         with torch.autocast(self.policy.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
 

@@ -265,6 +265,7 @@ def test_an_axes_margin_is_the_weighted_sum_and_keeps_every_rating() -> None:
     pair = only(method, ranked)  # type: ignore[arg-type]
     assert isinstance(pair, Pair)
     assert pair.margin == pytest.approx(0.875)
+    assert pair.ratings == ranked.ratings
 
 
 def test_ratings_stay_with_their_group() -> None:
@@ -311,6 +312,16 @@ def test_a_flaw_that_is_none_is_rejected_with_both_texts(
     assert (reject.prompt_id, reject.stage, reject.reason) == ("p0", "pair", reason)
     assert repr(refined) in reject.detail
     assert repr(flawed) in reject.detail
+
+
+def test_a_pair_says_which_of_its_answers_were_cut_off() -> None:
+    whole = group("It floats on water.", "It sinks on water.")
+    cut = whole.responses["flawed"].model_copy(update={"finish": "length"})
+    candidates = whole.model_copy(update={"responses": {**whole.responses, "flawed": cut}})
+    assert only(fixed(), candidates).reason == "cut off"  # type: ignore[union-attr]
+    taken = fixed(gates=Gates(cut_off=False))
+    assert only(taken, candidates).unfinished == ("rejected",)  # type: ignore[union-attr]
+    assert only(taken, whole).unfinished == ()  # type: ignore[union-attr]
 
 
 def test_an_option_of_the_gates_leaves_the_others_as_the_method_has_them() -> None:

@@ -100,7 +100,7 @@ def test_without_an_advisor_the_second_answer_is_a_second_draft() -> None:
 
 def test_copy_draft_asks_once_and_makes_both_answers_equal() -> None:
     engine = Recorder()
-    [candidates] = IAL(identical="copy_draft").generate(PROMPTS[:1], actors(engine))
+    [candidates] = IAL(copy_draft=True).generate(PROMPTS[:1], actors(engine))
     assert isinstance(candidates, Candidates)
     assert candidates.responses["rewrite"] == candidates.responses["draft"]
     assert len(engine.asked) == 1
@@ -159,18 +159,15 @@ def test_the_draft_wins_only_above_the_rewrite(
     assert pair.margin == 0
 
 
-@pytest.mark.parametrize("mode", ["train", "copy_draft"])
-def test_identical_answers_are_trained_on(mode: Any) -> None:
-    pair = only(IAL(identical=mode), group("same  words", "same words\n", (1, 1)))
+def test_identical_answers_are_trained_on_by_default() -> None:
+    pair = only(IAL(), group("same  words", "same words\n", (1, 1)))
     assert isinstance(pair, Pair)
 
 
-def test_identical_answers_are_rejected_where_asked() -> None:
-    reject = only(IAL(identical="reject"), group("same  words", "same words\n", (1, 1)))
-    assert isinstance(reject, Reject)
-    assert (reject.stage, reject.reason) == ("pair", "identical")
-    assert "same  words" in reject.detail
-    assert isinstance(only(IAL(identical="reject"), group("same", "other")), Pair)
+def test_one_gate_changes_and_the_methods_others_stay() -> None:
+    gates = IAL.model_validate({"gates": {"cut_off": False}}).gates
+    assert gates == IAL().gates.model_copy(update={"cut_off": False})
+    assert gates.meta_talk is False, "the class Gates has it on; IAL has it off"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +188,16 @@ def test_gates_reject_with_reason_and_both_texts(
     assert (reject.prompt_id, reject.stage, reject.reason) == ("p0", "pair", reason)
     assert repr(draft) in reject.detail
     assert repr(rewrite) in reject.detail
+
+
+def test_a_pair_says_which_of_its_answers_were_cut_off() -> None:
+    whole = group("draft", "rewrite", (2.0, 1.0))
+    cut = whole.responses["draft"].model_copy(update={"finish": "length"})
+    candidates = whole.model_copy(update={"responses": {**whole.responses, "draft": cut}})
+    assert only(IAL(), candidates).reason == "cut off"  # type: ignore[union-attr]
+    taken = IAL.model_validate({"gates": {"cut_off": False}})
+    assert only(taken, candidates).unfinished == ("chosen",)  # type: ignore[union-attr]
+    assert only(taken, whole).unfinished == ()  # type: ignore[union-attr]
 
 
 def test_an_option_of_the_gates_leaves_the_others_as_the_method_has_them() -> None:

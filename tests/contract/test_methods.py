@@ -1,0 +1,255 @@
+"""What every method owes the loop. A new file in prefloop/methods is tested here without a line added."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import prefloop.methods
+from prefloop import plugins
+from prefloop.chat import Chat
+from prefloop.generate.engine import Engine
+from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.templates import PromptSet
+from prefloop.methods import Actors, Method
+from prefloop.rank.similarity import Similarity
+from prefloop.recipe import Recipe
+from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Sampling
+from prefloop.train.batches import encode_pairs
+from prefloop.train.logprobs import group_logprobs
+from prefloop.train.losses import GroupLogps
+
+METHODS = plugins.names(prefloop.methods)
+PROMPTS = [
+    Prompt(
+        id=f"p{n}",
+        messages=(Message(role="user", content=f"Say something about the number {n}."),),
+        target=f"The number {n} is a quiet one.",
+    )
+    for n in range(6)
+]
+B = 4
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def kind(name: str) -> type[Method]:
+    return plugins.find(prefloop.methods, name, Method, "method")
+
+
+def easy(name: str) -> Method:
+    """The method with short answers and, where it has gates, with those off that babble cannot pass."""
+    options: dict[str, Any] = {}
+    for field, info in kind(name).model_fields.items():
+        if isinstance(info.get_default(call_default_factory=True), Sampling):
+            options[field] = {"max_new_tokens": 10}
+    if "gates" in kind(name).model_fields:
+        options["gates"] = {"cut_off": False, "max_edit_share": None, "max_length_ratio": None}
+    return kind(name).model_validate(options)
+
+
+def play(
+    method: Method, engine: Engine, prompts: list[Prompt], seed: int = 3
+) -> tuple[list[Candidates], list[Pair], list[Reject]]:
+    """One chunk of one round, each stage held to its promise."""
+    judge = Similarity().open(None, PromptSet("compact"))
+    actors = Actors(engine, judge, PromptSet(method.prompt_set), round=2, seed=seed)
+    generated = list(method.generate(prompts, actors))
+    groups, rejects = split(generated, Candidates)
+    assert ids(generated) == [prompt.id for prompt in prompts], "one result a prompt, in order"
+    ranked, more = split(list(method.rank(groups, actors)), Candidates)
+    assert ids([*ranked, *more]) == ids(groups)
+    rejects += more
+    results = list(method.pair(ranked, round=2))
+    assert ids(results) == ids(ranked)
+    pairs, more = split(results, Pair)
+    return ranked, pairs, rejects + more
+
+
+def split(results: list[Any], wanted: type) -> tuple[list[Any], list[Reject]]:
+    rejects = [result for result in results if isinstance(result, Reject)]
+    assert all(isinstance(result, wanted | Reject) for result in results)
+    assert all(reject.reason and reject.stage for reject in rejects)
+    return [result for result in results if not isinstance(result, Reject)], rejects
+
+
+def ids(results: list[Any]) -> list[str]:
+    return [r.prompt.id if isinstance(r, Candidates) else r.prompt_id for r in results]
+
+
+def group_logps(method: Method, equal: bool = False) -> GroupLogps:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return -30 * torch.rand(B, generator=generator)
+
+    policy = {role: draw().requires_grad_() for role in method.roles}
+    return GroupLogps(
+        policy=policy,
+        reference={r: p.detach().clone() if equal else draw() for r, p in policy.items()},
+        lengths={role: torch.arange(1, B + 1).float() for role in method.roles},
+        margin_B=torch.linspace(0, 2, B),
+    )
+
+
+def test_there_are_methods() -> None:
+    assert {"arop", "ial"} <= set(METHODS)
+
+
+# What it says about itself.
+
+
+@every_method
+def test_it_says_what_it_is_and_where_it_comes_from(name: str) -> None:
+    first_line = (kind(name).__doc__ or "").strip().partition("\n")[0]
+    assert first_line.endswith("."), "the class docstring's first line is what `ls methods` shows"
+    assert "Source:" in (sys.modules[kind(name).__module__].__doc__ or "")
+
+
+@every_method
+def test_every_option_says_what_it_does(name: str) -> None:
+    fields = kind(name).model_fields
+    assert [field for field, info in fields.items() if not info.description] == []
+
+
+@every_method
+def test_its_defaults_make_a_recipe_that_survives_its_dump(name: str) -> None:
+    values: dict[str, Any] = {"name": "run", "method": {"name": name}}
+    if kind(name).needs_judge:
+        values["judge"] = {"name": "similarity"}
+    recipe = Recipe.model_validate(values)
+    assert recipe.method == kind(name)()
+    again = Recipe.model_validate_json(recipe.model_dump_json())
+    assert again == recipe
+
+
+@every_method
+def test_its_options_survive_json(name: str) -> None:
+    for method in (kind(name)(), easy(name)):
+        assert kind(name).model_validate_json(method.model_dump_json(), strict=True) == method
+
+
+@every_method
+def test_its_roles_are_parts_of_a_pair(name: str) -> None:
+    roles = kind(name).roles
+    assert len(set(roles)) == len(roles) >= 2
+    assert set(roles) <= Pair.model_fields.keys()
+    assert kind(name).needs_target or "target" not in roles
+
+
+# What it makes.
+
+
+@every_method
+def test_one_chunk_gives_pairs_and_nothing_is_lost(name: str) -> None:
+    ranked, pairs, rejects = play(easy(name), FakeEngine(), PROMPTS)
+    assert sorted(ids([*pairs, *rejects])) == [prompt.id for prompt in PROMPTS]
+    assert pairs, f"only rejects: {rejects}"
+    prompts = {prompt.id: prompt for prompt in PROMPTS}
+    for pair in pairs:
+        assert pair.round == 2
+        assert pair.prompt == prompts[pair.prompt_id].messages
+        assert pair.chosen != pair.rejected
+        assert pair.margin >= 0
+        for role in easy(name).roles:
+            assert getattr(pair, role)
+        assert Pair.model_validate_json(pair.model_dump_json()) == pair
+    measures = easy(name).measures(ranked)
+    assert all(value is None or isinstance(value, float) for value in measures.values())
+
+
+@every_method
+def test_the_seed_alone_decides_the_pairs(name: str) -> None:
+    first = play(easy(name), FakeEngine(), PROMPTS, seed=3)
+    assert first == play(easy(name), FakeEngine(), PROMPTS, seed=3)
+    assert first != play(easy(name), FakeEngine(), PROMPTS, seed=4)
+
+
+@every_method
+def test_an_empty_chunk_gives_nothing(name: str) -> None:
+    assert play(easy(name), FakeEngine(), []) == ([], [], [])
+    assert set(easy(name).measures([]).values()) <= {None}
+
+
+@every_method
+def test_empty_answers_become_rejects_not_pairs(name: str) -> None:
+    engine = FakeEngine(lambda request, seed: "")
+    _, pairs, rejects = play(easy(name), engine, PROMPTS[:2])
+    assert pairs == []
+    assert len(rejects) == 2
+
+
+# What it learns from.
+
+
+@every_method
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_its_loss_is_finite_per_example_and_moves_the_policy_only(
+    name: str, progress: float
+) -> None:
+    method, given = kind(name)(), group_logps(kind(name)())
+    output = method.loss(given, progress)
+    assert output.loss_B.shape == (B,)
+    output.loss_B.sum().backward()
+    moved = [given.policy[role].grad for role in method.roles]
+    assert all(g is None or bool(g.isfinite().all()) for g in moved)
+    assert any(g is not None and bool(g.any()) for g in moved)
+    for values_B in output.metrics.values():
+        assert values_B.shape == (B,)
+        assert bool(values_B.isfinite().all())
+        assert not values_B.requires_grad
+
+
+@every_method
+def test_its_loss_at_the_start_is_what_it_says(name: str) -> None:
+    method, given = kind(name)(), group_logps(kind(name)(), equal=True)
+    pairs = [
+        Pair(
+            prompt_id=f"p{n}",
+            round=0,
+            prompt=PROMPTS[n].messages,
+            chosen="a",
+            rejected="b",
+            target="c",
+            margin=margin,
+        )
+        for n, margin in enumerate(given.margin_B.tolist())
+    ]
+    known = method.loss_at_start(pairs)
+    if known is not None:
+        assert method.loss(given, 0.0).loss_B.mean().item() == pytest.approx(known, rel=1e-5)
+
+
+# All of it, on a model.
+
+
+@every_method
+def test_a_round_on_a_real_model_ends_in_a_gradient(name: str, model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 20  # random weights would hardly ever stop
+    method, engine = easy(name), HFEngine(model, tokenizer)
+    played = play(method, engine, PROMPTS)
+    assert played == play(method, engine, PROMPTS)
+    _, pairs, rejects = played
+    assert pairs, f"only rejects: {rejects}"
+    examples = encode_pairs(Chat(tokenizer), pairs, method.roles, None)
+    tokens = group_logprobs(model, [e.group for e in examples], packing=True, token_budget=1024)
+    policy = {
+        role: torch.stack([completions[place].sum() for completions in tokens])
+        for place, role in enumerate(method.roles)
+    }
+    given = GroupLogps(
+        policy=policy,
+        reference={role: logp_B.detach() for role, logp_B in policy.items()},
+        lengths={role: torch.ones(len(pairs)) for role in method.roles},
+        margin_B=torch.tensor([pair.margin for pair in pairs]),
+    )
+    loss = method.loss(given, 0.0).loss_B.mean()
+    known = method.loss_at_start(pairs)
+    assert known is None or loss.item() == pytest.approx(known, rel=1e-4)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    assert any(bool(g.any()) for g in gradients)
