@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 STAGES = ("candidates", "ranked", "pairs", "train", "policy", "answers", "introspection")
-ROUNDS = 2
 _POLL = 0.001
 _TOKENS = 12
 _SAMPLING = {"temperature": 0.7, "max_new_tokens": _TOKENS}
@@ -66,17 +66,29 @@ class Run(NamedTuple):
         words = ["-m", "prefloop", "run", self.recipe, *sets, "--out", str(self.folder)]
         return [sys.executable, *words]
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """A process group of its own, so that a kill leaves nothing of it alive."""
-        log = self.folder.with_suffix(".log").open("ab")
-        with log:
-            return subprocess.Popen(self.command(), stdout=log, stderr=log, start_new_session=True)
+    @contextmanager
+    def started(self) -> Iterator[subprocess.Popen[bytes]]:
+        """A process group of its own, of which nothing is alive at the end."""
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
 
     def finish(self) -> None:
-        process = self.start()
-        if process.wait():
-            tail = self.folder.with_suffix(".log").read_text(errors="replace")[-2000:]
-            raise SystemExit(f"{' '.join(self.command())} failed:\n{tail}")
+        with self.started() as process:
+            if process.wait():
+                tail = self.log.read_text(errors="replace")[-2000:]
+                raise SystemExit(f"{' '.join(self.command())} failed:\n{tail}")
 
     def rounds(self) -> Iterator[tuple[int, Path]]:
         yield -1, self.folder / "rounds" / "start"
@@ -130,25 +142,20 @@ def plan(
 def kill_within(run: Run, target: Place, seconds: float, draw: random.Random) -> str | None:
     """Start the run and kill it in the target stage; what it was really in, None if it had finished."""
     stale, begun, delay = run.half_saved(), run.begun(), draw.uniform(0, seconds)
-    process = run.start()
-    since = None
-    while process.poll() is None:
-        place = run.place(stale) if run.begun() > begun else None
-        if place is not None and place.time >= target.time:
-            since = since or time.perf_counter()
-            # A stage that was quicker than its delay must not get away.
-            if place != target or time.perf_counter() - since >= delay:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                if process.returncode != -signal.SIGKILL:
+    since, entered = None, False
+    with run.started() as process:
+        while process.poll() is None:
+            entered = entered or run.begun() > begun
+            place = run.place(stale) if entered else None
+            if place is not None and place.time >= target.time:
+                since = since or time.perf_counter()
+                # A stage that was quicker than its delay must not get away.
+                if place != target or time.perf_counter() - since >= delay:
                     break
-                place = run.place(stale)
-                return place.stage if place else "between stages"
-        time.sleep(_POLL)
-    process.wait()
-    if process.returncode:
-        # The remaining call of `finish` fails in the same way and shows the log.
-        run.finish()
+            time.sleep(_POLL if entered else 20 * _POLL)
+    if process.returncode == -signal.SIGKILL:
+        place = run.place(stale)
+        return place.stage if place else "between stages"
     return None
 
 
@@ -164,12 +171,12 @@ def durations(folder: Path) -> dict[Place, float]:
 
 def different(first: Path, second: Path) -> list[str]:
     """Files that only one of two runs has, and records, metrics and weights that are not equal."""
-    files = [
-        {p.relative_to(f) for f in (top,) for p in f.rglob("*") if p.is_file()}
-        for top in (first, second)
-    ]
-    found = files[0] ^ files[1]
-    for path in files[0] & files[1]:
+    mine, others = (
+        {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+        for run in (first, second)
+    )
+    found = mine ^ others
+    for path in mine & others:
         compared = path.suffix in (".jsonl", ".safetensors") and path.name != "events.jsonl"
         if compared and (first / path).read_bytes() != (second / path).read_bytes():
             found.add(path)
@@ -217,7 +224,7 @@ def recipes(folder: Path, model: str) -> dict[str, str]:
         values = {
             "model": {"source": model, "device": "cpu"},
             "generate": {"chunk_size": 2},
-            "loop": {"rounds": ROUNDS, "prompts_per_round": 12},
+            "loop": {"rounds": 2, "prompts_per_round": 12},
             "train": {
                 "epochs": 2,
                 "lr": 1e-4,
@@ -248,21 +255,20 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     else:
         known, overrides = recipes(folder, source), ()
     draw = random.Random(options.seed)
-    targets = plan(list(known), options.kills, ROUNDS, draw)
+    unbroken = {name: Run(at, overrides, folder / f"{name}-unbroken") for name, at in known.items()}
+    for run in unbroken.values():
+        run.finish()
+    rounds = min(sum(number >= 0 for number, _ in run.rounds()) for run in unbroken.values())
     stages: Counter[str] = Counter()
     runs = {}
-    for name, recipe in known.items():
-        unbroken = Run(recipe, overrides, folder / f"{name}-unbroken")
-        unbroken.finish()
-        seconds = durations(unbroken.folder)
-        killed = Run(recipe, overrides, folder / f"{name}-killed")
-        hits = [
-            kill_within(killed, target, seconds.get(target, 0.0), draw) for target in targets[name]
-        ]
+    for name, targets in plan(list(known), options.kills, rounds, draw).items():
+        seconds = durations(unbroken[name].folder)
+        killed = unbroken[name]._replace(folder=folder / f"{name}-killed")
+        hits = [kill_within(killed, target, seconds.get(target, 0.0), draw) for target in targets]
         killed.finish()
         stages.update(hit for hit in hits if hit)
-        files = sum(path.is_file() for path in unbroken.folder.rglob("*"))
-        wrong = different(unbroken.folder, killed.folder)
+        files = sum(path.is_file() for path in unbroken[name].folder.rglob("*"))
+        wrong = different(unbroken[name].folder, killed.folder)
         runs[name] = {"kills": sum(map(bool, hits)), "files": files, "different": wrong}
     return {
         "kills": stages.total(),

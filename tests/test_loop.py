@@ -348,13 +348,13 @@ class Interrupter:
         self._around(Trainer, "_step", lambda self, job, ref, chosen, n, steps: job.folder / str(n))
         self._around(Policy, "save", lambda self, folder: folder)
         self._around(Session, "publish", lambda self, here, results: here.policy)
-        if thorough:
-            self._around(prefloop.rundir, "write_atomically", lambda path, text: path)
         self._around(prefloop.rundir, "replace_folder", lambda temporary, final: final)
         save: Any = prefloop.train.checkpoint
         self._around(save, "save_checkpoint", lambda folder, *_, **p: folder / str(p["step"]))
         self._around(save, "drop_checkpoints", lambda folder: folder)
-        self._around(save, "save_file", lambda tensors, path: path)
+        if thorough:
+            self._around(save, "save_file", lambda tensors, path: path)
+            self._around(prefloop.rundir, "write_atomically", lambda path, text: path)
 
     def _around(self, owner: Any, name: str, place: Callable[..., Path]) -> None:
         original = getattr(owner, name)

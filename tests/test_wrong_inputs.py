@@ -437,7 +437,6 @@ def test_deleting_the_round_that_is_damaged_redoes_it(
         (("export", "runs/r", "o.txt"), ("o.txt does not end in .jsonl", "rename it")),
         (("export", "runs/r", "r.yaml/o.jsonl"), ("cannot write r.yaml/o.jsonl", "another place")),
         (("export", "runs/r", "o.jsonl", "--round", "7"), ("no pairs of round 7", "1 round")),
-        (("export", "runs/r", "o.jsonl"), ("every pair", "cut-off", "max_new_tokens")),
         (("export", "empty", "o.jsonl"), ("no pairs to export", "run a round")),
         (("merge", "nowhere", "m"), ("nowhere is no run", "below runs/")),
         (("merge", "runs/r", "r.yaml"), ("r.yaml exists", "name a folder that does not")),
@@ -450,7 +449,16 @@ def test_a_wrong_look_back_at_a_run(
 ) -> None:
     Path("empty").mkdir()
     shutil.copy(run_folder / "recipe.yaml", "empty")
+    pairs = Path(ROUND) / "pairs.jsonl"
+    pairs.write_text(
+        pairs.read_text().replace('"unfinished":["chosen","rejected"]', '"unfinished":[]')
+    )
     shell.refuses(*words, saying=saying)
+
+
+def test_an_export_of_cut_off_answers_only(shell: Shell, run_folder: Path) -> None:
+    saying = ("every pair of runs/r has a cut-off answer", "method.sampling.max_new_tokens")
+    shell.refuses("export", "runs/r", "o.jsonl", saying=saying)
 
 
 @pytest.mark.parametrize(

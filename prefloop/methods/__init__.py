@@ -63,19 +63,6 @@ class Method(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _keep_own_defaults(cls, values: Any) -> Any:
-        """A section given in part (`gates: {cut_off: false}`) keeps this method's values in the rest."""
-        if not isinstance(values, Mapping):
-            return values
-        merged = dict(values)
-        for name in values.keys() & cls.model_fields.keys():
-            default = cls.model_fields[name].get_default(call_default_factory=True)
-            if isinstance(default, BaseModel) and isinstance(values[name], Mapping):
-                merged[name] = {**default.model_dump(), **values[name]}
-        return merged
-
-    @model_validator(mode="before")
-    @classmethod
     def _parts_keep_the_methods_defaults(cls, values: Any) -> Any:
         """`gates: {cut_off: false}` changes one gate of the method's, not the others back to the class's."""
         if not isinstance(values, Mapping):

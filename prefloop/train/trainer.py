@@ -116,7 +116,7 @@ class Trainer:
         os.truncate(metrics, 0 if position is None else position["metrics_bytes"])
         if position is None:
             torch.manual_seed(job.seed)
-        with Bar("train", len(steps)) as bar, metrics.open("a", encoding="utf-8") as file:
+        with Bar("train", len(steps)) as bar, metrics.open("a", buffering=1, encoding="utf-8") as file:
             bar.advance(done)
             for number in range(done, len(steps)):
                 row = self._step(job, reference, steps[number], number, len(steps))
@@ -124,7 +124,6 @@ class Trainer:
                 self.accelerator.log(row, step=job.first_step + number)
                 bar.advance(1, amount=row["tokens"])
                 if self._is_due(number + 1, len(steps)):
-                    file.flush()
                     checkpoint.save_checkpoint(
                         job.folder,
                         self.policy.model,

@@ -298,10 +298,12 @@ def test_what_is_no_model_folder_says_why(folder: Path, tmp_path: Path) -> None:
         resolve_source("./nowhere")
     with pytest.raises(ModelError, match="is a file"):
         resolve_source(str(folder / "config.json"))
-    with pytest.raises(ModelError, match=r"has no config\.json, so it is no model folder$"):
+    with pytest.raises(
+        ModelError, match=r"has no config\.json, so it is no model folder; name one"
+    ):
         Policy.load(options(tmp_path))
     Policy.load(options(folder)).save(tmp_path / "policy")
-    with pytest.raises(ModelError, match="it is an adapter: merge it first"):
+    with pytest.raises(ModelError, match="it is an adapter: merge it into its model first"):
         Policy.load(options(tmp_path / "policy"))
 
 
@@ -390,3 +392,24 @@ def test_the_embedded_model_knows_the_capital_of_france(
     assert alone.peft_config["default"].base_model_name_or_path == resolve_source(
         policy.options.source
     )
+
+
+def test_merged_is_the_same_policy_and_leaves_every_weight_as_it_was(model_folder: Path) -> None:
+    options = ModelOptions(source=str(model_folder), dtype="float32", device="cpu")
+    policy = Policy.load(options)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(2, 12)[None]
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    with torch.no_grad():
+        adapted = policy.model(ids).logits
+        with policy.at_start():
+            assert not torch.allclose(policy.model(ids).logits, adapted, atol=1e-3)
+        with policy.merged():
+            torch.testing.assert_close(policy.model(ids).logits, adapted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(policy.model(ids).logits, adapted, atol=0, rtol=0)
+    for name, weight in policy.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+        assert weight.requires_grad == ("lora_" in name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 
 from prefloop.chat import Chat
@@ -85,7 +86,7 @@ def test_neither_loss_nor_update_depends_on_the_split_into_micro_batches(model_f
     for size in (1, 2, 8):
         trained = policy(model_folder)
         options = OPTIONS.model_copy(update={"batch_size": 8, "micro_batch_size": size})
-        Trainer(trained, options, {}).run(job(trained, tmp_path / str(size)))
+        Trainer(trained, options).run(job(trained, tmp_path / str(size)))
         found[size] = (rows(tmp_path / str(size)), weights(trained))
     for size in (2, 8):
         for row, other in zip(found[1][0], found[size][0], strict=True):
@@ -97,7 +98,7 @@ def test_neither_loss_nor_update_depends_on_the_split_into_micro_batches(model_f
 def test_a_short_last_step_takes_the_mean_of_what_it_has(model_folder, tmp_path):
     trained = policy(model_folder)
     options = OPTIONS.model_copy(update={"epochs": 1, "lr": 1e-9})
-    facts = Trainer(trained, options, {}).run(job(trained, tmp_path, PAIRS[:7]))
+    facts = Trainer(trained, options).run(job(trained, tmp_path, PAIRS[:7]))
     assert [row["loss"] for row in rows(tmp_path)] == pytest.approx([LOG_2, LOG_2], abs=1e-4)
     assert (facts["steps"], facts["examples"]) == (2, 7)
     assert facts["first_loss"] == pytest.approx(LOG_2, abs=1e-4)
@@ -106,7 +107,7 @@ def test_a_short_last_step_takes_the_mean_of_what_it_has(model_folder, tmp_path)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_training_widens_the_gap(model_folder, tmp_path, tuning):
     trained = policy(model_folder, tuning)
-    facts = Trainer(trained, OPTIONS, {}).run(job(trained, tmp_path))
+    facts = Trainer(trained, OPTIONS).run(job(trained, tmp_path))
     assert facts["first_loss"] == pytest.approx(LOG_2, abs=1e-4)
     assert facts["last_loss"] < LOG_2 - 0.01
     assert not trained.model.training
@@ -132,7 +133,7 @@ def test_the_loss_hears_how_far_the_round_is(model_folder, tmp_path):
 
     trained = policy(model_folder)
     options = OPTIONS.model_copy(update={"micro_batch_size": 4})
-    Trainer(trained, options, {}).run(job(trained, tmp_path, loss=listening, span=(0.5, 1.0)))
+    Trainer(trained, options).run(job(trained, tmp_path, loss=listening, span=(0.5, 1.0)))
     assert heard == [0.125, 0.375, 0.625, 0.875]
 
 
@@ -158,7 +159,7 @@ def test_no_step_is_wasted_at_rate_zero(model_folder, tmp_path, monkeypatch, sha
         update={"epochs": 1, "batch_size": 1, "micro_batch_size": 1, "schedule": shape}
     )
     trained = policy(model_folder)
-    trainer = Trainer(trained, options, {})
+    trainer = Trainer(trained, options)
     trainer.run(job(trained, tmp_path, PAIRS[:count]))
     rates = [row["lr"] for row in rows(tmp_path)]
     assert all(0 < rate <= options.lr for rate in rates)
@@ -168,7 +169,7 @@ def test_no_step_is_wasted_at_rate_zero(model_folder, tmp_path, monkeypatch, sha
 def test_two_rounds_of_a_carried_schedule_walk_through_it_once(model_folder, tmp_path):
     options = OPTIONS.model_copy(update={"epochs": 1, "batch_size": 2})
     trained = policy(model_folder)
-    trainer = Trainer(trained, options, {})
+    trainer = Trainer(trained, options)
     for name, span in (("0", (0.0, 0.5)), ("1", (0.5, 1.0))):
         trainer.run(job(trained, tmp_path / name, span=span))
     found = [row["lr"] for name in "01" for row in rows(tmp_path / name)]
@@ -177,7 +178,7 @@ def test_two_rounds_of_a_carried_schedule_walk_through_it_once(model_folder, tmp
 
 def test_the_optimiser_is_kept_between_jobs_until_renewed(model_folder, tmp_path):
     trained = policy(model_folder)
-    trainer = Trainer(trained, OPTIONS, {})
+    trainer = Trainer(trained, OPTIONS)
 
     def steps_taken() -> set[float]:
         return {float(state["step"]) for state in trainer.optimizer.state.values()}
@@ -199,7 +200,7 @@ def test_the_reference_is_the_policy_it_says_before_the_first_update(
 ):
     """Two jobs: in the second one the initial policy and the round's are no longer the same."""
     trained = policy(model_folder, tuning)
-    trainer = Trainer(trained, OPTIONS, {})
+    trainer = Trainer(trained, OPTIONS)
     trainer.run(job(trained, tmp_path / "0"))
     second = job(trained, tmp_path / "1", reference=kind)
     expected = logps(
@@ -223,7 +224,7 @@ def test_the_reference_is_computed_once_and_then_read(model_folder, tmp_path):
         seen.append(logps.ratio("chosen").detach())
         return dpo(logps, progress)
 
-    Trainer(trained, OPTIONS.model_copy(update={"epochs": 1, "lr": 1e-9}), {}).run(
+    Trainer(trained, OPTIONS.model_copy(update={"epochs": 1, "lr": 1e-9})).run(
         replace(first, loss=looking)
     )
     torch.testing.assert_close(torch.cat(seen), torch.ones(8), rtol=1e-3, atol=1e-3)
@@ -237,7 +238,7 @@ def test_a_wrong_reference_is_found_at_the_first_step(model_folder, tmp_path):
     wrong["chosen"] = wrong["chosen"] - 10.0
     save_file(wrong, tmp_path / "reference.safetensors")
     with pytest.raises(TrainingError, match=r"first loss is 0\.3133 where .* give 0\.6931.*delete"):
-        Trainer(trained, OPTIONS, {}).run(start)
+        Trainer(trained, OPTIONS).run(start)
     assert same(before, weights(trained))
 
 
@@ -249,7 +250,7 @@ def test_the_start_is_known_for_the_examples_of_the_first_step(model_folder, tmp
         return LOG_2
 
     trained = policy(model_folder)
-    Trainer(trained, OPTIONS, {}).run(job(trained, tmp_path, loss_at_start=known))
+    Trainer(trained, OPTIONS).run(job(trained, tmp_path, loss_at_start=known))
     assert asked == [schedule(8, epochs=2, batch_size=4, seed=5)[0]]
 
 
@@ -266,7 +267,7 @@ def test_a_loss_that_is_nan_names_the_pair_and_changes_nothing(model_folder, tmp
     before = weights(trained)
     options = OPTIONS.model_copy(update={"batch_size": 8})
     with pytest.raises(TrainingError, match=r"the loss of 0000/p3 is not finite"):
-        Trainer(trained, options, {}).run(job(trained, tmp_path, loss=broken))
+        Trainer(trained, options).run(job(trained, tmp_path, loss=broken))
     lines = (tmp_path / "nonfinite.jsonl").read_text().splitlines()
     row = json.loads(lines[0])
     assert len(lines) == 1
@@ -283,7 +284,7 @@ def test_an_infinite_gradient_names_its_step_and_changes_nothing(model_folder, t
     trained = policy(model_folder)
     before = weights(trained)
     with pytest.raises(TrainingError, match=r"gradient of step 0 is (nan|inf).*0000/p"):
-        Trainer(trained, OPTIONS, {}).run(job(trained, tmp_path, loss=steep))
+        Trainer(trained, OPTIONS).run(job(trained, tmp_path, loss=steep))
     assert same(before, weights(trained))
 
 
@@ -312,7 +313,7 @@ def test_a_job_killed_at_any_step_ends_in_the_same_weights_and_metrics(
     """
     options = OPTIONS.model_copy(update={"optimizer": optimizer, "save_every": 2, "epochs": 2})
     unbroken = policy(model_folder, tuning, dropout=0.2)
-    Trainer(unbroken, options, {}).run(job(unbroken, tmp_path / "unbroken"))
+    Trainer(unbroken, options).run(job(unbroken, tmp_path / "unbroken"))
     expected = (tmp_path / "unbroken" / "metrics.jsonl").read_bytes()
     for step in range(4):
         folder = tmp_path / f"killed-{step}"
@@ -320,10 +321,10 @@ def test_a_job_killed_at_any_step_ends_in_the_same_weights_and_metrics(
         with monkeypatch.context() as patch:
             interrupt_before(step, patch)
             with pytest.raises(KeyboardInterrupt):
-                Trainer(killed, options, {}).run(job(killed, folder))
+                Trainer(killed, options).run(job(killed, folder))
         resumed = policy(model_folder, tuning, dropout=0.2)
         torch.manual_seed(step)
-        facts = Trainer(resumed, options, {}).run(job(resumed, folder))
+        facts = Trainer(resumed, options).run(job(resumed, folder))
         assert (folder / "metrics.jsonl").read_bytes() == expected
         assert same(weights(unbroken), weights(resumed))
         assert facts["steps"] == 4
@@ -332,10 +333,10 @@ def test_a_job_killed_at_any_step_ends_in_the_same_weights_and_metrics(
 def test_a_finished_job_is_not_trained_again(model_folder, tmp_path, monkeypatch):
     """Killed after its last step, before the policy was saved: only the weights come back."""
     unbroken = policy(model_folder)
-    first = Trainer(unbroken, OPTIONS, {}).run(job(unbroken, tmp_path))
+    first = Trainer(unbroken, OPTIONS).run(job(unbroken, tmp_path))
     interrupt_before(0, monkeypatch)
     resumed = policy(model_folder)
-    assert Trainer(resumed, OPTIONS, {}).run(job(resumed, tmp_path)) == first
+    assert Trainer(resumed, OPTIONS).run(job(resumed, tmp_path)) == first
     assert same(weights(unbroken), weights(resumed))
 
 
@@ -344,15 +345,66 @@ def test_a_resumed_job_reads_its_old_reference(model_folder, tmp_path):
     trained = policy(model_folder, "full")
     options = OPTIONS.model_copy(update={"save_every": 1})
     start = job(trained, tmp_path, reference="round_start")
-    Trainer(trained, options, {}).run(start)
+    Trainer(trained, options).run(start)
     before = (tmp_path / "reference.safetensors").read_bytes()
     shutil.copytree(tmp_path, tmp_path / "copy")
-    Trainer(trained, options, {}).run(replace(start, folder=tmp_path / "copy"))
+    Trainer(trained, options).run(replace(start, folder=tmp_path / "copy"))
     assert (tmp_path / "copy" / "reference.safetensors").read_bytes() == before
 
 
 def test_nothing_in_the_folder_is_pickled(model_folder, tmp_path):
     trained = policy(model_folder)
-    Trainer(trained, OPTIONS.model_copy(update={"save_every": 1}), {}).run(job(trained, tmp_path))
+    Trainer(trained, OPTIONS.model_copy(update={"save_every": 1})).run(job(trained, tmp_path))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json", ".jsonl"}
+
+
+# Trackers.
+
+
+class Notebook(GeneralTracker):
+    """A tracker of accelerate's that keeps what it is told."""
+
+    name = "notebook"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, dict[str, Any]]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        pass
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        assert step is not None
+        self.lines.append((step, values))
+
+
+def test_trackers_get_each_step_counted_on_through_the_run(model_folder, tmp_path):
+    notebook, trained = Notebook(), policy(model_folder)
+    Trainer(trained, OPTIONS, [notebook]).run(job(trained, tmp_path, first_step=40))
+    assert [step for step, _ in notebook.lines] == [40, 41, 42, 43]
+    assert [row["loss"] for _, row in notebook.lines] == [row["loss"] for row in rows(tmp_path)]
+
+
+# Completions.
+
+
+def test_an_unfinished_answer_is_scored_without_an_end_of_turn(tokenizer):
+    chat = Chat(tokenizer)
+    cut = PAIRS[0].model_copy(update={"unfinished": ("rejected",)})
+    [example] = encode_pairs(chat, [cut], ROLES, window=None)
+    chosen, rejected = example.group.completions
+    assert chosen[-1] == chat.end_id
+    assert list(rejected) == chat.text_ids(cut.rejected)
+
+
+def test_a_pair_longer_than_the_window_is_named(tokenizer):
+    with pytest.raises(
+        TrainingError, match=r"pair 0000/p0 has \d+ tokens and the model's window 9"
+    ):
+        encode_pairs(Chat(tokenizer), PAIRS, ROLES, window=9)
