@@ -98,18 +98,13 @@ class AROP(Method):
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """Candidates A and B, the refined answer and its flawed copy."""
         asks = [Request(messages=prompt.messages) for prompt in prompts]
-        found = [
-            {"draft_a": a, "draft_b": b}
-            for a, b in zip(
-                self._sample(asks, actors, "draft_a"),
-                self._sample(asks, actors, "draft_b"),
-                strict=True,
-            )
-        ]
+        found = [{"draft_a": draft} for draft in self._sample(asks, actors, "draft_a")]
         if self.refine:
+            for responses, draft in zip(found, self._sample(asks, actors, "draft_b"), strict=True):
+                responses["draft_b"] = draft
             self._refine(prompts, found, actors)
         else:
-            found = [{"draft_a": r["draft_a"], "refined": r["draft_a"]} for r in found]
+            found = [{**responses, "refined": responses["draft_a"]} for responses in found]
         flaws = self._flaw(prompts, asks, [r["refined"] for r in found], actors)
         for prompt, responses, flawed in zip(prompts, found, flaws, strict=True):
             if flawed is None:

@@ -116,7 +116,10 @@ class Trainer:
         os.truncate(metrics, 0 if position is None else position["metrics_bytes"])
         if position is None:
             torch.manual_seed(job.seed)
-        with Bar("train", len(steps)) as bar, metrics.open("a", buffering=1, encoding="utf-8") as file:
+        with (
+            Bar("train", len(steps)) as bar,
+            metrics.open("a", buffering=1, encoding="utf-8") as file,
+        ):
             bar.advance(done)
             for number in range(done, len(steps)):
                 row = self._step(job, reference, steps[number], number, len(steps))
