@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
+# Two test processes on two cores: one thread each, or they wait for each other.
+test test-slow: export OMP_NUM_THREADS := 1
 
 .PHONY: setup quickstart test test-slow check fix bench clean
 
@@ -24,7 +26,7 @@ test: setup ## the quick tier: offline, warnings are errors
 	$(BIN)/python -m pytest -q -n 2
 
 test-slow: setup ## what needs minutes or the embedded model
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 check: setup ## style and types
 	$(BIN)/ruff check .

@@ -75,9 +75,9 @@ def test_many_rounds_keep_the_start_and_the_latest():
 
 
 def test_measures_come_known_first_with_their_parts_then_by_name():
-    names = ["zeta", "kl", "win_rate_low", "alpha", "win_rate", "acs"]
+    names = ["zeta", "kl", "win_rate_low", "alpha", "win_rate", "score"]
     results = [RoundResult(round=0, measures=dict.fromkeys(names, 1.0))]
-    assert measure_names(results) == ["win_rate", "win_rate_low", "acs", "kl", "alpha", "zeta"]
+    assert measure_names(results) == ["score", "win_rate", "win_rate_low", "kl", "alpha", "zeta"]
 
 
 @pytest.mark.parametrize(
