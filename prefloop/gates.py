@@ -6,7 +6,7 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefloop.records import Response
+from prefloop.records import Candidates, Reject, Response
 from prefloop.text import edit_share, fold_whitespace
 
 _HERE = r"(?:here(?:['’]s| is| are)|below (?:is|are))"
@@ -60,6 +60,15 @@ class Gates(BaseModel):
     """Reject when more than this share of words differs: a subtle flaw does not rewrite everything."""
     max_length_ratio: float | None = Field(default=None, ge=1.0)
     """Reject when one answer has more than this many times the other's characters."""
+
+    def reject(self, group: Candidates, first: str, second: str) -> Reject | None:
+        """The reject of a group whose two named responses must not be trained on; None when they may."""
+        one, other = group.responses[first], group.responses[second]
+        reason = self.reason_against(one, other)
+        if reason is None:
+            return None
+        detail = f"{first}: {one.text!r}; {second}: {other.text!r}"
+        return Reject(prompt_id=group.prompt.id, stage="pair", reason=reason, detail=detail)
 
     def reason_against(self, first: Response, second: Response) -> str | None:
         """Why this pair must not be trained on; None when it may."""

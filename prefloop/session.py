@@ -59,7 +59,9 @@ class Session:
         chat = self.engine_at(self._place).chat
         data = load_data(
             self.recipe.data,
-            needs_target=self.recipe.method.needs_target or self.recipe.sft is not None,
+            needs_target=self.recipe.method.needs_target
+            or self.recipe.sft is not None
+            or (self.recipe.judge is not None and self.recipe.judge.needs_target),
             seed=self.recipe.seed,
             count_tokens=chat.count,
         )

@@ -109,7 +109,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls what transformers renames
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
 def test_trl_trains_one_step_on_what_was_exported(tmp_path, format):
-    trl = pytest.importorskip("trl")
+    import trl  # of the dev extra; takes seconds
+
     path, _ = export_pairs(PAIRS, tmp_path / "out", format)
     trainer = trl.DPOTrainer(
         model=tiny_llama(tmp_path / "model"),

@@ -219,16 +219,11 @@ class AROP(Method):
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Refined over flawed, with its margin, where the gates let it pass."""
         for group in ranked:
-            refined, flawed = group.responses["refined"], group.responses["flawed"]
-            reason = self.gates.reason_against(refined, flawed)
-            if reason is not None:
-                yield Reject(
-                    prompt_id=group.prompt.id,
-                    stage="pair",
-                    reason=reason,
-                    detail=f"refined: {refined.text!r}; flawed: {flawed.text!r}",
-                )
+            reject = self.gates.reject(group, "refined", "flawed")
+            if reject is not None:
+                yield reject
                 continue
+            refined, flawed = group.responses["refined"], group.responses["flawed"]
             yield Pair(
                 prompt_id=group.prompt.id,
                 round=round,

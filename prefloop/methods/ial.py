@@ -139,15 +139,9 @@ class IAL(Method):
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Triples (y_t, y+, y-): the draft wins if it scores above the rewrite, else the rewrite (eq. 5)."""
         for group in ranked:
-            draft, rewrite = group.responses["draft"], group.responses["rewrite"]
-            reason = self.gates.reason_against(draft, rewrite)
-            if reason is not None:
-                yield Reject(
-                    prompt_id=group.prompt.id,
-                    stage="pair",
-                    reason=reason,
-                    detail=f"draft: {draft.text!r}; rewrite: {rewrite.text!r}",
-                )
+            reject = self.gates.reject(group, "draft", "rewrite")
+            if reject is not None:
+                yield reject
                 continue
             better = "draft" if group.scores["draft"] > group.scores["rewrite"] else "rewrite"
             worse = "rewrite" if better == "draft" else "draft"

@@ -6,23 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+import trl
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-
-from prefloop.train import losses
-from prefloop.train.losses import GroupLogps
-
-trl = pytest.importorskip("trl", minversion="1.16")
-
-from accelerate.state import AcceleratorState  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
-from tokenizers.models import WordLevel  # noqa: E402
-from tokenizers.pre_tokenizers import WhitespaceSplit  # noqa: E402
-from transformers import (  # noqa: E402
+from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from prefloop.train import losses
+from prefloop.train.losses import GroupLogps
 
 pytestmark = [
     pytest.mark.oracle,
