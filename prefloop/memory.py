@@ -1,9 +1,11 @@
-"""The C allocator, told to keep what it frees."""
+"""Memory: the C allocator told to keep what it frees, and how its lack is told from other errors."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+
+import torch
 
 # mallopt's parameters (glibc, malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -23,3 +25,8 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed for want of memory; on CPUs only the message says so."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -6,7 +6,6 @@ round's folder, so a resumed run and an unbroken one go through the same weights
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,7 +32,7 @@ from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
 from prefloop.train.sources import EMBEDDED, ModelOptions, quiet
-from prefloop.train.trainer import Job, Trainer
+from prefloop.train.trainer import Job, Trainer, read_metrics
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -251,7 +250,7 @@ class Session:
         path = here.train / "metrics.jsonl"
         if here.number < 0 or not path.exists():
             return {}
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_metrics(path)
         last = rows[-max(1, len(rows) // self.recipe.train.epochs) :]
         skip = {"step", "lr", "tokens"}
         return {

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prefloop.chat import Chat
 from prefloop.errors import GenerationError
 from prefloop.generate.decode_cache import decoding, reserve
+from prefloop.memory import is_out_of_memory
 from prefloop.progress import Bar
 from prefloop.records import Request, Response, Sampling, Scored
 from prefloop.seeds import derive_seed
@@ -171,7 +172,7 @@ class HFEngine:
                     "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
                 ) from error
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if size == 1:
                     raise GenerationError(
@@ -195,10 +196,6 @@ def _finite(logprobs: list[float]) -> list[float]:
             "try model.dtype float32, a lower train.lr or another model.source"
         )
     return logprobs
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _pad(

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prefloop.errors import TrainingError
+from prefloop.errors import RunFolderError, TrainingError
+from prefloop.memory import is_out_of_memory
 from prefloop.progress import Bar
 from prefloop.train import checkpoint
 from prefloop.train.batches import Example, schedule
@@ -69,6 +70,19 @@ def learning_rate(options: TrainOptions, progress: float) -> float:
     rest = (1 - progress) / (1 - options.warmup)
     factors = {"linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest), "constant": 1.0}
     return options.lr * factors[options.schedule]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What each optimiser step logged. Raises RunFolderError for a damaged line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunFolderError(
+                f"{path}:{number} is damaged ({error.msg}); delete {path.parent.parent} to redo the round"
+            ) from error
+    return rows
 
 
 class Trainer:
@@ -122,7 +136,15 @@ class Trainer:
         ):
             bar.advance(done)
             for number in range(done, len(steps)):
-                row = self._step(job, reference, steps[number], number, len(steps))
+                try:
+                    row = self._step(job, reference, steps[number], number, len(steps))
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise TrainingError(
+                        f"out of memory in training step {number}; start a new run with a lower "
+                        "train.micro_batch_size, or with model.gradient_checkpointing: true"
+                    ) from error
                 file.write(json.dumps(row) + "\n")
                 self.accelerator.log(row, step=job.first_step + number)
                 bar.advance(1, amount=row["tokens"])
@@ -134,7 +156,7 @@ class Trainer:
                         step=number + 1,
                         metrics_bytes=metrics.stat().st_size,
                     )
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        rows = read_metrics(metrics)
         return {
             "steps": len(rows),
             "examples": len(job.examples),

@@ -14,7 +14,7 @@ from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 
 from prefloop.chat import Chat
-from prefloop.errors import TrainingError
+from prefloop.errors import RunFolderError, TrainingError
 from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import losses
@@ -22,7 +22,7 @@ from prefloop.train.batches import encode_pairs, schedule
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import LoraOptions, ModelOptions, Policy
-from prefloop.train.trainer import Job, Trainer, learning_rate
+from prefloop.train.trainer import Job, Trainer, learning_rate, read_metrics
 
 ROLES = ("chosen", "rejected")
 LOG_2 = math.log(2)
@@ -408,3 +408,30 @@ def test_a_pair_longer_than_the_window_is_named(tokenizer):
         TrainingError, match=r"pair 0000/p0 has \d+ tokens and the model's window 9"
     ):
         encode_pairs(Chat(tokenizer), PAIRS, ROLES, window=9)
+
+
+# What a user can meet.
+
+
+def test_out_of_memory_says_what_to_lower(model_folder, tmp_path):
+    def full(logps: GroupLogps, progress: float) -> LossOutput:
+        raise torch.OutOfMemoryError("no room")
+
+    trained = policy(model_folder)
+    with pytest.raises(TrainingError, match=r"step 0.*train\.micro_batch_size"):
+        Trainer(trained, OPTIONS).run(job(trained, tmp_path, loss=full))
+
+
+def test_another_runtime_error_is_not_taken_for_it(model_folder, tmp_path):
+    def broken(logps: GroupLogps, progress: float) -> LossOutput:
+        raise RuntimeError("a bug")
+
+    trained = policy(model_folder)
+    with pytest.raises(RuntimeError, match="a bug"):
+        Trainer(trained, OPTIONS).run(job(trained, tmp_path, loss=broken))
+
+
+def test_a_damaged_metrics_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1.0}\n{"loss"\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is damaged"):
+        read_metrics(tmp_path / "metrics.jsonl")
