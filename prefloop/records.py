@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -111,6 +111,10 @@ class Sampling(Record):
     """Nucleus sampling; 1 switches it off."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 switches it off."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Leave out tokens less likely than this share of the likeliest one's probability; 0 switches it off."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer; the answer is what comes before."""
     max_new_tokens: int = Field(default=256, ge=1)
     """An answer that reaches this length is marked finish="length"."""
 

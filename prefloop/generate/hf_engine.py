@@ -1,15 +1,16 @@
-"""Generation in process, on the Hugging Face model that is being trained: nothing is converted or copied.
+"""Generation in process, on the Hugging Face model that is being trained: nothing is converted.
 
-Prompts are sorted by length and decoded in batches; rows that have finished leave the batch. Every
-request has random numbers of its own, so neither batch size nor an out-of-memory retry changes which
-numbers an answer is drawn with.
+Answers are decoded in slots that are refilled as they end (decode.py). Every request has random numbers
+of its own, so neither the number of slots nor an out-of-memory retry changes which numbers an answer is
+drawn with.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,11 @@ from transformers import PreTrainedModel
 
 from prefloop.chat import Chat
 from prefloop.errors import GenerationError
-from prefloop.generate.decode_cache import decoding, reserve
+from prefloop.generate.decode import Sampled, Task, decode
+from prefloop.generate.fallback import generate
+from prefloop.generate.linears import ReorderedLinears, fingerprint
+from prefloop.generate.servable import why_not, windows_of
+from prefloop.generate.slots import Slots, slot_attention
 from prefloop.memory import is_out_of_memory
 from prefloop.progress import Bar
 from prefloop.records import Request, Response, Sampling, Scored
@@ -30,45 +35,117 @@ from prefloop.seeds import derive_seed
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Rows leave the batch in groups: each removal copies the cache.
-_COMPACT_BELOW = 0.8
-
 
 class HFEngine:
     """An Engine over a loaded model; always uses the weights as they are at the call."""
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
         """`model`: a causal LM, PEFT-wrapped or not. `batch_size` rows are decoded together; out of memory halves it for the rest of the run."""
-        self.model = model
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.chat = Chat(tokenizer)
         self.batch_size = batch_size
+        self._served: dict[int, bool] = {}
+        """Whether slots serve the model, by the number of its windows that conversations exceed."""
+        self.release()
+
+    def release(self) -> None:
+        """Give up the memory that is kept from one call to the next: conversations, reordered weights."""
+        self._weights: tuple[int, ...] | None = None
+        self._slots: Slots | None = None
+        self._linears: ReorderedLinears | None = None
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
     ) -> list[Response]:
         """One response per request, in their order."""
-        rows = [self._prompt(request) for request in requests]
-        with Bar(label, len(rows)) as bar, decoding(self.model):
+        tasks = [
+            Task(
+                self._prompt(request),
+                np.random.Generator(np.random.Philox(derive_seed(seed, place))).random(
+                    sampling.max_new_tokens
+                ),
+            )
+            for place, request in enumerate(requests)
+        ]
+        with Bar(label, len(tasks)) as bar, _evaluating(self.model):
+            found = self._decode(tasks, sampling, bar) if tasks else {}
+        return [
+            self._response(found[place], sampling, bool(request.prefix))
+            for place, request in enumerate(requests)
+        ]
 
-            def decode(places: list[int]) -> list[Response]:
-                uniforms = [
-                    np.random.Generator(np.random.Philox(derive_seed(seed, place)))
-                    for place in places
-                ]
-                sampled = _decode(
+    def _decode(
+        self, tasks: Sequence[Task], sampling: Sampling, bar: Bar
+    ) -> dict[int, Sampled]:
+        """Continue all tasks, in slots where the model can be decoded so."""
+        found: dict[int, Sampled] = {}
+
+        def ended(ids: list[int]) -> bool:
+            return ids[-1] in self.chat.stop_ids or self._cut(ids, sampling.stop) is not None
+
+        def finished(place: int, sampled: Sampled) -> None:
+            found[place] = sampled
+            bar.advance(items=1, amount=len(sampled.ids))
+
+        def batch(places: list[int]) -> list[None]:
+            rows = [tasks[place] for place in places]
+            padded = _pad([row.prompt for row in rows], self.model.device, left=True)
+            for place, sampled in zip(
+                places, generate(self.model, rows, sampling, ended, padded), strict=True
+            ):
+                finished(place, sampled)
+            return [None] * len(places)
+
+        prompts = [task.prompt for task in tasks]
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        if not self._servable(longest):
+            self._batched(prompts, batch)
+        while todo := [place for place in range(len(tasks)) if place not in found]:
+            with (
+                self._limits(max(len(prompts[place]) for place in todo)),
+                self._ready(len(todo), longest) as slots,
+            ):
+                rows = [tasks[place] for place in todo]
+                decode(
                     self.model,
-                    [rows[p] for p in places],
+                    slots,
+                    rows,
                     sampling,
-                    uniforms,
-                    self.chat.stop_ids,
-                    bar,
+                    ended,
+                    lambda n, sampled, todo=todo: finished(todo[n], sampled),
                 )
-                return [
-                    self._response(ids, logprobs, bool(requests[place].prefix))
-                    for place, (ids, logprobs) in zip(places, sampled, strict=True)
-                ]
+        return found
 
-            return self._batched(rows, decode)
+    def _servable(self, longest: int) -> bool:
+        """Whether conversations of `longest` tokens can be decoded in slots; if not, it is said once."""
+        beyond = sum(longest > window for window in windows_of(self.model))
+        if beyond not in self._served:
+            with self._limits(longest):
+                reason = why_not(self.model, longest)
+            self._served[beyond] = reason is None
+            if reason is not None:
+                log.warning(
+                    "generating with transformers' own loop, which is slower: %s cannot be decoded in "
+                    "slots, as %s",
+                    type(self.model).__name__,
+                    reason,
+                )
+        return self._served[beyond]
+
+    @contextmanager
+    def _ready(self, count: int, longest: int) -> Iterator[Slots]:
+        """Room for the conversations, and the model prepared to use it."""
+        weights = fingerprint(self.model)
+        if weights != self._weights:
+            self.release()
+            self._weights, self._linears = weights, ReorderedLinears(self.model)
+        assert self._linears is not None
+        count = min(count, self.batch_size)
+        if self._slots is None:
+            self._slots = Slots(count, longest)
+        self._slots.grow(count, longest)
+        with self._linears.in_use(), slot_attention(self.model):
+            yield self._slots
 
     def score(
         self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
@@ -79,7 +156,7 @@ class HFEngine:
             prompt + self.chat.answer_ids(answer)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        with decoding(self.model):
+        with _evaluating(self.model):
 
             def forward(places: list[int]) -> list[Scored]:
                 logits_BTV = self._logits([rows[place] for place in places])
@@ -102,12 +179,12 @@ class HFEngine:
                 "use options that do, such as digits or letters"
             )
         rows = [self._prompt(request) for request in requests]
-        with decoding(self.model):
+        with _evaluating(self.model):
 
             def forward(places: list[int]) -> list[tuple[float, ...]]:
                 batch = [rows[place] for place in places]
                 ids_BT, mask_BT = _pad(batch, self.model.device, left=True)
-                logits_BV = _step(self.model, ids_BT, mask_BT, None)
+                logits_BV = _last_logits(self.model, ids_BT, mask_BT)
                 return [tuple(p) for p in logits_BV[:, firsts].softmax(dim=-1).tolist()]
 
             return self._batched(rows, forward)
@@ -116,15 +193,26 @@ class HFEngine:
         prefix = self.chat.text_ids(request.prefix) if request.prefix else []
         return self.chat.prompt_ids(request.messages) + prefix
 
-    def _response(self, ids: list[int], logprobs: list[float], continues: bool) -> Response:
+    def _response(self, sampled: Sampled, sampling: Sampling, continues: bool) -> Response:
+        ids = sampled.ids
         stopped = ids[-1] in self.chat.stop_ids
         text = self.chat.decode(ids[:-1] if stopped else ids)
+        cut = self._cut(ids, sampling.stop)
+        if cut is not None:
+            text = text[:cut]
         return Response(
             text=text if continues else text.strip(),
             token_ids=tuple(ids),
-            mean_logprob=sum(_finite(logprobs)) / len(logprobs),
-            finish="stop" if stopped else "length",
+            mean_logprob=sum(_finite(sampled.logprobs)) / len(ids),
+            finish="length" if not stopped and cut is None else "stop",
         )
+
+    def _cut(self, ids: list[int], stop: Sequence[str]) -> int | None:
+        """Where in the answer's text the first stop text begins."""
+        if not stop:
+            return None
+        text = self.chat.decode(ids)
+        return min((place for place in map(text.find, stop) if place >= 0), default=None)
 
     def _logits(self, rows: list[list[int]]) -> Tensor:
         ids_BT, mask_BT = _pad(rows, self.model.device, left=False)
@@ -157,36 +245,40 @@ class HFEngine:
     def _batched(
         self, rows: list[list[int]], work: Callable[[list[int]], list[T]], share: int = 1
     ) -> list[T]:
-        """Run `work` on batches of similar length; out of memory halves the batch and goes on."""
+        """Run `work` on batches of similar length."""
         todo = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         done: dict[int, T] = {}
         while todo:
-            size = max(1, self.batch_size // share)
-            places = todo[:size]
-            try:
-                results = work(places)
-            except IndexError as error:  # of a table of learned positions
-                raise GenerationError(
-                    f"a prompt of {len(rows[places[0]])} tokens and its answer go beyond the model's "
-                    f"window of {getattr(self.model.config, 'max_position_embeddings', '?')} tokens; "
-                    "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
-                ) from error
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                if size == 1:
-                    raise GenerationError(
-                        f"out of memory with a single row of {len(rows[places[0]])} prompt tokens; "
-                        "lower sampling.max_new_tokens or data.max_prompt_tokens"
-                    ) from error
-                self.batch_size = max(share, self.batch_size // 2)
-                log.warning(
-                    "out of memory: going on with %d rows at a time", self.batch_size // share
-                )
-                continue
-            done.update(zip(places, results, strict=True))
-            todo = todo[size:]
+            places = todo[: max(1, self.batch_size // share)]
+            with self._limits(len(rows[places[0]]), share):
+                done.update(zip(places, work(places), strict=True))
+                todo = todo[len(places) :]
         return [done[place] for place in range(len(rows))]
+
+    @contextmanager
+    def _limits(self, longest: int, share: int = 1) -> Iterator[None]:
+        """Out of memory halves the batch, for the caller to try again; what no batch can mend is an error."""
+        try:
+            yield
+        except IndexError as error:  # of a table of learned positions
+            raise GenerationError(
+                f"a prompt of {longest} tokens and its answer go beyond the model's "
+                f"window of {getattr(self.model.config, 'max_position_embeddings', '?')} tokens; "
+                "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
+            ) from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.batch_size <= share:
+                raise GenerationError(
+                    f"out of memory with a single row of {longest} prompt tokens; "
+                    "lower sampling.max_new_tokens or data.max_prompt_tokens"
+                ) from error
+            self.release()
+            self.batch_size = max(share, self.batch_size // 2)
+            log.warning(
+                "out of memory: going on with %d rows at a time", self.batch_size // share
+            )
 
 
 def _finite(logprobs: list[float]) -> list[float]:
@@ -211,81 +303,26 @@ def _pad(
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def _step(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, cache: Any) -> Tensor:
-    """Logits (B, V), float32, for the token after the last of `ids_BT`; `mask_BT` covers the past too."""
-    positions_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
+def _last_logits(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Logits (B, V), float32, for the token after the last of each row."""
     output = model(
         input_ids=ids_BT,
         attention_mask=mask_BT,
-        position_ids=positions_BT,
-        past_key_values=cache,
-        use_cache=cache is not None,
+        position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+        use_cache=False,
         logits_to_keep=1,
     )
     logits_BV: Tensor = output.logits[:, -1].float()
     return logits_BV
 
 
-def _draw(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    """One token a row, (B,): the inverse of the cumulative distribution at a uniform number."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.top_k:
-        kth = logits_BV.topk(min(sampling.top_k, logits_BV.shape[1]), dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth, -torch.inf)
-    probs_BV = logits_BV.softmax(dim=-1)
-    if sampling.top_p < 1:
-        ordered, order = probs_BV.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
-        probs_BV = probs_BV.scatter(1, order, ordered.masked_fill(outside, 0.0))
-    cumulative_BV = probs_BV.cumsum(dim=-1)
-    wanted_B1 = uniforms_B[:, None] * cumulative_BV[:, -1:]
-    tokens_B = torch.searchsorted(cumulative_BV, wanted_B1, right=True)[:, 0]
-    # A uniform number that rounds to 1 falls off the end; the likeliest token stands in.
-    return torch.where(tokens_B < logits_BV.shape[1], tokens_B, probs_BV.argmax(dim=-1))
-
-
-def _decode(
-    model: PreTrainedModel,
-    rows: list[list[int]],
-    sampling: Sampling,
-    random: list[np.random.Generator],
-    stop_ids: frozenset[int],
-    bar: Bar,
-) -> list[tuple[list[int], list[float]]]:
-    """Continue each row until a stop token or the limit; new ids and their log-probs at temperature 1."""
-    device = model.device
-    ids_BT, mask_BT = _pad(rows, device, left=True)
-    cache = reserve(model, ids_BT.shape[1] + sampling.max_new_tokens)
-    draws = np.stack([generator.random(sampling.max_new_tokens) for generator in random])
-    uniforms_BN = torch.from_numpy(draws).float().to(device)
-    results: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]
-    # alive: the rows still in the batch; a row that has stopped stays until the next compaction.
-    alive, running = list(range(len(rows))), set(range(len(rows)))
-    for step in range(sampling.max_new_tokens):
-        logits_BV = _step(model, ids_BT, mask_BT, cache)
-        tokens_B = _draw(logits_BV, sampling, uniforms_BN[alive, step])
-        picked_B = logits_BV.gather(1, tokens_B[:, None])[:, 0] - logits_BV.logsumexp(dim=-1)
-        sampled = zip(alive, tokens_B.tolist(), picked_B.tolist(), strict=True)
-        for place, token, logprob in [s for s in sampled if s[0] in running]:
-            results[place][0].append(token)
-            results[place][1].append(logprob)
-            if token in stop_ids:
-                running.discard(place)
-                bar.advance(items=1, amount=len(results[place][0]))
-        if not running:
-            break
-        ids_BT, mask_BT = (
-            tokens_B[:, None],
-            torch.cat([mask_BT, mask_BT.new_ones(len(alive), 1)], 1),
-        )
-        if len(running) < _COMPACT_BELOW * len(alive):
-            keep = torch.tensor(
-                [n for n, place in enumerate(alive) if place in running], device=device
-            )
-            alive = [place for place in alive if place in running]
-            cache.batch_select_indices(keep)
-            ids_BT, mask_BT = ids_BT[keep], mask_BT[keep]
-    bar.advance(items=len(running), amount=sum(len(results[place][0]) for place in running))
-    return results
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no gradients; undone at the end."""
+    training = model.training
+    model.train(False)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

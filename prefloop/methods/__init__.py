@@ -11,13 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
 from prefloop.rank import OpenJudge
-from prefloop.records import Candidates, Pair, Prompt, Reject, Response, Sampling
+from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Request, Response, Sampling
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
 
 Reference = Literal["initial", "round_start"]
 Generator = Literal["current", "frozen"]
+Layout = Literal["single", "turns"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Actors:
 def unfinished(roles: Mapping[str, Response]) -> tuple[str, ...]:
     """The roles whose response the length limit cut off."""
     return tuple(role for role, response in roles.items() if response.finish == "length")
+
+
+def further(asked: Request, answer: str, turn: Sequence[Message]) -> Request:
+    """The conversation of `asked` and its answer, going on with `turn`."""
+    said = Message(role="assistant", content=answer)
+    return Request(messages=(*asked.messages, said, *turn))
 
 
 class Method(BaseModel):

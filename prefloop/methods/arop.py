@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefloop.gates import Gates
 from prefloop.generate.infill import infill_flaws
-from prefloop.methods import Actors, Method, unfinished
+from prefloop.methods import Actors, Layout, Method, further, unfinished
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response
 from prefloop.seeds import derive_seed
 from prefloop.text import edit_share, fold_whitespace
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _RATINGS = ("1", "2", "3", "4", "5")
 _FINAL = "Final answer:"
+_Said = tuple[Request, Response]
 
 
 class Margin(BaseModel):
@@ -90,6 +91,8 @@ class AROP(Method):
     """False: the raw draft A is the chosen answer (ablation "w/o SCR" of Table 2)."""
     flaw: Literal["prompt", "infill"] = "prompt"
     """Ask for a subtle flaw (section 4.2), or replace one word by a less likely one (our addition)."""
+    layout: Layout = "single"
+    """Refinement and flaw are asked for in single messages that quote the answers, or in further turns after candidate A (our addition)."""
     margin: Margin = Margin()
     """M of section 4.3; kind fixed with m 0 is the ablation "w/o Margin" of Table 2."""
     gates: Gates = Gates(max_edit_share=0.5, max_length_ratio=2.0)
@@ -98,14 +101,16 @@ class AROP(Method):
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """Candidates A and B, the refined answer and its flawed copy."""
         asks = [Request(messages=prompt.messages) for prompt in prompts]
-        found = [{"draft_a": draft} for draft in self._sample(asks, actors, "draft_a")]
+        drafts = self._sample(asks, actors, "draft_a")
+        found = [{"draft_a": draft} for draft in drafts]
+        said = list(zip(asks, drafts, strict=True))
         if self.refine:
             for responses, draft in zip(found, self._sample(asks, actors, "draft_b"), strict=True):
                 responses["draft_b"] = draft
-            self._refine(prompts, found, actors)
+            said = self._refine(prompts, asks, found, actors)
         else:
             found = [{**responses, "refined": responses["draft_a"]} for responses in found]
-        flaws = self._flaw(prompts, asks, [r["refined"] for r in found], actors)
+        flaws = self._flaw(prompts, said, [r["refined"] for r in found], actors)
         for prompt, responses, flawed in zip(prompts, found, flaws, strict=True):
             if flawed is None:
                 yield Reject(
@@ -121,25 +126,37 @@ class AROP(Method):
         seed = derive_seed(actors.seed, phase)
         return actors.policy.sample(asks, self.sampling, seed=seed, label=phase)
 
+    def _ask(self, actors: Actors, role: str, said: _Said, **values: str) -> Request:
+        """The request that plays `role`, alone or after a conversation and its answer."""
+        if self.layout == "single":
+            return Request(messages=actors.prompts.render(role, **values))
+        asked, answer = said
+        return further(asked, answer.text, actors.prompts.render(f"{role}_turn", **values))
+
     def _refine(
-        self, prompts: Sequence[Prompt], found: list[dict[str, Response]], actors: Actors
-    ) -> None:
+        self,
+        prompts: Sequence[Prompt],
+        asks: list[Request],
+        found: list[dict[str, Response]],
+        actors: Actors,
+    ) -> list[_Said]:
         """Structured critique and refinement: analyse A and B, write one better answer."""
-        asks = [
-            Request(
-                messages=actors.prompts.render(
-                    "refine",
-                    question=prompt.text,
-                    answer_a=responses["draft_a"].text,
-                    answer_b=responses["draft_b"].text,
-                )
+        refine_asks = [
+            self._ask(
+                actors,
+                "refine",
+                (ask, r["draft_a"]),
+                question=prompt.text,
+                answer_a=r["draft_a"].text,
+                answer_b=r["draft_b"].text,
             )
-            for prompt, responses in zip(prompts, found, strict=True)
+            for prompt, ask, r in zip(prompts, asks, found, strict=True)
         ]
-        refined = self._sample(asks, actors, "refined")
+        refined = self._sample(refine_asks, actors, "refined")
         # Asked of the bare template: a draft that says "Final answer:" does not ask for one.
-        bare = actors.prompts.render("refine", question="", answer_a="", answer_b="")
-        splits = _FINAL in bare[-1].content
+        nothing = (Request(messages=()), Response(text=""))
+        bare = self._ask(actors, "refine", nothing, question="", answer_a="", answer_b="")
+        splits = _FINAL in bare.messages[-1].content
         for responses, response in zip(found, refined, strict=True):
             responses["refined"] = response
             if splits:
@@ -151,11 +168,12 @@ class AROP(Method):
                 responses["refined"] = response.model_copy(
                     update={"text": answer.strip() if final else ""}
                 )
+        return list(zip(refine_asks, refined, strict=True))
 
     def _flaw(
         self,
         prompts: Sequence[Prompt],
-        asks: list[Request],
+        said: list[_Said],
         refined: list[Response],
         actors: Actors,
     ) -> list[Response | None]:
@@ -163,7 +181,7 @@ class AROP(Method):
         if self.flaw == "infill":
             flaws = infill_flaws(
                 actors.policy,
-                asks,
+                [Request(messages=prompt.messages) for prompt in prompts],
                 [response.text for response in refined],
                 self.sampling,
                 seed=derive_seed(actors.seed, "flawed"),
@@ -174,10 +192,8 @@ class AROP(Method):
                 for flaw, response in zip(flaws, refined, strict=True)
             ]
         prompted = [
-            Request(
-                messages=actors.prompts.render("flaw", question=prompt.text, answer=response.text)
-            )
-            for prompt, response in zip(prompts, refined, strict=True)
+            self._ask(actors, "flaw", before, question=prompt.text, answer=response.text)
+            for prompt, before, response in zip(prompts, said, refined, strict=True)
         ]
         return [*self._sample(prompted, actors, "flawed")]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from prefloop.gates import Gates
-from prefloop.methods import Actors, Method, Reference, unfinished
+from prefloop.methods import Actors, Layout, Method, Reference, further, unfinished
 from prefloop.rank import NoVerdict
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.seeds import derive_seed
@@ -57,6 +57,8 @@ class IAL(Method):
     """P = max(0, -r(y_t)), or plain negative log-likelihood (the ablation of appendix C, Q2)."""
     advisor: bool = True
     """False: the second answer is a second draft, without advice."""
+    layout: Layout = "single"
+    """Advice and rewrite are asked for in single messages that quote what was said (appendix B.6), or in further turns of the conversation (our addition)."""
     copy_draft: bool = False
     """Both answers are the draft: the ablation of identical responses (appendix B.4)."""
     gates: Gates = Gates(identical=False, meta_talk=False)
@@ -89,25 +91,30 @@ class IAL(Method):
         self, prompts: Sequence[Prompt], found: list[dict[str, Response]], actors: Actors
     ) -> None:
         """Add the Advisor's suggestion and the Player's rewrite to each prompt's responses."""
-        render = actors.prompts.render
+        drafts = [Request(messages=prompt.messages) for prompt in prompts]
+        advise = [
+            self._ask(
+                actors, "advisor", ask, r["draft"].text, question=p.text, answer=r["draft"].text
+            )
+            for p, ask, r in zip(prompts, drafts, found, strict=True)
+        ]
         suggestions = actors.policy.sample(
-            [
-                Request(messages=render("advisor", question=p.text, answer=r["draft"].text))
-                for p, r in zip(prompts, found, strict=True)
-            ],
-            self.advice,
-            seed=derive_seed(actors.seed, "advice"),
-            label="advisor",
+            advise, self.advice, seed=derive_seed(actors.seed, "advice"), label="advisor"
         )
+        rewrite_asks = [
+            self._ask(
+                actors,
+                "rewrite",
+                ask,
+                s.text,
+                question=p.text,
+                answer=r["draft"].text,
+                suggestion=s.text,
+            )
+            for p, ask, r, s in zip(prompts, advise, found, suggestions, strict=True)
+        ]
         rewrites = actors.policy.sample(
-            [
-                Request(
-                    messages=render(
-                        "rewrite", question=p.text, answer=r["draft"].text, suggestion=s.text
-                    )
-                )
-                for p, r, s in zip(prompts, found, suggestions, strict=True)
-            ],
+            rewrite_asks,
             self.sampling,
             seed=derive_seed(actors.seed, "rewrite"),
             label="player again",
@@ -115,6 +122,14 @@ class IAL(Method):
         for responses, suggestion, rewrite in zip(found, suggestions, rewrites, strict=True):
             responses["advice"] = suggestion
             responses["rewrite"] = rewrite
+
+    def _ask(
+        self, actors: Actors, role: str, before: Request, said: str, **values: str
+    ) -> Request:
+        """The request that plays `role`, alone or after the conversation `before` and its answer `said`."""
+        if self.layout == "single":
+            return Request(messages=actors.prompts.render(role, **values))
+        return further(before, said, actors.prompts.render(f"{role}_turn", **values))
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
         """The judge's scores of draft and rewrite (eq. 5)."""

@@ -118,44 +118,24 @@ def test_prefix_is_continued_not_repeated(model: Any, tokenizer: Any) -> None:
     assert list(engine.sample([request], greedy, seed=0)[0].token_ids) == expected.tolist()
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(top_k=3), Sampling(top_p=0.5), Sampling(top_k=5, top_p=0.8)]
-)
-def test_truncated_sampling_draws_from_the_truncated_distribution(sampling: Sampling) -> None:
-    """50,000 draws from a fixed distribution against its own truncation."""
-    probs = torch.tensor([0.35, 0.25, 0.2, 0.1, 0.06, 0.04])
-    hot = (probs.log() / sampling.temperature).softmax(-1)
-    keep = torch.ones(6, dtype=torch.bool)
-    if sampling.top_k:
-        keep[sampling.top_k :] = False
-    kept = (hot * keep) / (hot * keep).sum()
-    if sampling.top_p < 1:
-        keep &= kept.cumsum(0) - kept < sampling.top_p
-    expected = (hot * keep) / (hot * keep).sum()
-    uniforms = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
-    drawn = hf_engine._draw(probs.log().expand(50_000, -1), sampling, uniforms)
-    found = torch.bincount(drawn, minlength=6) / 50_000
-    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)
-
-
 def test_out_of_memory_halves_the_batch_and_changes_no_answer(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampling = Sampling(temperature=1.0, max_new_tokens=6)
     expected = HFEngine(model, tokenizer).sample(requests(), sampling, seed=9)
-    real, sizes = hf_engine._decode, []
+    real, sizes = hf_engine.decode, []
 
-    def tight(model: Any, rows: list[list[int]], *rest: Any) -> Any:
-        sizes.append(len(rows))
-        if len(rows) > 2:
+    def tight(model: Any, slots: Any, *rest: Any) -> Any:
+        sizes.append(slots.count)
+        if slots.count > 2:
             raise torch.OutOfMemoryError("no room")
-        return real(model, rows, *rest)
+        return real(model, slots, *rest)
 
-    monkeypatch.setattr(hf_engine, "_decode", tight)
+    monkeypatch.setattr(hf_engine, "decode", tight)
     engine = HFEngine(model, tokenizer, batch_size=8)
     found = engine.sample(requests(), sampling, seed=9)
     assert [r.token_ids for r in found] == [r.token_ids for r in expected]
-    assert sizes == [5, 4, 2, 2, 1]
+    assert sizes == [5, 4, 2]
 
 
 def test_out_of_memory_with_one_row_says_what_to_lower(
@@ -164,6 +144,6 @@ def test_out_of_memory_with_one_row_says_what_to_lower(
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(hf_engine, "_decode", never)
+    monkeypatch.setattr(hf_engine, "decode", never)
     with pytest.raises(GenerationError, match="max_new_tokens"):
         HFEngine(model, tokenizer, batch_size=2).sample(requests(), Sampling(), seed=0)

@@ -10,9 +10,22 @@ VALUES = {
     "refine": ("question", "answer_a", "answer_b"),
     "flaw": ("question", "answer"),
     "severity": ("question", "answer", "flawed"),
+    "advisor_turn": ("question", "answer"),
+    "rewrite_turn": ("question", "answer", "suggestion"),
+    "refine_turn": ("question", "answer_a", "answer_b"),
+    "flaw_turn": ("question", "answer"),
 }
-# Small models answer any question that they see.
-LEFT_OUT = {("compact", "flaw"): {"question"}}
+# Small models answer any question that they see; a further turn need not repeat what stands above it,
+# but the last thing that a small model reads is what it answers.
+LEFT_OUT = {
+    ("compact", "flaw"): {"question"},
+    **{(name, "advisor_turn"): {"question", "answer"} for name in ("compact", "paper")},
+    **{(name, "flaw_turn"): {"question", "answer"} for name in ("compact", "paper")},
+    ("compact", "rewrite_turn"): {"answer", "suggestion"},
+    ("paper", "rewrite_turn"): {"question", "answer", "suggestion"},
+    ("compact", "refine_turn"): {"answer_a"},
+    ("paper", "refine_turn"): {"question", "answer_a"},
+}
 
 
 def render(name: str, role: str, **more: str | None) -> str:
@@ -54,8 +67,9 @@ def test_severity_asks_for_a_digit_last_and_names_the_axis_only_if_there_is_one(
 
 
 def test_only_the_papers_refine_asks_for_a_final_answer_line() -> None:
-    assert "\nFinal answer:\n" in render("paper", "refine")
-    assert "Final answer:" not in render("compact", "refine")
+    for role in ("refine", "refine_turn"):
+        assert "\nFinal answer:\n" in render("paper", role)
+        assert "Final answer:" not in render("compact", role)
 
 
 def test_values_are_put_in_as_they_are() -> None:

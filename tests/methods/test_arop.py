@@ -114,6 +114,34 @@ def test_refining_sees_both_drafts_and_the_flaw_sees_the_refined_answer() -> Non
         assert made["refined"] in texts[3][n]
 
 
+@pytest.mark.parametrize("refine", [True, False])
+def test_in_turns_refinement_and_flaw_go_on_with_the_conversation(refine: bool) -> None:
+    conversations: dict[str, list[Request]] = {}
+
+    class Listener(FakeEngine):
+        def sample(
+            self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = ""
+        ) -> list[Response]:
+            conversations[label] = list(requests)
+            return super().sample(requests, sampling, seed=seed, label=label)
+
+    found = list(AROP(layout="turns", refine=refine).generate(PROMPTS, actors(Listener())))
+    for n, candidates in enumerate(found):
+        assert isinstance(candidates, Candidates)
+        said = candidates.responses
+        before = PROMPTS[n].messages
+        if refine:
+            asked = conversations["refined"][n].messages
+            assert asked[:1] == before
+            assert asked[1] == Message(role="assistant", content=said["draft_a"].text)
+            assert said["draft_b"].text in asked[2].content
+            before = asked
+        flaw = conversations["flawed"][n].messages
+        assert flaw[: len(before)] == before
+        assert flaw[len(before)] == Message(role="assistant", content=said["refined"].text)
+        assert len(flaw) == len(before) + 2
+
+
 def test_without_refining_draft_a_is_the_answer() -> None:
     engine = Recorder()
     found = list(AROP(refine=False).generate(PROMPTS, actors(engine)))

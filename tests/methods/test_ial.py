@@ -69,6 +69,30 @@ def only(method: IAL, candidates: Candidates) -> Pair | Reject:
 # Generation.
 
 
+def test_in_turns_advice_and_rewrite_go_on_with_the_conversation() -> None:
+    conversations: dict[str, list[Request]] = {}
+
+    class Listener(FakeEngine):
+        def sample(
+            self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = ""
+        ) -> list[Response]:
+            conversations[label] = list(requests)
+            return super().sample(requests, sampling, seed=seed, label=label)
+
+    found = list(IAL(layout="turns").generate(PROMPTS, actors(Listener())))
+    for n, candidates in enumerate(found):
+        assert isinstance(candidates, Candidates)
+        said = candidates.responses
+        advice = conversations["advisor"][n].messages
+        rewrite = conversations["player again"][n].messages
+        assert advice[:1] == PROMPTS[n].messages
+        assert advice[1] == Message(role="assistant", content=said["draft"].text)
+        assert rewrite[:3] == advice
+        assert rewrite[3] == Message(role="assistant", content=said["advice"].text)
+        assert [m.role for m in rewrite] == ["user", "assistant", "user", "assistant", "user"]
+        assert said["draft"].text not in advice[2].content
+
+
 def test_the_advisor_sees_the_draft_and_the_player_sees_the_advice() -> None:
     engine = Recorder()
     method = IAL(sampling=Sampling(max_new_tokens=9), advice=Sampling(max_new_tokens=4))

@@ -1,0 +1,366 @@
+"""Claim: the in-process engine samples several times faster than transformers' `generate`, near the linears' limit.
+
+The same prompts go through transformers' `generate` (in the best of a few batch sizes and dtypes), this
+engine and, where a Python with vLLM is named, vLLM; with stop tokens ignored and with stop tokens. Each
+runs in a process of its own, one after the other, so that its peak memory is its own. The limit is the
+time that the model's matrix products alone take, measured in the same run, at the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_TEMPERATURE, _TOP_P = 0.7, 0.95
+_PREFILL_ROWS = 512
+_VLLM_ROWS = 64
+
+
+def prompts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
+    """Instructions of the embedded set, joined until a prompt has its length in tokens; lengths are even steps."""
+    import random
+
+    from transformers import AutoTokenizer
+
+    from prefloop.chat import Chat
+    from prefloop.records import Message
+    from prefloop.rows import EMBEDDED, open_rows
+    from prefloop.train.sources import quiet, resolve_source
+
+    draw = random.Random(seed)
+    texts = [str(row["prompt"]) for _, row in open_rows(EMBEDDED, "train", None, "train")[1]]
+    with quiet():
+        chat = Chat(AutoTokenizer.from_pretrained(resolve_source("embedded:smollm2-135m")))
+    found = []
+    for number in range(count):
+        wanted = shortest + (longest - shortest) * number // max(count - 1, 1)
+        text = draw.choice(texts)
+        while len(chat.prompt_ids((Message(role="user", content=text),))) < wanted:
+            text += " " + draw.choice(texts)
+        found.append(text)
+    draw.shuffle(found)
+    return found
+
+
+# Workers: each runs in its own process, prints one JSON object, and reads its job from a file.
+
+
+def _timed(work: Callable[[], Sequence[int]]) -> dict[str, float]:
+    start = time.perf_counter()
+    lengths = work()
+    seconds = time.perf_counter() - start
+    return {
+        "seconds": seconds,
+        "tokens": sum(lengths),
+        "tokens_per_second": sum(lengths) / seconds,
+    }
+
+
+def _memory_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _load(job: Mapping[str, Any], dtype: str = "float32") -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from prefloop.memory import keep_freed_memory
+    from prefloop.train.sources import quiet
+
+    keep_freed_memory()
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=getattr(torch, dtype))
+        return model.eval(), AutoTokenizer.from_pretrained(job["folder"])
+
+
+def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
+    """This engine; stop tokens are ignored by giving it none."""
+    from prefloop.generate.hf_engine import HFEngine
+    from prefloop.records import Message, Request, Sampling
+
+    model, tokenizer = _load(job)
+    engine = HFEngine(model, tokenizer, batch_size=job["slots"])
+    stops = engine.chat.stop_ids
+    asked = [Request(messages=(Message(role="user", content=text),)) for text in job["prompts"]]
+    sampling = Sampling(temperature=_TEMPERATURE, top_p=_TOP_P, max_new_tokens=job["new_tokens"])
+    engine.sample(asked[:2], sampling.model_copy(update={"max_new_tokens": 2}), seed=0)
+    found: dict[str, Any] = {}
+    for name, ids in (("ignored", frozenset[int]()), ("stops", stops)):
+        engine.chat.stop_ids = ids
+        engine.release()
+        found[name] = _timed(
+            lambda: [len(r.token_ids) for r in engine.sample(asked, sampling, seed=1)]
+        )
+    return found | {"memory_gb": _memory_gb(), "rows": job["slots"], "dtype": "float32"}
+
+
+def run_generate(job: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' own loop: batches of similar length, padded on the left."""
+    import torch
+
+    from prefloop.chat import Chat
+    from prefloop.records import Message
+
+    best: dict[str, Any] = {}
+    trials = []
+    for dtype in ("float32", "bfloat16"):
+        model, tokenizer = _load(job, dtype)
+        chat = Chat(tokenizer)
+        rows = [chat.prompt_ids((Message(role="user", content=t),)) for t in job["prompts"]]
+        rows.sort(key=len)
+
+        def run(size: int, limit: int, stop: bool, rows: list[list[int]]) -> list[int]:
+            lengths = []
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
+                mask = torch.zeros_like(ids)
+                for n, row in enumerate(part):
+                    ids[n, -len(row) :], mask[n, -len(row) :] = torch.tensor(row), 1
+                torch.manual_seed(start)
+                out = model.generate(
+                    ids, attention_mask=mask, do_sample=True, temperature=_TEMPERATURE,
+                    top_p=_TOP_P, top_k=0, max_new_tokens=limit, pad_token_id=0,
+                    eos_token_id=sorted(chat.stop_ids) if stop else None,
+                )  # fmt: skip
+                for row in out[:, ids.shape[1] :].tolist():
+                    ends = [n for n, token in enumerate(row) if stop and token in chat.stop_ids]
+                    lengths.append(ends[0] + 1 if ends else len(row))
+            return lengths
+
+        model.generation_config.eos_token_id = None
+        run(2, 2, False, rows[:2])
+        # A trial covers prompts of all lengths.
+        for size in (8, 16, 32) if dtype == "float32" else (16,):
+            sample = rows[:: max(1, len(rows) // size)][:size]
+            rate = _timed(lambda size=size, sample=sample: run(size, 12, False, sample))
+            trials.append(
+                {"dtype": dtype, "rows": size, "tokens_per_second": rate["tokens_per_second"]}
+            )
+            if not best or rate["tokens_per_second"] > best["rate"]:
+                best = {"rate": rate["tokens_per_second"], "size": size, "dtype": dtype}
+                best["run"], best["prompts"] = run, rows
+    rows = best["prompts"]
+    found: dict[str, Any] = {}
+    for name, stop in (("ignored", False), ("stops", True)):
+        found[name] = _timed(lambda stop=stop: best["run"](best["size"], job["new_tokens"], stop, rows))
+    return found | {
+        "memory_gb": _memory_gb(), "rows": best["size"], "dtype": best["dtype"], "trials": trials,
+    }  # fmt: skip
+
+
+def run_limit(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds a row of all matrix products of one forward pass, at the engine's rows and at a prefill's.
+
+    Each is taken in the faster of torch's plain product and oneDNN's with reordered weights.
+    """
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    model, _ = _load(job)
+    head = model.get_output_embeddings()
+    with torch.inference_mode():
+        layers = [
+            (layer is head, layer.weight, torch.ops.mkldnn._reorder_linear_weight(layer.weight))
+            for layer in model.modules()
+            if isinstance(layer, nn.Linear)
+        ]
+
+        def seconds(rows: int, with_head: bool) -> float:
+            inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for _, w, _ in layers}
+            used = [layer for layer in layers if with_head or not layer[0]]
+
+            def plain() -> None:
+                for _, weight, _ in used:
+                    functional.linear(inputs[weight.shape[1]], weight)
+
+            def reordered() -> None:
+                for _, weight, other in used:
+                    torch.ops.mkldnn._linear_pointwise(
+                        inputs[weight.shape[1]], other, None, "none", [], ""
+                    )
+
+            times = []
+            for work in (plain, reordered):
+                work()
+                for _ in range(3):
+                    start = time.perf_counter()
+                    work()
+                    times.append(time.perf_counter() - start)
+            return min(times) / rows
+
+        return {
+            "decode_seconds": seconds(job["slots"], with_head=True),
+            "prefill_seconds": seconds(_PREFILL_ROWS, with_head=False),
+        }
+
+
+def run_vllm(job: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's offline engine in eager mode; runs under a Python of its own, without prefloop."""
+    from vllm import LLM, SamplingParams
+
+    start = time.perf_counter()
+    model = LLM(
+        job["folder"],
+        dtype=job["dtype"],
+        max_num_seqs=_VLLM_ROWS,
+        max_model_len=1024,
+        enforce_eager=True,
+        generation_config="vllm",
+        seed=0,
+    )
+    construct = time.perf_counter() - start
+    tokens = [{"prompt_token_ids": ids} for ids in job["prompt_ids"]]
+    found: dict[str, Any] = {}
+
+    def run(limit: int, stop: bool, tokens: list[Any]) -> list[int]:
+        sampling = SamplingParams(
+            temperature=_TEMPERATURE,
+            top_p=_TOP_P,
+            max_tokens=limit,
+            ignore_eos=not stop,
+            stop_token_ids=job["stop_ids"] if stop else None,
+            logprobs=0,
+        )
+        outputs = model.generate(tokens, sampling, use_tqdm=False)
+        return [len(output.outputs[0].token_ids) for output in outputs]
+
+    run(2, False, tokens[:2])
+    for name, stop in (("ignored", False), ("stops", True)):
+        model.reset_prefix_cache()
+        found[name] = _timed(lambda stop=stop: run(job["new_tokens"], stop, tokens))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return found | {
+        "memory_gb": max(_memory_gb(), children), "rows": _VLLM_ROWS, "dtype": job["dtype"],
+        "construct_seconds": construct,
+    }  # fmt: skip
+
+
+WORKERS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "prefloop": run_prefloop,
+    "generate": run_generate,
+    "limit": run_limit,
+    "vllm": run_vllm,
+}
+
+
+def _in_process(python: str, worker: str, job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if worker == "vllm":
+        # Its worker process is a child of a child; in one process its memory can be read.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    command = [python, __file__, "--worker", worker, "--job", str(path)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the {worker} worker failed; its error stands above")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _shares(
+    engine: dict[str, Any], limit: Mapping[str, float], prompt_tokens: int
+) -> dict[str, float]:
+    """Of the time that `engine` took: all matrix products' share, and those of the new tokens alone."""
+    found = {}
+    for name in ("ignored", "stops"):
+        new = engine[name]["tokens"] * limit["decode_seconds"]
+        old = prompt_tokens * limit["prefill_seconds"]
+        found[f"share_{name}"] = (new + old) / engine[name]["seconds"]
+        found[f"share_{name}_decode_only"] = new / engine[name]["seconds"]
+    return found
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All engines, one after the other."""
+    from transformers import AutoTokenizer
+
+    from prefloop.chat import Chat
+    from prefloop.records import Message
+    from prefloop.train.sources import quiet, resolve_source
+
+    source = resolve_source("embedded:smollm2-135m")
+    with quiet():
+        chat = Chat(AutoTokenizer.from_pretrained(source))
+    texts = prompts(options.prompts, 40, 350, options.seed)
+    ids = [chat.prompt_ids((Message(role="user", content=text),)) for text in texts]
+    job = {
+        "folder": source,
+        "prompts": texts,
+        "prompt_ids": ids,
+        "stop_ids": sorted(chat.stop_ids),
+        "new_tokens": options.new_tokens,
+        "slots": options.slots,
+    }
+    here = sys.executable
+    found: dict[str, Any] = {"limit": _in_process(here, "limit", job, folder)}
+    for name in options.engines:
+        if name == "vllm":
+            if options.vllm_python:
+                for dtype in ("float32", "bfloat16"):
+                    found[f"vllm {dtype}"] = _in_process(
+                        options.vllm_python, "vllm", {**job, "dtype": dtype}, folder
+                    )
+        else:
+            found[name] = _in_process(here, name, job, folder)
+    again = _in_process(here, "limit", job, folder)
+    # The machine may be busier at one end of the run; the limit is the better of both.
+    limit = {key: min(value, again[key]) for key, value in found.pop("limit").items()}
+    prompt_tokens = sum(map(len, ids))
+    for engine in found.values():
+        engine |= _shares(engine, limit, prompt_tokens)
+    return {
+        "engines": found,
+        "limit_decode_tokens_per_second": 1 / limit["decode_seconds"],
+        "limit_prefill_tokens_per_second": 1 / limit["prefill_seconds"],
+        "prompts": len(ids),
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--prompts", type=int, default=64, help="of 40 to 350 tokens")
+    parser.add_argument("--new-tokens", type=int, default=128, help="limit of an answer")
+    parser.add_argument("--slots", type=int, default=64, help="rows that this engine decodes together")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument(
+        "--engines", nargs="*", default=["generate", "prefloop", "vllm"], help="which ones"
+    )
+    parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(WORKERS[options.worker](json.loads(options.job.read_text()))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder))
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{'':16}{'tok/s':>8}{'with stops':>12}{'GB':>6}{'of the limit':>14}")
+    for name, engine in found["engines"].items():
+        print(
+            f"{name:16}{engine['ignored']['tokens_per_second']:8.1f}"
+            f"{engine['stops']['tokens_per_second']:12.1f}{engine['memory_gb']:6.1f}"
+            f"{engine['share_ignored']:14.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Linear layers with weights in the CPU's own order, for as long as the weights stay as they are.
+
+Plain matrix products reorder the weights at every call, and on CPUs their last bits can depend on how
+many rows there are; the reordered ones do neither. The price is a copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(model: nn.Module) -> tuple[int, ...]:
+    """Differs whenever a parameter differs in a bit: the sum of each one's bits as integers."""
+    return tuple(_bits(parameter.detach()) for parameter in model.parameters())
+
+
+def _bits(values: Tensor) -> int:
+    flat = values.contiguous().view(-1)
+    words = flat.view(torch.uint8 if flat.numel() * flat.element_size() % 8 else torch.int64)
+    return int(words.sum(dtype=torch.int64))
+
+
+class ReorderedLinears:
+    """Copies of a model's linear weights in oneDNN's order; float32 on CPUs, nothing elsewhere."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [
+            (layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None))
+            for layer in model.modules()
+            if type(layer) is nn.Linear and _fits(layer)
+        ]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the layers compute with the copies."""
+        for layer, weight in self._layers:
+            layer.forward = _Reordered(weight, layer.bias)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer, _ in self._layers:
+                del layer.forward
+
+
+class _Reordered:
+    def __init__(self, weight: Any, bias: Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, values: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            values, self.weight, self.bias, "none", [], ""
+        )
+        return out
+
+
+def _fits(layer: nn.Linear) -> bool:
+    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32

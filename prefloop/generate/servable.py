@@ -1,0 +1,71 @@
+"""Whether the decode loop gives what a model's own forward pass gives: found out by trying, not by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefloop.generate.decode import feed
+from prefloop.generate.slots import Slots, Step, slot_attention
+from prefloop.memory import is_out_of_memory
+
+# E places whose logits are compared, V vocabulary.
+
+# Largest difference of a logit, in standard deviations of all; half precision rounds each step.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_TOLERANCE_HALF = 0.1
+
+
+def why_not(model: Any, longest: int) -> str | None:
+    """Why conversations of `longest` tokens cannot be decoded in slots; None where they can.
+
+    Two short conversations go through slots and through the model's own forward pass. Where the model
+    has a window that `longest` exceeds, one of them exceeds it too.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation!r}"
+    length = max([9, *(window + 3 for window in windows_of(model) if window < longest)])
+    rows = [[(7919 * n + 3) % config.vocab_size for n in range(size)] for size in (5, length)]
+    try:
+        found_EV = _in_slots(model, rows)
+        expected_EV = _plainly(model, rows)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return f"it refuses ({type(error).__name__}: {str(error).splitlines()[0]})"
+    if found_EV.shape != expected_EV.shape:
+        return "its logits have another shape"
+    worst = (found_EV - expected_EV).abs().max() / expected_EV.std().clamp(min=1e-6)
+    if not worst <= _TOLERANCE.get(model.dtype, _TOLERANCE_HALF):
+        return f"its logits differ by {worst.item():.2g} standard deviations"
+    return None
+
+
+def windows_of(model: Any) -> list[int]:
+    """Numbers of tokens beyond which some layers no longer see everything."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return [int(window) for window in found if window]
+
+
+def _in_slots(model: Any, rows: list[list[int]]) -> Tensor:
+    """All but the last token of each row in one step, the last ones in the next."""
+    slots = Slots(len(rows), max(map(len, rows)))
+    with slot_attention(model):
+        begun = [(slot, 0, len(row) - 1) for slot, row in enumerate(rows)]
+        ids = [token for row in rows for token in row[:-1]]
+        feed(model, ids, [], Step.plan(slots, begun, model.device))
+        ended = [(slot, len(row) - 1, 1) for slot, row in enumerate(rows)]
+        step = Step.plan(slots, ended, model.device)
+        return feed(model, [row[-1] for row in rows], list(range(len(rows))), step)
+
+
+def _plainly(model: Any, rows: list[list[int]]) -> Tensor:
+    logits = [
+        model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -1]
+        for row in rows
+    ]
+    return torch.stack(logits).float()

@@ -1,0 +1,86 @@
+"""Models that slots cannot serve are decoded by transformers, with the same draws and the same answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, MambaConfig, MambaForCausalLM
+
+from prefloop.generate import hf_engine
+from prefloop.generate.hf_engine import HFEngine
+from prefloop.records import Message, Request, Sampling
+
+HOT = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)
+
+
+def requests() -> list[Request]:
+    return [
+        Request(messages=(Message(role="user", content=q),)) for q in ("Why?", "Name two birds.", "x")
+    ]
+
+
+def mamba(vocabulary: int) -> Any:
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=vocabulary, hidden_size=16, state_size=4, num_hidden_layers=2,
+            bos_token_id=None, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def bloom(vocabulary: int) -> Any:
+    """Positions are a bias of the attention scores, which our attention function is not told."""
+    return BloomForCausalLM(
+        BloomConfig(
+            vocab_size=vocabulary, hidden_size=16, n_layer=2, n_head=2,
+            bos_token_id=None, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [mamba, bloom], ids=lambda f: f.__name__)
+def test_what_slots_cannot_serve_is_decoded_by_transformers_and_said_once(
+    family: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = family(len(tokenizer)).eval()
+    engine = HFEngine(model, tokenizer, batch_size=2)
+    found = engine.sample(requests(), HOT, seed=3)
+    again = engine.sample(requests(), HOT, seed=3)
+    assert found == again
+    assert caplog.text.count("cannot be decoded in slots") == 1
+    for request, response in zip(requests(), found, strict=True):
+        prompt = engine.chat.prompt_ids(request.messages)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + list(response.token_ids)])).logits[0]
+        places = range(len(prompt) - 1, len(prompt) - 1 + len(response.token_ids))
+        logps = logits.log_softmax(-1)[list(places), list(response.token_ids)]
+        assert response.mean_logprob == pytest.approx(logps.mean().item(), abs=1e-4)
+        assert response.finish == ("stop" if response.token_ids[-1] == 1 else "length")
+
+
+def test_both_ways_draw_the_same_answers(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 20
+    model.generation_config = GenerationConfig(repetition_penalty=9.0, pad_token_id=1)
+    sampling = Sampling(temperature=1.0, top_k=60, max_new_tokens=12)
+    expected = HFEngine(model, tokenizer).sample(requests() * 3, sampling, seed=3)
+    monkeypatch.setattr(hf_engine, "why_not", lambda *_: "a test says so")
+    found = HFEngine(model, tokenizer, batch_size=2).sample(requests() * 3, sampling, seed=3)
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+    assert {r.finish for r in found} == {"stop", "length"}
+    assert model.generation_config.repetition_penalty == 9.0
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-5)
+
+
+def test_another_attention_is_left_alone(model: Any, tokenizer: Any) -> None:
+    expected = HFEngine(model, tokenizer).sample(requests(), HOT, seed=3)
+    model.set_attn_implementation("eager")
+    found = HFEngine(model, tokenizer).sample(requests(), HOT, seed=3)
+    assert model.config._attn_implementation == "eager"
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
