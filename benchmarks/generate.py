@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
     engine.sample(asked[:2], sampling.model_copy(update={"max_new_tokens": 2}), seed=0)
     found: dict[str, Any] = {}
     for name, ids in (("ignored", frozenset[int]()), ("stops", stops)):
+        if name not in job["stopping"]:
+            continue
         engine.chat.stop_ids = ids
         engine.release()
         found[name] = _timed(
@@ -103,59 +106,53 @@ def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"memory_gb": _memory_gb(), "rows": job["slots"], "dtype": "float32"}
 
 
-def run_generate(job: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers' own loop: batches of similar length, padded on the left."""
+def _plain_generate(
+    model: Any, rows: Sequence[list[int]], size: int, limit: int, stops: Sequence[int]
+) -> list[int]:
+    """Lengths of the answers of transformers' own loop; batches of neighbours, padded on the left."""
     import torch
 
-    from prefloop.chat import Chat
-    from prefloop.records import Message
+    lengths = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for n, row in enumerate(part):
+            ids[n, -len(row) :], mask[n, -len(row) :] = torch.tensor(row), 1
+        torch.manual_seed(start)
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=True, temperature=_TEMPERATURE, top_p=_TOP_P,
+            top_k=0, max_new_tokens=limit, pad_token_id=0, eos_token_id=list(stops) or None,
+        )  # fmt: skip
+        for answer in out[:, ids.shape[1] :].tolist():
+            ends = [n for n, token in enumerate(answer) if token in stops]
+            lengths.append(ends[0] + 1 if ends else len(answer))
+    return lengths
 
-    best: dict[str, Any] = {}
+
+def run_generate(job: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' own loop in the best of a few batch sizes and dtypes, found by short trials."""
+    rows = sorted(job["prompt_ids"], key=len)
     trials = []
-    for dtype in ("float32", "bfloat16"):
-        model, tokenizer = _load(job, dtype)
-        chat = Chat(tokenizer)
-        rows = [chat.prompt_ids((Message(role="user", content=t),)) for t in job["prompts"]]
-        rows.sort(key=len)
-
-        def run(size: int, limit: int, stop: bool, rows: list[list[int]]) -> list[int]:
-            lengths = []
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                ids = torch.zeros(len(part), max(map(len, part)), dtype=torch.long)
-                mask = torch.zeros_like(ids)
-                for n, row in enumerate(part):
-                    ids[n, -len(row) :], mask[n, -len(row) :] = torch.tensor(row), 1
-                torch.manual_seed(start)
-                out = model.generate(
-                    ids, attention_mask=mask, do_sample=True, temperature=_TEMPERATURE,
-                    top_p=_TOP_P, top_k=0, max_new_tokens=limit, pad_token_id=0,
-                    eos_token_id=sorted(chat.stop_ids) if stop else None,
-                )  # fmt: skip
-                for row in out[:, ids.shape[1] :].tolist():
-                    ends = [n for n, token in enumerate(row) if stop and token in chat.stop_ids]
-                    lengths.append(ends[0] + 1 if ends else len(row))
-            return lengths
-
+    for dtype, sizes in (("bfloat16", (16,)), ("float32", (8, 16, 32))):
+        model, _ = _load(job, dtype)
         model.generation_config.eos_token_id = None
-        run(2, 2, False, rows[:2])
-        # A trial covers prompts of all lengths.
-        for size in (8, 16, 32) if dtype == "float32" else (16,):
+        _plain_generate(model, rows[:2], 2, 2, ())
+        for size in sizes:
+            # Prompts of all lengths.
             sample = rows[:: max(1, len(rows) // size)][:size]
-            rate = _timed(lambda size=size, sample=sample: run(size, 12, False, sample))
-            trials.append(
-                {"dtype": dtype, "rows": size, "tokens_per_second": rate["tokens_per_second"]}
-            )
-            if not best or rate["tokens_per_second"] > best["rate"]:
-                best = {"rate": rate["tokens_per_second"], "size": size, "dtype": dtype}
-                best["run"], best["prompts"] = run, rows
-    rows = best["prompts"]
-    found: dict[str, Any] = {}
-    for name, stop in (("ignored", False), ("stops", True)):
-        found[name] = _timed(lambda stop=stop: best["run"](best["size"], job["new_tokens"], stop, rows))
-    return found | {
-        "memory_gb": _memory_gb(), "rows": best["size"], "dtype": best["dtype"], "trials": trials,
-    }  # fmt: skip
+            rate = _timed(partial(_plain_generate, model, sample, size, 12, ()))
+            trials.append((rate["tokens_per_second"], size, dtype))
+    _, size, dtype = max(trials)
+    if dtype != "float32":
+        model, _ = _load(job, dtype)
+        model.generation_config.eos_token_id = None
+    found: dict[str, Any] = {
+        name: _timed(partial(_plain_generate, model, rows, size, job["new_tokens"], stops))
+        for name, stops in (("ignored", ()), ("stops", job["stop_ids"]))
+        if name in job["stopping"]
+    }
+    return found | {"memory_gb": _memory_gb(), "rows": size, "dtype": dtype, "trials": trials}
 
 
 def run_limit(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,6 +234,8 @@ def run_vllm(job: Mapping[str, Any]) -> dict[str, Any]:
 
     run(2, False, tokens[:2])
     for name, stop in (("ignored", False), ("stops", True)):
+        if name not in job["stopping"]:
+            continue
         model.reset_prefix_cache()
         found[name] = _timed(lambda stop=stop: run(job["new_tokens"], stop, tokens))
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -274,7 +273,7 @@ def _shares(
 ) -> dict[str, float]:
     """Of the time that `engine` took: all matrix products' share, and those of the new tokens alone."""
     found = {}
-    for name in ("ignored", "stops"):
+    for name in {"ignored", "stops"} & engine.keys():
         new = engine[name]["tokens"] * limit["decode_seconds"]
         old = prompt_tokens * limit["prefill_seconds"]
         found[f"share_{name}"] = (new + old) / engine[name]["seconds"]
@@ -302,6 +301,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "stop_ids": sorted(chat.stop_ids),
         "new_tokens": options.new_tokens,
         "slots": options.slots,
+        "stopping": options.stopping,
     }
     here = sys.executable
     found: dict[str, Any] = {"limit": _in_process(here, "limit", job, folder)}
@@ -335,10 +335,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, default=64, help="of 40 to 350 tokens")
     parser.add_argument("--new-tokens", type=int, default=128, help="limit of an answer")
-    parser.add_argument("--slots", type=int, default=64, help="rows that this engine decodes together")
+    parser.add_argument(
+        "--slots", type=int, default=64, help="rows that this engine decodes together"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument(
         "--engines", nargs="*", default=["generate", "prefloop", "vllm"], help="which ones"
+    )
+    parser.add_argument(
+        "--stopping", nargs="*", default=["ignored", "stops"], help="stop tokens ignored, or not"
     )
     parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -353,13 +358,13 @@ def main() -> None:
     if options.json:
         print(json.dumps(found))
         return
-    print(f"{'':16}{'tok/s':>8}{'with stops':>12}{'GB':>6}{'of the limit':>14}")
+    print(f"{'':16}{'stop tokens':12}{'tok/s':>8}{'GB':>6}{'of the limit':>14}")
     for name, engine in found["engines"].items():
-        print(
-            f"{name:16}{engine['ignored']['tokens_per_second']:8.1f}"
-            f"{engine['stops']['tokens_per_second']:12.1f}{engine['memory_gb']:6.1f}"
-            f"{engine['share_ignored']:14.0%}"
-        )
+        for stopping in options.stopping:
+            print(
+                f"{name:16}{stopping:12}{engine[stopping]['tokens_per_second']:8.1f}"
+                f"{engine['memory_gb']:6.1f}{engine[f'share_{stopping}']:14.0%}"
+            )
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ class Session:
     def train(self, here: RoundDir, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Train the round's policy on pairs and save it."""
         policy, method, loop = self.policy_before(here), self.recipe.method, self.recipe.loop
+        if self._engine is not None:
+            self._engine.release()
         trainer = self.trainer(self.recipe.train)
         if not loop.carry_optimizer:
             trainer.renew_optimizer()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from prefloop.generate.sampler import draw
-from prefloop.generate.slots import Slots, Step
+from prefloop.generate.slot_attention import Step
+from prefloop.generate.slots import Slots
 from prefloop.records import Sampling
 
 # N tokens of a step, E rows whose next token is drawn, V vocabulary.
@@ -94,9 +95,7 @@ def decode(
                 slots.follow(row.slot, token)
 
 
-def _admit(
-    slots: Slots, tasks: Sequence[Task], waiting: deque[int], running: list[_Row]
-) -> None:
+def _admit(slots: Slots, tasks: Sequence[Task], waiting: deque[int], running: list[_Row]) -> None:
     """Give free slots to waiting requests."""
     free = set(range(slots.count)) - {row.slot for row in running}
     while waiting and free:

@@ -24,7 +24,8 @@ from prefloop.generate.decode import Sampled, Task, decode
 from prefloop.generate.fallback import generate
 from prefloop.generate.linears import ReorderedLinears, fingerprint
 from prefloop.generate.servable import why_not, windows_of
-from prefloop.generate.slots import Slots, slot_attention
+from prefloop.generate.slot_attention import slot_attention
+from prefloop.generate.slots import Slots
 from prefloop.memory import is_out_of_memory
 from prefloop.progress import Bar
 from prefloop.records import Request, Response, Sampling, Scored
@@ -74,9 +75,7 @@ class HFEngine:
             for place, request in enumerate(requests)
         ]
 
-    def _decode(
-        self, tasks: Sequence[Task], sampling: Sampling, bar: Bar
-    ) -> dict[int, Sampled]:
+    def _decode(self, tasks: Sequence[Task], sampling: Sampling, bar: Bar) -> dict[int, Sampled]:
         """Continue all tasks, in slots where the model can be decoded so."""
         found: dict[int, Sampled] = {}
 
@@ -276,9 +275,7 @@ class HFEngine:
                 ) from error
             self.release()
             self.batch_size = max(share, self.batch_size // 2)
-            log.warning(
-                "out of memory: going on with %d rows at a time", self.batch_size // share
-            )
+            log.warning("out of memory: going on with %d rows at a time", self.batch_size // share)
 
 
 def _finite(logprobs: list[float]) -> list[float]:

@@ -59,4 +59,11 @@ class _Reordered:
 
 
 def _fits(layer: nn.Linear) -> bool:
-    return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+    """Not where a hook has already put a forward of its own before the layer's."""
+    weight = layer.weight
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and "forward" not in layer.__dict__
+    )

@@ -39,9 +39,7 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Ten
     return tokens_B, logits_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
 
 
-def _sample(
-    logits_BV: Tensor, total_B: Tensor, sampling: Sampling, uniforms_B: Tensor
-) -> Tensor:
+def _sample(logits_BV: Tensor, total_B: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     if sampling.temperature != 1:
@@ -93,7 +91,9 @@ def _pick(
     tokens_B = found.ids_BC.gather(1, place_B1.minimum(count_B1 - 1))[:, 0]
     known_B1 = found.known_BC.sum(dim=-1, keepdim=True)
     # Undecided: truncation may go on beyond what is known, or the place lies there.
-    ends_B1 = known_B1 >= sampling.top_k if sampling.top_k else known_B1 > (
-        count_B1 if truncated else place_B1
+    ends_B1 = (
+        known_B1 >= sampling.top_k
+        if sampling.top_k
+        else known_B1 > (count_B1 if truncated else place_B1)
     )
     return tokens_B, ends_B1[:, 0] | found.all

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from prefloop.generate.decode import feed
-from prefloop.generate.slots import Slots, Step, slot_attention
+from prefloop.generate.slot_attention import Step, slot_attention
+from prefloop.generate.slots import Slots
 from prefloop.memory import is_out_of_memory
 
 # E places whose logits are compared, V vocabulary.

@@ -123,9 +123,7 @@ class IAL(Method):
             responses["advice"] = suggestion
             responses["rewrite"] = rewrite
 
-    def _ask(
-        self, actors: Actors, role: str, before: Request, said: str, **values: str
-    ) -> Request:
+    def _ask(self, actors: Actors, role: str, before: Request, said: str, **values: str) -> Request:
         """The request that plays `role`, alone or after the conversation `before` and its answer `said`."""
         if self.layout == "single":
             return Request(messages=actors.prompts.render(role, **values))

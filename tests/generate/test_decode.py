@@ -10,12 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -134,7 +132,9 @@ def test_greedy_equals_generate_token_by_token(
     found = engine.sample(requests(), GREEDY, seed=0)
     expected = [by_generate(family, engine, request, 14) for request in requests()]
     assert [list(response.token_ids) for response in found] == expected
-    assert len({tuple(ids) for ids in expected}) > 3, "answers must differ for this to show anything"
+    assert len({tuple(ids) for ids in expected}) > 3, (
+        "answers must differ for this to show anything"
+    )
 
 
 def must_not_be_needed(*_: Any) -> Any:
@@ -245,7 +245,9 @@ def test_a_shared_beginning_is_computed_once(
     fed: list[int] = []
     real = decode_loop.feed
     monkeypatch.setattr(
-        decode_loop, "feed", lambda model, ids, *rest: (fed.append(len(ids)), real(model, ids, *rest))[1]
+        decode_loop,
+        "feed",
+        lambda model, ids, *rest: (fed.append(len(ids)), real(model, ids, *rest))[1],
     )
     found = engine.sample(asked, Sampling(temperature=0, max_new_tokens=1), seed=0)
     lengths = [len(engine.chat.prompt_ids(request.messages)) for request in asked]

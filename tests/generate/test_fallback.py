@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, GenerationConfig, MambaConfig, MambaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from prefloop.generate import hf_engine
 from prefloop.generate.hf_engine import HFEngine
@@ -17,7 +23,8 @@ HOT = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=8)
 
 def requests() -> list[Request]:
     return [
-        Request(messages=(Message(role="user", content=q),)) for q in ("Why?", "Name two birds.", "x")
+        Request(messages=(Message(role="user", content=q),))
+        for q in ("Why?", "Name two birds.", "x")
     ]
 
 

@@ -97,7 +97,9 @@ def test_logprobs_are_at_temperature_one_whatever_is_sampled() -> None:
     logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(0))
     for sampling in (Sampling(temperature=0), Sampling(temperature=0.3, top_k=5)):
         tokens, logprobs = draw(logits, sampling, torch.rand(6))
-        torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        torch.testing.assert_close(
+            logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        )
 
 
 def test_greedy_takes_the_maximum() -> None:

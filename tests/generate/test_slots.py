@@ -9,7 +9,8 @@ import torch
 
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.linears import fingerprint
-from prefloop.generate.slots import ATTENTION, Slots, Step, _group, slot_attention
+from prefloop.generate.slot_attention import ATTENTION, _group, slot_attention
+from prefloop.generate.slots import Slots
 from prefloop.records import Message, Request, Sampling
 
 
@@ -50,9 +51,8 @@ def test_the_last_two_tokens_are_always_computed() -> None:
 
 def test_growing_keeps_what_is_there() -> None:
     slots = Slots(2, 5)
-    step = Step.plan(slots, [(1, 0, 3)], torch.device("cpu"))
     keys = torch.arange(12.0).view(2, 3, 2)
-    slots.write(0, keys, -keys, step)
+    slots.write(0, (keys, -keys), (torch.tensor([1, 1, 1]), torch.arange(3)))
     begun(slots, 1, [4, 5, 6], 3)
     slots.grow(4, 100)
     assert slots.count == 4
