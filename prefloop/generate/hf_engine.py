@@ -51,7 +51,7 @@ class HFEngine:
 
     def release(self) -> None:
         """Give up the memory that is kept from one call to the next: conversations, reordered weights."""
-        self._weights: tuple[int, ...] | None = None
+        self._weights: tuple[object, ...] | None = None
         self._slots: Slots | None = None
         self._linears: ReorderedLinears | None = None
 

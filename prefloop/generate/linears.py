@@ -11,15 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
-def fingerprint(model: nn.Module) -> tuple[int, ...]:
-    """Differs whenever a parameter differs in a bit: the sum of each one's bits as integers."""
-    return tuple(_bits(parameter.detach()) for parameter in model.parameters())
+def fingerprint(model: nn.Module) -> tuple[object, ...]:
+    """Differs whenever the model computes something else: a bit of a parameter, an adapter switched off."""
+    adapters = [
+        (layer.disable_adapters, tuple(layer.active_adapters))
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    return (*adapters, *(_bits(parameter.detach()) for parameter in model.parameters()))
 
 
 def _bits(values: Tensor) -> int:
+    """The sum of all bits, as integers."""
     flat = values.contiguous().view(-1)
     words = flat.view(torch.uint8 if flat.numel() * flat.element_size() % 8 else torch.int64)
     return int(words.sum(dtype=torch.int64))

@@ -236,6 +236,20 @@ def test_changed_weights_are_noticed(model: Any, tokenizer: Any) -> None:
     assert found != before
 
 
+def test_an_adapter_that_is_switched_off_is_noticed(tokenizer: Any) -> None:
+    model = llama_with_lora(len(tokenizer)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
+    engine = HFEngine(model, tokenizer)
+    adapted = engine.sample(requests(), GREEDY, seed=0)
+    with model.disable_adapter():
+        plain = engine.sample(requests(), GREEDY, seed=0)
+        assert plain == HFEngine(model, tokenizer).sample(requests(), GREEDY, seed=0)
+    assert plain != adapted
+    assert engine.sample(requests(), GREEDY, seed=0) == adapted
+
+
 def test_a_shared_beginning_is_computed_once(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
