@@ -7,11 +7,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from prefloop.errors import RunFolderError
 
 Finish = Literal["stop", "length"]
+
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+def _tuple(value: object) -> object:
+    """A list passes for a tuple, also where strict validation no longer knows that it came from JSON."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Record(BaseModel):
@@ -113,7 +121,7 @@ class Sampling(Record):
     """Sample among the k likeliest tokens; 0 switches it off."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Leave out tokens less likely than this share of the likeliest one's probability; 0 switches it off."""
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop: Annotated[tuple[_Text, ...], BeforeValidator(_tuple)] = ()
     """Texts that end an answer; the answer is what comes before."""
     max_new_tokens: int = Field(default=256, ge=1)
     """An answer that reaches this length is marked finish="length"."""

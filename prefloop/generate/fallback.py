@@ -77,7 +77,7 @@ def generate(
 def _plain_settings(model: Any) -> Iterator[None]:
     """Without what a model's folder sets for `generate`: penalties, bans and stop tokens of its own."""
     before = model.generation_config
-    model.generation_config = GenerationConfig(pad_token_id=0)
+    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

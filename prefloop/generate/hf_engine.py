@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,35 +101,28 @@ class HFEngine:
         if not self._servable(longest):
             self._batched(prompts, batch)
         while todo := [place for place in range(len(tasks)) if place not in found]:
+            done = partial(_at_place, finished, todo)
             with (
                 self._limits(max(len(prompts[place]) for place in todo)),
                 self._ready(len(todo), longest) as slots,
             ):
-                rows = [tasks[place] for place in todo]
-                decode(
-                    self.model,
-                    slots,
-                    rows,
-                    sampling,
-                    ended,
-                    lambda n, sampled, todo=todo: finished(todo[n], sampled),
-                )
+                decode(self.model, slots, [tasks[p] for p in todo], sampling, ended, done)
         return found
 
     def _servable(self, longest: int) -> bool:
         """Whether conversations of `longest` tokens can be decoded in slots; if not, it is said once."""
         beyond = sum(longest > window for window in windows_of(self.model))
-        if beyond not in self._served:
+        while beyond not in self._served:
             with self._limits(longest):
                 reason = why_not(self.model, longest)
-            self._served[beyond] = reason is None
-            if reason is not None:
-                log.warning(
-                    "generating with transformers' own loop, which is slower: %s cannot be decoded in "
-                    "slots, as %s",
-                    type(self.model).__name__,
-                    reason,
-                )
+                self._served[beyond] = reason is None
+                if reason is not None:
+                    log.warning(
+                        "generating with transformers' own loop, which is slower: %s cannot be decoded "
+                        "in slots, as %s",
+                        type(self.model).__name__,
+                        reason,
+                    )
         return self._served[beyond]
 
     @contextmanager
@@ -276,6 +270,12 @@ class HFEngine:
             self.release()
             self.batch_size = max(share, self.batch_size // 2)
             log.warning("out of memory: going on with %d rows at a time", self.batch_size // share)
+
+
+def _at_place(
+    finished: Callable[[int, Sampled], None], places: Sequence[int], number: int, sampled: Sampled
+) -> None:
+    finished(places[number], sampled)
 
 
 def _finite(logprobs: list[float]) -> list[float]:

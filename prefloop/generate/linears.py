@@ -46,7 +46,7 @@ class ReorderedLinears:
     def in_use(self) -> Iterator[None]:
         """Inside, the layers compute with the copies."""
         for layer, weight in self._layers:
-            layer.forward = _Reordered(weight, layer.bias)  # type: ignore[method-assign]
+            layer.forward = _Reordered(weight, layer.bias)  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
@@ -71,6 +71,6 @@ def _fits(layer: nn.Linear) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and "forward" not in layer.__dict__
     )

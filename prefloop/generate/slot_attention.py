@@ -38,7 +38,7 @@ class Segment(NamedTuple):
     slot: int
     begin: int
     """Place of the first among the step's tokens."""
-    count: int
+    length: int
     start: int
     """Position of the first in its conversation."""
 
@@ -164,13 +164,13 @@ def _single(step: Step, number: int, layer: int, query_NHD: Tensor, window: int 
 def _several(
     step: Step, segment: Segment, layer: int, query_NHD: Tensor, window: int | None
 ) -> Tensor:
-    """A segment's tokens after all that its slot holds before them; (count, H, D).
+    """A segment's tokens after all that its slot holds before them; (length, H, D).
 
     Tiles lie at fixed positions of the conversation and are always computed whole, however its prompt
     was cut into segments.
     """
     _, H, D = query_NHD.shape
-    end = segment.start + segment.count
+    end = segment.start + segment.length
     whole = slice(segment.slot, segment.slot + 1)
     parts = []
     for tile in range(segment.start // TILE, -(-end // TILE)):
