@@ -133,26 +133,29 @@ def _plain_generate(
 def run_generate(job: Mapping[str, Any]) -> dict[str, Any]:
     """transformers' own loop in the best of a few batch sizes and dtypes, found by short trials."""
     rows = sorted(job["prompt_ids"], key=len)
-    trials = []
-    for dtype, sizes in (("bfloat16", (16,)), ("float32", (8, 16, 32))):
-        model, _ = _load(job, dtype)
+    # Batches do not know how many follow, so some prompts of all lengths show its speed.
+    rows = rows[:: max(1, len(rows) // job["generate_prompts"])]
+    trials, models = [], {}
+    for dtype, sizes in job["trials"].items():
+        model, _ = models[dtype] = _load(job, dtype)
         model.generation_config.eos_token_id = None
         _plain_generate(model, rows[:2], 2, 2, ())
         for size in sizes:
-            # Prompts of all lengths.
             sample = rows[:: max(1, len(rows) // size)][:size]
-            rate = _timed(partial(_plain_generate, model, sample, size, 12, ()))
+            rate = _timed(partial(_plain_generate, model, sample, size, 8, ()))
             trials.append((rate["tokens_per_second"], size, dtype))
     _, size, dtype = max(trials)
-    if dtype != "float32":
-        model, _ = _load(job, dtype)
-        model.generation_config.eos_token_id = None
     found: dict[str, Any] = {
-        name: _timed(partial(_plain_generate, model, rows, size, job["new_tokens"], stops))
+        name: _timed(
+            partial(_plain_generate, models[dtype][0], rows, size, job["new_tokens"], stops)
+        )
         for name, stops in (("ignored", ()), ("stops", job["stop_ids"]))
         if name in job["stopping"]
     }
-    return found | {"memory_gb": _memory_gb(), "rows": size, "dtype": dtype, "trials": trials}
+    return found | {
+        "memory_gb": _memory_gb(), "rows": size, "dtype": dtype, "trials": trials,
+        "prompt_tokens": sum(map(len, rows)),
+    }  # fmt: skip
 
 
 def run_limit(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +278,7 @@ def _shares(
     found = {}
     for name in {"ignored", "stops"} & engine.keys():
         new = engine[name]["tokens"] * limit["decode_seconds"]
-        old = prompt_tokens * limit["prefill_seconds"]
+        old = engine.get("prompt_tokens", prompt_tokens) * limit["prefill_seconds"]
         found[f"share_{name}"] = (new + old) / engine[name]["seconds"]
         found[f"share_{name}_decode_only"] = new / engine[name]["seconds"]
     return found
@@ -302,13 +305,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "new_tokens": options.new_tokens,
         "slots": options.slots,
         "stopping": options.stopping,
+        "generate_prompts": options.generate_prompts,
+        "trials": {"float32": options.generate_rows, "bfloat16": options.generate_rows[:1]}
+        if len(options.generate_rows) > 1
+        else {"float32": options.generate_rows},
     }
     here = sys.executable
     found: dict[str, Any] = {"limit": _in_process(here, "limit", job, folder)}
     for name in options.engines:
         if name == "vllm":
             if options.vllm_python:
-                for dtype in ("float32", "bfloat16"):
+                for dtype in options.vllm_dtypes:
                     found[f"vllm {dtype}"] = _in_process(
                         options.vllm_python, "vllm", {**job, "dtype": dtype}, folder
                     )
@@ -345,6 +352,20 @@ def main() -> None:
     parser.add_argument(
         "--stopping", nargs="*", default=["ignored", "stops"], help="stop tokens ignored, or not"
     )
+    parser.add_argument(
+        "--generate-rows",
+        type=int,
+        nargs="*",
+        default=[16, 8, 32],
+        help="batch sizes of generate: the best is found by short trials, the first one in bfloat16 too",
+    )
+    parser.add_argument(
+        "--generate-prompts",
+        type=int,
+        default=64,
+        help="how many of the prompts generate continues",
+    )
+    parser.add_argument("--vllm-dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)
