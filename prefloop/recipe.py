@@ -56,9 +56,9 @@ class Section(BaseModel):
 class GenerateOptions(Section):
     """How text is generated; what is generated is the method's."""
 
-    batch_size: int = Field(default=32, ge=1)
-    """Rows decoded together."""
-    chunk_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    """Conversations decoded together; changes no answer in float32 on CPUs."""
+    chunk_size: int = Field(default=64, ge=1)
     """Prompts a chunk: what a killed run loses at most, and what one seed covers."""
 
 
