@@ -75,7 +75,8 @@ def test_few_candidates_decide_what_the_whole_vocabulary_would(
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(200, 3000, generator=generator) * torch.linspace(0.1, 6, 200)[:, None]
     logits[:, 7] = logits[:, 2000]  # ties
-    logits[5] = logits[5].round()
+    logits[5:40] = logits[5:40].round()
+    logits[40:60, 100:220] = 20.0  # more than the first look takes
     uniforms = torch.rand(200, generator=generator)
     quick = draw(logits, sampling, uniforms)
     monkeypatch.setattr(sampler, "_SIZES", ())
