@@ -268,6 +268,7 @@ def _in_process(python: str, worker: str, job: Mapping[str, Any], folder: Path) 
     if done.returncode:
         sys.exit(f"the {worker} worker failed; its error stands above")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(worker, json.dumps(found), file=sys.stderr)
     return found
 
 

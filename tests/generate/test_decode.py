@@ -84,7 +84,7 @@ def llama_with_lora(vocabulary: int) -> Any:
 
 
 SHAPE = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 48, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 FAMILIES = [llama, qwen2, gemma3, mistral, gpt2, llama_with_lora]
