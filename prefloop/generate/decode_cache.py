@@ -20,6 +20,8 @@ from transformers.masking_utils import sdpa_mask
 # B rows, H query heads, K key/value heads, T positions, D head dimension.
 
 ATTENTION = "prefloop_decode"
+# Policies on CPUs have the second, which is SDPA to everything but packed rows.
+_SDPA = ("sdpa", "prefloop_tree")
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -106,7 +108,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
     config, training = model.config, model.training
     before = config._attn_implementation
     model.train(False)
-    if before == "sdpa":
+    if before in _SDPA:
         config._attn_implementation = ATTENTION
     try:
         with torch.inference_mode():

@@ -1,0 +1,458 @@
+"""Claim: a training step computes what a pair's answers share once, and is faster and smaller for it.
+
+Times one step (log-probs, loss, backward pass; no optimiser, which is the same for all) of this package
+beside the step of TRL's DPOTrainer on the same pairs and model, taking turns in one process: TRL's own
+`training_step` on its own collated batch, reference log-probs given, with the fastest of its settings
+here. Triples, which TRL has no trainer for, are compared with three padded rows. Peak memory is taken
+from a process for each. All ways must give the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefloop.chat import Chat
+from prefloop.memory import keep_freed_memory
+from prefloop.train.logprobs import group_logprobs
+from prefloop.train.losses import dpo, spacp
+from prefloop.train.models import ModelOptions, Policy
+from prefloop.train.packing import TokenGroup, build_tree, pack
+
+# B rows, T positions, V vocabulary; N groups of a batch.
+
+CASES = {
+    "arop": "pairs that share the prompt and 60 % of the answer",
+    "prompt": "pairs that share the prompt only",
+    "ial": "triples that share the prompt only, beside three padded rows",
+    "real": "pairs of a run, from the file given",
+}
+TRL_SETTINGS = ("trl", "trl, plain head", "trl, eager attention")
+Batch = tuple[list[TokenGroup], list[list[float]]]
+"""Groups and, by group and completion, the reference's log-prob."""
+Step = Callable[[Batch], float]
+"""Forward and backward pass; the loss."""
+
+
+def draw_groups(case: str, count: int, vocabulary: int, seed: int) -> list[TokenGroup]:
+    """Random tokens in the lengths of short instructions: the work does not depend on which tokens."""
+    rng = random.Random(seed)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(10, vocabulary) for _ in range(count))
+
+    groups = []
+    for _ in range(count):
+        length = rng.randrange(80, 221)
+        shared = tokens(int(0.6 * length) if case == "arop" else 0)
+        answers = 3 if case == "ial" else 2
+        # A flaw keeps the length or nearly so; answers drawn apart have lengths of their own.
+        sizes = [length if case == "arop" else rng.randrange(80, 221) for _ in range(answers)]
+        prompt = tokens(rng.randrange(40, 121))
+        groups.append(TokenGroup(prompt, tuple(shared + tokens(n - len(shared)) for n in sizes)))
+    return groups
+
+
+def read_groups(path: Path, policy: Policy, count: int) -> list[TokenGroup]:
+    """Pairs that `prefloop export` wrote, as the trainer would see them."""
+    chat = Chat(policy.tokenizer)
+    groups = []
+    for line in path.read_text("utf-8").splitlines()[:count]:
+        row = json.loads(line)
+        turns = [types.SimpleNamespace(**turn) for turn in row["prompt"]]
+        answers = [row[role][0]["content"] for role in ("chosen", "rejected")]
+        prompt = tuple(chat.prompt_ids(turns))  # type: ignore[arg-type]
+        groups.append(TokenGroup(prompt, tuple(tuple(chat.answer_ids(text)) for text in answers)))
+    return groups
+
+
+def mean_loss(logps: Sequence[Sequence[Tensor]], reference: list[list[float]]) -> Tensor:
+    """DPO of pairs, SPACP of triples, from summed log-probs."""
+    ratios = torch.stack([torch.stack(list(group)) for group in logps]) - torch.tensor(reference)
+    if ratios.shape[1] == 2:
+        return dpo(ratios[:, 0], ratios[:, 1], beta=0.1).mean()
+    return spacp(ratios[:, 0], ratios[:, 1], ratios[:, 2], eta=0.1, gamma=5.0, lam=1.0).mean()
+
+
+def own_step(model: nn.Module, *, packing: bool, token_budget: int) -> Step:
+    """The step of prefloop's trainer."""
+
+    def step(batch: Batch) -> float:
+        model.zero_grad()
+        groups, reference = batch
+        tokens = group_logprobs(model, groups, packing=packing, token_budget=token_budget)
+        loss = mean_loss([[t.sum() for t in group] for group in tokens], reference)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    return step
+
+
+def plain_step(model: nn.Module) -> Step:
+    """What most training loops do: padded rows, logits everywhere, log-softmax over all of them."""
+
+    def step(batch: Batch) -> float:
+        model.zero_grad()
+        groups, reference = batch
+        rows = [(g.prompt, c) for g in groups for c in g.completions]
+        longest = max(len(p) + len(c) for p, c in rows)
+        ids_BT = torch.tensor([(*p, *c, *(0,) * (longest - len(p) - len(c))) for p, c in rows])
+        index_T = torch.arange(longest)
+        ends_B = torch.tensor([len(p) + len(c) for p, c in rows])
+        starts_B = torch.tensor([len(p) for p, _ in rows])
+        real_BT = index_T < ends_B[:, None]
+        logits_BTV = model(input_ids=ids_BT, attention_mask=real_BT.long(), use_cache=False).logits
+        logps_BT = logits_BTV[:, :-1].log_softmax(-1).gather(-1, ids_BT[:, 1:, None])[..., 0]
+        scored_BT = real_BT[:, 1:] & (index_T[1:] >= starts_B[:, None])
+        sums = (logps_BT * scored_BT).sum(1).view(len(groups), -1)
+        loss = mean_loss([list(group) for group in sums], reference)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.item()
+
+    return step
+
+
+def trl_step(policy: Policy, lora: bool, *, fused: bool, folder: str) -> Step:
+    """The step of TRL's DPOTrainer, the object itself; `policy` holds a plain model."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    lora_options = policy.options.lora
+    adapter = LoraConfig(
+        r=lora_options.r,
+        lora_alpha=lora_options.alpha,
+        target_modules=lora_options.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    config = DPOConfig(
+        output_dir=folder,
+        beta=0.1,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        precompute_ref_log_probs=True,
+        max_length=None,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        policy.model,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=policy.tokenizer,
+        peft_config=adapter if lora else None,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    if not fused:
+        _use_plain_head(policy.model)
+
+    def step(batch: Batch) -> float:
+        trainer.model.zero_grad()
+        rows = [
+            {
+                "prompt_ids": list(group.prompt),
+                "chosen_ids": list(group.completions[0]),
+                "rejected_ids": list(group.completions[1]),
+                "ref_chosen_logps": reference[0],
+                "ref_rejected_logps": reference[1],
+            }
+            for group, reference in zip(*batch, strict=True)
+        ]
+        return float(trainer.training_step(trainer.model, trainer.data_collator(rows)))
+
+    return step
+
+
+def _use_plain_head(model: Any) -> None:
+    """TRL 1.16 has no switch for its fused head; this gives it log-probs from whole logits instead.
+
+    The numbers that it only logs (entropy ...) are left out, which makes this way faster than it would be.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput, selective_log_softmax
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool, labels: Tensor, **inputs: Any) -> Any:
+        logits_BTV = type(self).forward(self, *args, **inputs).logits[:, :-1]
+        wanted_BT = labels[:, 1:]
+        logps_BT = selective_log_softmax(logits_BTV, wanted_BT.clamp(min=0))
+        zeros_BT = torch.zeros_like(logps_BT)
+        return FusedCausalLMOutput(
+            log_probs=logps_BT.masked_fill(wanted_BT == -100, 0.0),
+            entropy=zeros_BT,
+            mean_logits=zeros_BT,
+            is_top1=zeros_BT.bool(),
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+class Bench:
+    """A model, and the ways to take a step on it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.folder = tempfile.mkdtemp()
+        self.lora = options.tuning == "lora"
+        self.policy = self.load(options.tuning)
+
+    def load(self, tuning: str) -> Policy:
+        dtype = "float32" if tuning == "full" else self.options.dtype
+        model = ModelOptions(source=self.options.model, device="cpu", tuning=tuning, dtype=dtype)
+        policy = Policy.load(model)
+        policy.model.train()
+        return policy
+
+    def step(self, way: str) -> Step:
+        budget = self.options.token_budget
+        if way in ("tree", "padded"):
+            return own_step(self.policy.model, packing=way == "tree", token_budget=budget)
+        if way == "plain":
+            return plain_step(self.policy.model)
+        fused, attention = way != "trl, plain head", "eager" if "eager" in way else "sdpa"
+        plain = self.load("full")
+        plain.model.config._attn_implementation = attention
+        return trl_step(plain, self.lora, fused=fused, folder=self.folder)
+
+    def batch(self, case: str, number: int) -> Batch:
+        count, model = self.options.groups, self.policy.model
+        if case == "real":
+            found = read_groups(self.options.pairs, self.policy, count * (number + 1))
+            groups = found[-count:]
+        else:
+            groups = draw_groups(case, count, model.config.vocab_size, seed=number)
+        with torch.inference_mode():
+            tokens = group_logprobs(
+                model, groups, packing=True, token_budget=self.options.token_budget
+            )
+        # Apart from the policy, or every loss would be that of the start whatever was computed.
+        shift = random.Random(number)
+        reference = [[t.sum().item() + shift.uniform(-9, 9) for t in group] for group in tokens]
+        return groups, reference
+
+
+def timed(step: Step, batch: Batch) -> tuple[float, float]:
+    """Seconds and loss."""
+    start = time.perf_counter()
+    loss = step(batch)
+    return time.perf_counter() - start, loss
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """Kind ("body", "adapter", "head"), inputs and outputs of every linear layer."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            kind = "head" if "lm_head" in name else "adapter" if "lora_" in name else "body"
+            yield kind, layer.in_features, layer.out_features
+
+
+def work(model: nn.Module, tokens: int, scored: int, lora: bool) -> float:
+    """Floating-point operations that a step's linear layers need: forward, inputs' and weights' gradients."""
+    passes = {"body": 2 if lora else 3, "head": 2 if lora else 3, "adapter": 3}
+    rows = {"body": tokens, "adapter": tokens, "head": scored}
+    return sum(2.0 * rows[kind] * i * o * passes[kind] for kind, i, o in linears(model))
+
+
+def gemm_rate(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
+    """FLOP/s of bare matrix products in the shapes of the model's body, both ways, best of three."""
+    shapes = [(i, o) for kind, i, o in linears(model) if kind == "body"]
+    flops = seconds = 0.0
+    for i, o in set(shapes):
+        x, g, w = (torch.randn(*size, dtype=dtype) for size in ((rows, i), (rows, o), (o, i)))
+        out_x, out_g = torch.empty_like(x), torch.empty_like(g)
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(x, w.t(), out=out_g)
+            torch.mm(g, w, out=out_x)
+            best = min(best, time.perf_counter() - start)
+        seconds += shapes.count((i, o)) * best
+        flops += shapes.count((i, o)) * 4.0 * rows * i * o
+    return flops / seconds
+
+
+def shares(batches: Sequence[Batch]) -> dict[str, float]:
+    """How much of a padded batch is padding, and how many of its real tokens are distinct."""
+    padded = real = distinct = 0
+    for groups, _ in batches:
+        sizes = [len(g.prompt) + len(c) for g in groups for c in g.completions]
+        padded += len(sizes) * max(sizes)
+        real += sum(sizes)
+        distinct += sum(build_tree(group).size for group in groups)
+    return {"padding": 1 - real / padded, "distinct": distinct / real}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def best_of_trl(bench: Bench, batch: Batch) -> tuple[str, dict[str, float]]:
+    """TRL's settings, the better of two steps each; the fastest."""
+    seconds = {}
+    for way in TRL_SETTINGS:
+        step = bench.step(way)
+        seconds[way] = min(timed(step, batch)[0] for _ in range(2))
+    return min(seconds, key=lambda way: seconds[way]), seconds
+
+
+def compare(bench: Bench, case: str, others: dict[str, Step]) -> dict[str, Any]:
+    """The tree step and the others in turn on the same batches."""
+    batches = [bench.batch(case, n) for n in range(bench.options.steps)]
+    ways = {"tree": bench.step("tree"), **others}
+    for step in ways.values():
+        step(batches[0])
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for batch in batches:
+        losses = {}
+        for way, step in ways.items():
+            took, losses[way] = timed(step, batch)
+            seconds[way].append(took)
+        for way, loss in losses.items():
+            assert abs(loss - losses["tree"]) < 1e-3 * max(1.0, abs(loss)), (way, losses)
+    flops = []
+    for groups, _ in batches:
+        rows = pack(groups, bench.options.token_budget)
+        tokens, scored = (
+            sum(len(getattr(r, name)) for r in rows) for name in ("input_ids", "targets")
+        )
+        flops.append(work(bench.policy.model, tokens, scored, bench.lora))
+    rows_size = len(pack(batches[0][0], bench.options.token_budget)[0].input_ids)
+    rate = gemm_rate(bench.policy.model, rows_size, bench.policy.model.dtype)
+    reached = sum(flops) / sum(seconds["tree"])
+    return {
+        "seconds": {way: spread(values) for way, values in seconds.items()},
+        "times_faster": {
+            way: spread([o / t for o, t in zip(seconds[way], seconds["tree"], strict=True)])
+            for way in others
+        },
+        **shares(batches),
+        "gemm": {"gflops": reached / 1e9, "machine_gflops": rate / 1e9, "share": reached / rate},
+    }
+
+
+def peak(options: argparse.Namespace, way: str, case: str) -> dict[str, float]:
+    """Memory of a process of its own, in MB: with the model loaded, and the most during the steps."""
+    command = [sys.executable, __file__, "--child", way, case, "--steps", "1"]
+    for name in ("model", "tuning", "dtype", "token_budget", "groups"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    if options.pairs:
+        command += ["--pairs", str(options.pairs)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(options: argparse.Namespace) -> dict[str, float]:
+    """What `peak` reads: this process takes some steps in one way only."""
+    way, case = options.child
+    if way in ("tree", "padded"):
+        keep_freed_memory()  # as `prefloop run` does
+    bench = Bench(options)
+    batches = [bench.batch(case, n) for n in range(options.steps)]
+    if not way.startswith("trl"):
+        step = bench.step(way)
+    else:
+        del bench.policy
+        gc.collect()
+        step = bench.step(way)
+    loaded = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    for batch in batches:
+        step(batch)
+    return {"loaded": loaded, "peak": memory("VmHWM")}
+
+
+def memory(field: str) -> float:
+    """A line of /proc/self/status, in MB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit("this system does not tell a process's memory")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All cases; the numbers that the script prints."""
+    keep_freed_memory()
+    cases = [case for case in options.cases.split(",") if case != "real" or options.pairs]
+    found: dict[str, Any] = {case: {"what": CASES[case]} for case in cases}
+    trl, settings = options.trl, {}
+    if options.time:
+        bench = Bench(options)
+        if trl is None and cases != ["ial"]:
+            trl, settings = best_of_trl(bench, bench.batch("arop", 0))
+        for case in cases:
+            others = ("plain", "padded") if case == "ial" else (trl,)
+            found[case].update(compare(bench, case, {way: bench.step(way) for way in others}))
+    for case in cases if options.memory else ():
+        other = "plain" if case == "ial" else trl or TRL_SETTINGS[0]
+        mb = {way: peak(options, way, case) for way in ("tree", other)}
+        found[case]["memory_mb"] = mb
+        found[case]["peak_ratio"] = mb["tree"]["peak"] / mb[other]["peak"]
+    return {
+        "cases": found,
+        "trl_settings_seconds": settings,
+        "groups": options.groups,
+        "tuning": options.tuning,
+        "dtype": options.dtype,
+        "token_budget": options.token_budget,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="embedded:smollm2-135m", help="as in model.source")
+    parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
+    parser.add_argument("--dtype", default="float32", help="of frozen weights: float32, bfloat16")
+    parser.add_argument("--cases", default=",".join(CASES), help="some of the cases")
+    parser.add_argument("--pairs", type=Path, help="a file of `prefloop export`, for the case real")
+    parser.add_argument("--groups", type=int, default=4, help="pairs or triples of a step")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each way")
+    parser.add_argument("--trl", choices=TRL_SETTINGS, help="without, the fastest is found first")
+    parser.add_argument("--token-budget", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument("--quick", action="store_true", help="one step of two groups, no memory")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--no-time", dest="time", action="store_false")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.groups, options.steps, options.memory = 2, 1, False
+    return options
+
+
+def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    options = arguments()
+    found = child(options) if options.child else measure(options)
+    if options.json or options.child:
+        print(json.dumps(found))
+        return
+    for case, numbers in found["cases"].items():
+        print(case, numbers["what"], sep=": ")
+        for way, ratio in numbers.get("times_faster", {}).items():
+            print(f"  {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) x {way}")
+        if "gemm" in numbers:
+            print(f"  {numbers['gemm']['share']:.0%} of the rate of bare matrix products")
+        if "peak_ratio" in numbers:
+            print(f"  {numbers['peak_ratio']:.2f} of the peak memory")
+    print(f"TRL's settings, seconds: {found['trl_settings_seconds']}")
+
+
+if __name__ == "__main__":
+    main()
