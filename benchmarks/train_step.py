@@ -207,6 +207,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.folder = tempfile.mkdtemp()
+        self.clock = time.process_time if options.clock == "cpu" else time.perf_counter
         self.lora = options.tuning == "lora"
         self.policy = self.load(options.tuning)
 
@@ -245,11 +246,11 @@ class Bench:
         return groups, reference
 
 
-def timed(step: Step, batch: Batch) -> tuple[float, float]:
+def timed(step: Step, batch: Batch, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds and loss."""
-    start = time.perf_counter()
+    start = clock()
     loss = step(batch)
-    return time.perf_counter() - start, loss
+    return clock() - start, loss
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, int, int]]:
@@ -267,7 +268,7 @@ def work(model: nn.Module, tokens: int, scored: int, lora: bool) -> float:
     return sum(2.0 * rows[kind] * i * o * passes[kind] for kind, i, o in linears(model))
 
 
-def gemm_rate(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
+def gemm_rate(model: nn.Module, rows: int, dtype: torch.dtype, clock: Callable[[], float]) -> float:
     """FLOP/s of bare matrix products in the shapes of the model's body, both ways, best of three."""
     shapes = [(i, o) for kind, i, o in linears(model) if kind == "body"]
     flops = seconds = 0.0
@@ -276,10 +277,10 @@ def gemm_rate(model: nn.Module, rows: int, dtype: torch.dtype) -> float:
         out_x, out_g = torch.empty_like(x), torch.empty_like(g)
         best = float("inf")
         for _ in range(4):
-            start = time.perf_counter()
+            start = clock()
             torch.mm(x, w.t(), out=out_g)
             torch.mm(g, w, out=out_x)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, clock() - start)
         seconds += shapes.count((i, o)) * best
         flops += shapes.count((i, o)) * 4.0 * rows * i * o
     return flops / seconds
@@ -305,7 +306,7 @@ def best_of_trl(bench: Bench, batch: Batch) -> tuple[str, dict[str, float]]:
     seconds = {}
     for way in TRL_SETTINGS:
         step = bench.step(way)
-        seconds[way] = min(timed(step, batch)[0] for _ in range(2))
+        seconds[way] = min(timed(step, batch, bench.clock)[0] for _ in range(2))
     return min(seconds, key=lambda way: seconds[way]), seconds
 
 
@@ -319,7 +320,7 @@ def compare(bench: Bench, case: str, others: dict[str, Step]) -> dict[str, Any]:
     for batch in batches:
         losses = {}
         for way, step in ways.items():
-            took, losses[way] = timed(step, batch)
+            took, losses[way] = timed(step, batch, bench.clock)
             seconds[way].append(took)
         for way, loss in losses.items():
             assert abs(loss - losses["tree"]) < 1e-3 * max(1.0, abs(loss)), (way, losses)
@@ -331,7 +332,7 @@ def compare(bench: Bench, case: str, others: dict[str, Step]) -> dict[str, Any]:
         )
         flops.append(work(bench.policy.model, tokens, scored, bench.lora))
     rows_size = len(pack(batches[0][0], bench.options.token_budget)[0].input_ids)
-    rate = gemm_rate(bench.policy.model, rows_size, bench.policy.model.dtype)
+    rate = gemm_rate(bench.policy.model, rows_size, bench.policy.model.dtype, bench.clock)
     reached = sum(flops) / sum(seconds["tree"])
     return {
         "seconds": {way: spread(values) for way, values in seconds.items()},
@@ -353,7 +354,13 @@ def peak(options: argparse.Namespace, way: str, case: str) -> dict[str, float]:
         command += ["--pairs", str(options.pairs)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    say(f"{case} {way} {found}")
     return found
+
+
+def say(text: str) -> None:
+    """Progress; standard output is for the result."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def child(options: argparse.Namespace) -> dict[str, float]:
@@ -397,6 +404,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for case in cases:
             others = ("plain", "padded") if case == "ial" else (trl,)
             found[case].update(compare(bench, case, {way: bench.step(way) for way in others}))
+            say(f"{case} {found[case]}")
     for case in cases if options.memory else ():
         other = "plain" if case == "ial" else trl or TRL_SETTINGS[0]
         mb = {way: peak(options, way, case) for way in ("tree", other)}
@@ -409,6 +417,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "tuning": options.tuning,
         "dtype": options.dtype,
         "token_budget": options.token_budget,
+        "clock": options.clock,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -425,6 +434,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each way")
     parser.add_argument("--trl", choices=TRL_SETTINGS, help="without, the fastest is found first")
     parser.add_argument("--token-budget", type=int, default=2048, help="tokens of a packed row")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the process's own time, with OMP_NUM_THREADS=1 on machines that others use too",
+    )
     parser.add_argument("--quick", action="store_true", help="one step of two groups, no memory")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--no-time", dest="time", action="store_false")

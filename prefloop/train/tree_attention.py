@@ -11,6 +11,7 @@ dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -112,9 +113,9 @@ def tree_attention(
     for own, pieces, mask_LP in plan.chains:
         found.append(
             scaled_dot_product_attention(
-                torch.cat(queries[first : first + own], dim=2),
-                torch.cat([keys[n] for n in pieces], dim=2),
-                torch.cat([values[n] for n in pieces], dim=2),
+                _joined(queries[first : first + own]),
+                _joined([keys[n] for n in pieces]),
+                _joined([values[n] for n in pieces]),
                 attn_mask=None if mask_LP is None else mask_LP.to(query.device),
                 dropout_p=dropout,
                 is_causal=mask_LP is None,
@@ -123,7 +124,11 @@ def tree_attention(
             )
         )
         first += own
-    return torch.cat(found, dim=2)
+    return _joined(found)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
 
 
 def _attend(
