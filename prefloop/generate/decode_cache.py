@@ -20,8 +20,6 @@ from transformers.masking_utils import sdpa_mask
 # B rows, H query heads, K key/value heads, T positions, D head dimension.
 
 ATTENTION = "prefloop_decode"
-# Policies on CPUs have the second, which is SDPA to everything but packed rows.
-_SDPA = ("sdpa", "prefloop_tree")
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -108,7 +106,7 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
     config, training = model.config, model.training
     before = config._attn_implementation
     model.train(False)
-    if before in _SDPA:
+    if before == "sdpa":
         config._attn_implementation = ATTENTION
     try:
         with torch.inference_mode():

@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from prefloop.errors import ModelError
 from prefloop.train.frozen_head import frozen_head_logps
 from prefloop.train.packing import Row, TokenGroup, pack
-from prefloop.train.tree_attention import ATTENTION as TREE
 from prefloop.train.tree_attention import subtree_ends
 
 GroupLogprobs = list[list[Tensor]]
@@ -169,8 +168,8 @@ def _additive_mask(row: Row, weight: Tensor) -> Tensor:
     )
 
 
-def _subtree_ends(row: Row, weight: Tensor) -> Tensor:
-    return subtree_ends(row.ends)
+def _for_sdpa(row: Row, weight: Tensor) -> Tensor:
+    return subtree_ends(row.ends) if weight.device.type == "cpu" else _bool_mask(row, weight)
 
 
 def _block_mask(row: Row, weight: Tensor) -> BlockMask:
@@ -185,8 +184,7 @@ def _block_mask(row: Row, weight: Tensor) -> BlockMask:
 # All four-dimensional, so that transformers passes them on unchanged.
 # SDPA is as fast with either kind of mask, and the bool one is right under autocast too.
 _MASKS: dict[str, Callable[[Row, Tensor], Tensor | BlockMask]] = {
-    TREE: _subtree_ends,
-    "sdpa": _bool_mask,
+    "sdpa": _for_sdpa,
     "eager": _additive_mask,
     "flex_attention": _block_mask,
 }

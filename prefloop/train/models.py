@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from prefloop.errors import ModelError
-from prefloop.train import lora_linear, tree_attention
+from prefloop.train import lora_linear
 from prefloop.train.sources import (
     EMBEDDED,
     LoraOptions,
@@ -98,7 +98,7 @@ class Policy:
             model: PreTrainedModel | PeftModel = plain
             if options.tuning == "lora":
                 model = _with_adapter(plain, options, adapter, trainable)
-            _speed_up(model, plain, device)
+                lora_linear.fuse(model)
             if options.gradient_checkpointing and trainable:
                 enable: Callable[[dict[str, bool]], None] = plain.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
@@ -304,16 +304,6 @@ def _with_adapter(
             f"the adapter in {adapter} does not fit {options.source}: {reason(error)}; "
             "load it with the model that it was trained on"
         ) from error
-
-
-def _speed_up(
-    model: PreTrainedModel | PeftModel, plain: PreTrainedModel, device: torch.device
-) -> None:
-    """Exchange parts of the model for ones that give the same numbers sooner."""
-    if device.type == "cpu" and plain.config._attn_implementation == "sdpa":
-        plain.config._attn_implementation = tree_attention.ATTENTION
-    if isinstance(model, PeftModel):
-        lora_linear.fuse(model)
 
 
 def _policy_folder(folder: Path, marker: str, options: ModelOptions) -> Path:

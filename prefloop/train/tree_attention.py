@@ -2,8 +2,9 @@
 
 A mask over a whole row makes attention compute every pair of tokens and throw most away: those of other
 trees, of other branches, and half of the rest. Here each run of first children attends by itself, causally,
-to the ancestors before it. An attention function of transformers' own registry, under the name ATTENTION:
-instead of a mask it gets the ends of the nodes' subtrees; with any other mask it is transformers' SDPA.
+to the ancestors before it. In transformers' registry of attention functions this file takes the place of
+"sdpa": where the mask is not one but the ends of the nodes' subtrees, integers, which SDPA knows not, it
+attends by chains; any mask that SDPA does know goes to it unchanged.
 
 Shapes: T tokens of a row, L of one chain, P ancestors before it; H query heads, K key/value heads, D head
 dimension.
@@ -19,11 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-ATTENTION = "prefloop_tree"
 
 
 class Chain(NamedTuple):
@@ -152,5 +150,6 @@ def _attend(
     return states.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+# Not under a name of its own, set on the model around a forward pass: gradient checkpointing computes
+# attention again in the backward pass, when that name would be gone.
+AttentionInterface.register("sdpa", _attend)
