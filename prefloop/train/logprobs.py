@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.errors import ModelError
+from prefloop.train.frozen_head import frozen_head_logps
 from prefloop.train.packing import Row, TokenGroup, pack
+from prefloop.train.tree_attention import subtree_ends
 
 GroupLogprobs = list[list[Tensor]]
 """By group, by completion: (L,) float32 token log-probs in nats."""
@@ -106,7 +109,7 @@ def packed_logprobs(model: nn.Module, rows: Sequence[Row]) -> GroupLogprobs:
             {
                 "input_ids": row.input_ids[None],
                 "position_ids": row.position_ids[None],
-                "attention_mask": _mask_for(model, row.mask()),
+                "attention_mask": _mask_for(model, row),
             },
             (torch.zeros_like(row.predictors), row.predictors),
             row.targets,
@@ -154,30 +157,46 @@ def _cannot_pack(model: nn.Module) -> str | None:
     return None
 
 
-def _bool_mask(mask_TT: Tensor, dtype: torch.dtype) -> Tensor:
-    return mask_TT
+def _bool_mask(row: Row, weight: Tensor) -> Tensor:
+    return row.mask()[None, None]
 
 
-def _additive_mask(mask_TT: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask_TT.shape, dtype=dtype).masked_fill(~mask_TT, torch.finfo(dtype).min)
+def _additive_mask(row: Row, weight: Tensor) -> Tensor:
+    mask = row.mask()[None, None]
+    return torch.zeros(mask.shape, dtype=weight.dtype).masked_fill(
+        ~mask, torch.finfo(weight.dtype).min
+    )
 
 
+def _for_sdpa(row: Row, weight: Tensor) -> Tensor:
+    return subtree_ends(row.ends) if weight.device.type == "cpu" else _bool_mask(row, weight)
+
+
+def _block_mask(row: Row, weight: Tensor) -> BlockMask:
+    ends_T, size = row.ends.to(weight.device), len(row.ends)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < ends_T[key])
+
+    return create_block_mask(sees, 1, None, size, size, device=str(weight.device))
+
+
+# All four-dimensional, so that transformers passes them on unchanged.
 # SDPA is as fast with either kind of mask, and the bool one is right under autocast too.
-_MASKS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
-    "sdpa": _bool_mask,
+_MASKS: dict[str, Callable[[Row, Tensor], Tensor | BlockMask]] = {
+    "sdpa": _for_sdpa,
     "eager": _additive_mask,
+    "flex_attention": _block_mask,
 }
 
 
-def _mask_for(model: nn.Module, mask_TT: Tensor) -> Tensor:
-    """The row's mask as transformers passes it on unchanged: (1, 1, T, T)."""
-    convert = _MASKS[_config(model)._attn_implementation]
-    return convert(mask_TT, next(model.parameters()).dtype)[None, None]
+def _mask_for(model: nn.Module, row: Row) -> Tensor | BlockMask:
+    return _MASKS[_config(model)._attn_implementation](row, next(model.parameters()))
 
 
 def _target_logps(
     model: nn.Module,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Tensor | BlockMask],
     predictors: tuple[Tensor, Tensor],
     targets_N: Tensor,
 ) -> Tensor:
@@ -212,8 +231,16 @@ def _whole_logits(
 def _in_chunks(head: nn.Module, states_NX: Tensor, targets_N: Tensor) -> Tensor:
     vocabulary = getattr(head, "out_features", states_NX.shape[-1])
     size = max(1, LOGITS_AT_ONCE // vocabulary)
+    if _is_frozen(head):
+        return frozen_head_logps(
+            states_NX, head.weight, head.bias, targets_N.to(states_NX.device), size=size
+        )
     chunks = zip(torch.split(states_NX, size), torch.split(targets_N, size), strict=True)
     return torch.cat([_recomputed(head, states_CX, targets_C) for states_CX, targets_C in chunks])
+
+
+def _is_frozen(head: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(head) is nn.Linear and not any(w.requires_grad for w in head.parameters())
 
 
 def _recomputed(head: nn.Module, states_CX: Tensor, targets_C: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from prefloop.errors import ModelError
+from prefloop.train import lora_linear
 from prefloop.train.sources import (
     EMBEDDED,
     LoraOptions,
@@ -97,6 +98,7 @@ class Policy:
             model: PreTrainedModel | PeftModel = plain
             if options.tuning == "lora":
                 model = _with_adapter(plain, options, adapter, trainable)
+                lora_linear.fuse(model)
             if options.gradient_checkpointing and trainable:
                 enable: Callable[[dict[str, bool]], None] = plain.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
