@@ -67,7 +67,7 @@ def _plugins(package: ModuleType, base: type[BaseModel], section: str) -> Iterat
 def _options(kind: type[BaseModel], section: str) -> str:
     required = any(field.is_required() for field in kind.model_fields.values())
     keys = {key: f"{section}.{key}" for key in kind.model_fields}
-    return _table(_rows(kind, keys, None if required else kind()))
+    return _table(_rows(kind, keys, None if required else kind.model_construct()))
 
 
 def _rows(kind: type[BaseModel], keys: dict[str, str], given: BaseModel | None) -> Iterator[str]:

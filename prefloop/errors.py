@@ -7,6 +7,7 @@ PrefloopError                  anything below; the command line prints it and ex
 ├── GenerationError            the engine could not produce text
 ├── JudgeError                 a judge could not be built or failed too often
 ├── TrainingError              the loss is NaN or infinite, or starts where it must not
+├── LaunchError                a process of a stage could not be started, or failed
 ├── GuardStop                  a guard was told to stop the run, and had a reason to
 └── RunFolderError             the run's folder belongs to another recipe, is damaged, or cannot be written
 
@@ -41,6 +42,10 @@ class JudgeError(PrefloopError, RuntimeError):
 
 class TrainingError(PrefloopError, ArithmeticError):
     """Training produced a number that must not be trained on."""
+
+
+class LaunchError(PrefloopError, RuntimeError):
+    """A process that a stage was given could not be started, or failed."""
 
 
 class GuardStop(PrefloopError, RuntimeError):

@@ -20,6 +20,7 @@ from rich.console import Console
 from prefloop.errors import GuardStop
 from prefloop.evaluate.answers import ANSWER, answer_measures
 from prefloop.evaluate.health import check_guards
+from prefloop.parts import Parts
 from prefloop.rank import NoVerdict
 from prefloop.recipe import Recipe
 from prefloop.records import (
@@ -63,10 +64,29 @@ def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
     return Outcome(folder, policy, results)
 
 
-class _Loop:
-    """One run in progress."""
+def share(recipe: Recipe, rundir: RunDir, round: int, stage: str, rank: int, ranks: int) -> None:
+    """Make every `ranks`-th chunk of a stage, from chunk `rank` on, for the run to take over."""
+    loop = _Loop(recipe, rundir, Console(quiet=True), (rank, ranks))
+    stages = {
+        "candidates": loop._generate,
+        "ranked": loop._rank,
+        "answers": loop._answer_held_out,
+        "introspection": loop._play_held_out,
+    }
+    stages[stage](rundir.round(round))
 
-    def __init__(self, recipe: Recipe, rundir: RunDir, console: Console) -> None:
+
+class _Loop:
+    """One run in progress, or, with `share`, one process's part of one stage."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        rundir: RunDir,
+        console: Console,
+        share: tuple[int, int] | None = None,
+    ) -> None:
+        self.share = share
         self.recipe = recipe
         self.rundir = rundir
         self.console = console
@@ -83,8 +103,8 @@ class _Loop:
             here = self.rundir.round(number)
             self._generate(here)
             self._rank(here)
-            pairs = self._pair(here)
-            self._train(here, pairs)
+            self._pair(here)
+            self._train(here)
             if self.recipe.evaluate.every_round or number == last:
                 results.append(self._evaluate(here))
                 self._guard(results)
@@ -119,7 +139,7 @@ class _Loop:
             here, "ranked", lambda: here.records("candidates", Candidates), work, Candidates
         )
 
-    def _pair(self, here: RoundDir) -> list[Pair]:
+    def _pair(self, here: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
             return list(self.recipe.method.pair(groups, here.number))
 
@@ -133,20 +153,17 @@ class _Loop:
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons)}); see {here.path}/rejects.jsonl, "
                 "and change the method's gates or prompts, or guard.max_reject_share"
             )
-        return pairs
 
-    def _train(self, here: RoundDir, pairs: list[Pair]) -> None:
+    def _train(self, here: RoundDir) -> None:
         if here.manifest("train"):
             # Once more, for a run that was killed between the manifest and this.
             self.session.tidy(here)
             return
         watch = Stopwatch()
-        if self.recipe.loop.mix_previous and here.number > 0:
-            pairs = self.rundir.round(here.number - 1).records("pairs", Pair) + pairs
-        facts = self.session.train(here, pairs)
+        facts = self.session.train(here)
         here.finish("train", **facts, input=here.digest("pairs"), seconds=watch.seconds)
         self.session.tidy(here)
-        self._say(here, "train", {"pairs": len(pairs), "steps": facts["steps"]}, watch)
+        self._say(here, "train", {"pairs": facts["examples"], "steps": facts["steps"]}, watch)
 
     def _supervise(self, here: RoundDir) -> None:
         """Round 0: supervised fine-tuning on the data's targets (IAL's initiation)."""
@@ -164,18 +181,22 @@ class _Loop:
         if here.manifest("result") and (found := here.records("result", RoundResult)):
             return found[0]
         watch = Stopwatch()
-        self._chunked(here, "answers", self.session.held_out, self._answer(here), Candidates)
+        self._answer_held_out(here)
         start = self.rundir.round(-1).records("answers", Candidates)
         answers = here.records("answers", Candidates)
         measures = answer_measures(answers, start, seed=self.recipe.seed)
         if self.recipe.evaluate.introspection:
-            measures |= self._introspect(here)
+            self._play_held_out(here)
+            measures |= self.recipe.method.measures(here.records("introspection", Candidates))
         measures |= self.session.training_measures(here)
         result = RoundResult(round=here.number, measures=measures)
         write_jsonl(here.path / "result.jsonl", [result])
         here.finish("result", input=here.digest("answers"), seconds=watch.seconds)
         self._say(here, "evaluate", {"prompts": len(answers)}, watch)
         return result
+
+    def _answer_held_out(self, here: RoundDir) -> None:
+        self._chunked(here, "answers", self.session.held_out, self._answer(here), Candidates)
 
     def _answer(self, here: RoundDir) -> Work:
         sampling = self.recipe.evaluate.sampling or self.recipe.method.sampling
@@ -204,8 +225,8 @@ class _Loop:
 
         return work
 
-    def _introspect(self, here: RoundDir) -> dict[str, float | None]:
-        """The method's own measures on held-out prompts (R_i, identical rate ...)."""
+    def _play_held_out(self, here: RoundDir) -> None:
+        """The whole method on held-out prompts, for its own measures (R_i, identical rate ...)."""
         method = self.recipe.method
 
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
@@ -215,7 +236,6 @@ class _Loop:
                 return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
 
         self._chunked(here, "introspection", self.session.held_out, work, Candidates)
-        return method.measures(here.records("introspection", Candidates))
 
     def _guard(self, results: Sequence[RoundResult]) -> None:
         tripped = check_guards(results[-1].measures, results[0].measures, self.recipe.guard)
@@ -243,13 +263,24 @@ class _Loop:
             return
         watch = Stopwatch()
         everything, size = items(), self.recipe.generate.chunk_size
-        journal = Journal(here.path, stage)
+        chunks, parts = -(-len(everything) // size), Parts(here.path, stage)
         # Held-out prompts meet the same random numbers after every round, so that rounds compare.
         place = "held-out" if stage in ("answers", "introspection") else here.number
-        for number in range(journal.chunks, -(-len(everything) // size)):
+
+        def make(number: int) -> list[Record]:
             seed = derive_seed(self.recipe.seed, place, stage, number)
-            chunk = everything[number * size : (number + 1) * size]
-            journal.append(list(work(chunk, seed)))
+            return list(work(everything[number * size : (number + 1) * size], seed))
+
+        if self.share is not None:
+            for number in range(self.share[0], chunks, self.share[1]):
+                if not parts.has(number):
+                    parts.write(number, make(number))
+            return
+        journal = Journal(here.path, stage)
+        if stage != "pairs" and not all(map(parts.has, range(journal.chunks, chunks))):
+            self.session.share(here, stage)
+        for number in range(journal.chunks, chunks):
+            journal.append(parts.read(number) if parts.has(number) else make(number))
         made = len(here.records(stage, kind))
         rejected = Counter(reject.reason for reject in here.rejects())
         here.finish(
@@ -259,6 +290,7 @@ class _Loop:
             output=here.digest(stage),
             seconds=watch.seconds,
         )
+        parts.drop()
         if stage in ("candidates", "pairs"):
             self._say(here, stage, {stage: made, "rejects": len(here.rejects())}, watch)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -30,3 +32,14 @@ def keep_freed_memory() -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch failed for want of memory; on CPUs only the message says so."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def instead_of_running_out(error: Exception) -> Iterator[None]:
+    """Inside, `error` is raised in place of torch's words for want of memory."""
+    try:
+        yield
+    except RuntimeError as raised:
+        if not is_out_of_memory(raised):
+            raise
+        raise error from raised

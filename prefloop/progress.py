@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Bar:
     """Progress of one job. Shows nothing when standard error is not a terminal."""
 
-    def __init__(self, label: str, total: int, unit: str = "tok") -> None:
-        """`total` counts items (answers, steps); `unit` names what `advance` is told besides."""
+    def __init__(self, label: str, total: int | None, unit: str = "tok") -> None:
+        """`total` counts items (answers, steps), if known; `unit` names what `advance` is told besides."""
         console = Console(stderr=True)
         self._unit = unit
         self._amount = 0
@@ -21,14 +21,15 @@ class Bar:
         self._progress = Progress(
             TextColumn("{task.description:<24}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}{task.fields[of]}"),
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(label, total=total, speed="")
+        of = "" if total is None else f"/{total}"
+        self._task = self._progress.add_task(label, total=total, speed="", of=of)
 
     def advance(self, items: int = 0, amount: int = 0) -> None:
         """`items` more are done, at the cost of `amount` units."""
@@ -37,6 +38,10 @@ class Bar:
         self._progress.update(
             self._task, advance=items, speed=f"{speed:,.0f} {self._unit}/s" if self._amount else ""
         )
+
+    def at(self, items: int) -> None:
+        """So many items are done in all, by whoever does them."""
+        self._progress.update(self._task, completed=items)
 
     def __enter__(self) -> Bar:
         self._progress.start()

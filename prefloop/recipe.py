@@ -30,6 +30,7 @@ import prefloop.methods
 import prefloop.rank
 from prefloop.data import DataOptions
 from prefloop.errors import RecipeError
+from prefloop.launch import LaunchOptions
 from prefloop.methods import Method
 from prefloop.plugins import find, name_of, names, nearest
 from prefloop.rank import Judge
@@ -186,6 +187,8 @@ class Recipe(Section):
     """What is measured on held-out prompts."""
     guard: GuardOptions = Field(default_factory=GuardOptions)
     """What counts as collapse, and what is done about it."""
+    launch: LaunchOptions | None = None
+    """Train, and generate, in several processes; null does all in the run's own."""
     track: tuple[Tracker, ...] = ()
     """Experiment trackers that accelerate reports to."""
 
@@ -228,6 +231,11 @@ class Recipe(Section):
         if self.guard.action == "best_round" and self.judge is None:
             raise RecipeError(
                 "guard.action best_round needs a judge to score the rounds; add a section judge"
+            )
+        if self.launch is not None and self.model.device not in ("auto", "cpu"):
+            raise RecipeError(
+                "launch gives each process a device of its own, so model.device should be auto or "
+                f"cpu; it is {self.model.device!r}"
             )
         if self.sft and self.sft.batch_size % self.train.micro_batch_size:
             raise RecipeError(

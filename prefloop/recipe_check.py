@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +33,22 @@ def check(recipe: Recipe) -> list[str]:
             f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
             f"add a section judge with a name ({', '.join(names(prefloop.rank))})"
         )
+    if recipe.launch is not None:
+        _check_launcher(recipe.launch.words())
     for tracker in recipe.track:
         if find_spec(tracker) is None:
             raise RecipeError(
                 f"track names {tracker}, which is not installed; pip install {tracker}"
             )
     return [*_check_models(recipe), *_check_data(recipe), *_without_effect(recipe)]
+
+
+def _check_launcher(words: list[str]) -> None:
+    for option, value in pairwise(words):
+        if option == "--config_file" and not Path(value).expanduser().is_file():
+            raise RecipeError(
+                f"launch.command: no file {value} (paths are relative to the working directory)"
+            )
 
 
 def _check_models(recipe: Recipe) -> Iterator[str]:
@@ -123,6 +133,12 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
         yield (
             f"loop.prompts_per_round ({loop.prompts_per_round}) is less than "
             f"train.batch_size ({train.batch_size}): each epoch is one smaller step"
+        )
+    processes = (recipe.launch.processes if recipe.launch else None) or 1
+    if train.batch_size < processes:
+        yield (
+            f"train.batch_size ({train.batch_size}) is less than launch.processes ({processes}): "
+            "some processes have nothing to do"
         )
     if method.generator == "frozen" and method.reference == "round_start":
         yield (

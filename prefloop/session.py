@@ -6,6 +6,7 @@ round's folder, so a resumed run and an unbroken one go through the same weights
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,12 +15,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from prefloop.data import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.launch import Stage, run_processes
 from prefloop.memory import keep_freed_memory
 from prefloop.methods import Actors
+from prefloop.progress import Bar
 from prefloop.rank import NoVerdict, OpenJudge, Verdict
 from prefloop.rank.similarity import Similarity
 from prefloop.recipe import Recipe, TrainOptions
@@ -40,8 +45,10 @@ OPTIMIZER = "optimizer.safetensors"
 class Session:
     """The run's state in memory."""
 
-    def __init__(self, recipe: Recipe, rundir: RunDir) -> None:
+    def __init__(self, recipe: Recipe, rundir: RunDir, *, in_main_memory: bool = False) -> None:
+        """`in_main_memory`: policies stay there until they are sharded."""
         keep_freed_memory()
+        self._in_main_memory = in_main_memory
         self.recipe = recipe
         self.rundir = rundir
         self._policy: Policy | None = None
@@ -90,7 +97,10 @@ class Session:
             # One copy at a time: the old one goes before the new one comes.
             self._policy = self._engine = self._trainer = None
             self._policy = Policy.load(
-                initial_source(self.recipe, self.rundir), place, seed=self.recipe.seed
+                initial_source(self.recipe, self.rundir),
+                place,
+                seed=self.recipe.seed,
+                in_main_memory=self._in_main_memory,
             )
             self._place = place
         return self._policy
@@ -176,17 +186,25 @@ class Session:
             self._trainer = Trainer(self._policy, options, self.recipe.track, str(self.rundir.path))
         return self._trainer
 
-    def train(self, here: RoundDir, pairs: Sequence[Pair]) -> dict[str, Any]:
-        """Train the round's policy on pairs and save it."""
+    def training_pairs(self, here: RoundDir) -> list[Pair]:
+        """What the round trains on: its own pairs, after the previous round's where they are mixed."""
+        mixed = self.recipe.loop.mix_previous and here.number > 0
+        numbers = [here.number - 1, here.number] if mixed else [here.number]
+        return [pair for n in numbers for pair in self.rundir.round(n).records("pairs", Pair)]
+
+    def train(self, here: RoundDir) -> dict[str, Any]:
+        """Train the round's policy on its pairs and save it."""
+        if self.recipe.launch is not None:
+            return self._launched(here, "train")
         policy, method, loop = self.policy_before(here), self.recipe.method, self.recipe.loop
+        pairs = self.training_pairs(here)
         if self._engine is not None:
             self._engine.release()
         trainer = self.trainer(self.recipe.train)
         if not loop.carry_optimizer:
             trainer.renew_optimizer()
         elif here.number > 0:
-            state = self.rundir.round(here.number - 1).train / OPTIMIZER
-            checkpoint.load_optimizer(state, trainer.optimizer)
+            trainer.load_optimizer(self.rundir.round(here.number - 1).train / OPTIMIZER)
         equal_to_reference = method.reference == "round_start" or here.number == 0
         facts = trainer.run(
             Job(
@@ -206,13 +224,43 @@ class Session:
             )
         )
         if loop.carry_optimizer:
-            checkpoint.save_optimizer(here.train / OPTIMIZER, trainer.optimizer)
-        policy.save(here.policy)
+            trainer.save_optimizer(here.train / OPTIMIZER)
+        if whole := trainer.whole_policy():
+            whole.save(here.policy)
         self._place = here.policy
         return facts
 
+    def _launched(self, here: RoundDir, stage: str) -> dict[str, Any]:
+        """The same in processes of their own, with the memory of this one given back before."""
+        self.release()
+        assert self.recipe.launch is not None
+        with Bar(stage, None) as bar:
+
+            def watch() -> None:
+                bar.at(here.steps())
+
+            work = Stage(self.rundir.path, here.number, stage, here.train)
+            return run_processes(self.recipe.launch, work, watch)
+
+    def share(self, here: RoundDir, stage: str) -> None:
+        """Let the recipe's processes make the stage's chunks, where it wants that of them."""
+        if self.recipe.launch is None or not self.recipe.launch.generate:
+            return
+        self.release()
+        work = Stage(self.rundir.path, here.number, stage, here.path)
+        run_processes(self.recipe.launch, work, lambda: None)
+
+    def release(self) -> None:
+        """Give back the memory of models; each is loaded again when it is next needed."""
+        self._policy = self._engine = self._trainer = None
+        self.__dict__.pop("_opened_judge", None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
     def supervise(self, here: RoundDir) -> dict[str, Any]:
         """Supervised fine-tuning on all training prompts; the result becomes the initial policy."""
+        if self.recipe.launch is not None:
+            return self._launched(here, "sft")
         options = self.recipe.sft_train
         assert options is not None
         policy = self.policy_at(None)
@@ -221,7 +269,8 @@ class Session:
             for p in self.data.train
             if p.target
         ]
-        facts = self.trainer(options).run(
+        trainer = self.trainer(options)
+        facts = trainer.run(
             Job(
                 examples=encode_pairs(self._chat, pairs, ("chosen",), self._window(policy)),
                 roles=("chosen",),
@@ -230,13 +279,14 @@ class Session:
                 seed=derive_seed(self.recipe.seed, "sft"),
             )
         )
-        merged = policy.merge()
-        temporary = here.path / ".policy"
-        shutil.rmtree(temporary, ignore_errors=True)
-        with quiet():
-            merged.save_pretrained(temporary)
-            policy.tokenizer.save_pretrained(temporary)
-        replace_folder(temporary, here.policy)
+        if whole := trainer.whole_policy():
+            merged = whole.merge()
+            temporary = here.path / ".policy"
+            shutil.rmtree(temporary, ignore_errors=True)
+            with quiet():
+                merged.save_pretrained(temporary)
+                whole.tokenizer.save_pretrained(temporary)
+            replace_folder(temporary, here.policy)
         # The next question for a policy loads the merged one.
         self._policy = self._engine = self._trainer = None
         return facts
@@ -244,6 +294,7 @@ class Session:
     def tidy(self, here: RoundDir) -> None:
         """Remove what a finished training stage no longer needs, and what killed ones left half-made."""
         checkpoint.drop_checkpoints(here.train)
+        shutil.rmtree(here.train / "processes", ignore_errors=True)
         for part in here.path.glob(f".{here.policy.name}*"):
             shutil.rmtree(part)
 

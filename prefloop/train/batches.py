@@ -10,7 +10,7 @@ from prefloop.chat import Chat
 from prefloop.errors import TrainingError
 from prefloop.records import Pair
 from prefloop.seeds import derive_seed
-from prefloop.train.packing import TokenGroup
+from prefloop.train.packing import TokenGroup, build_tree
 
 
 class Example(NamedTuple):
@@ -24,6 +24,14 @@ class Example(NamedTuple):
     def tokens(self) -> int:
         """Tokens of the prompt and of every response, shared ones counted once for the prompt only."""
         return len(self.group.prompt) + sum(map(len, self.group.completions))
+
+
+class Pass(NamedTuple):
+    """One forward and backward pass of one process."""
+
+    indices: list[int]
+    counts: bool
+    """False where it only keeps company with other processes' passes."""
 
 
 def encode_pairs(
@@ -62,3 +70,56 @@ def schedule(count: int, *, epochs: int, batch_size: int, seed: int) -> list[lis
         random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
         steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return steps
+
+
+def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Places of `sizes` divided among ranks, in ascending order: as even in size as longest-first makes them."""
+    loads = [0] * ranks
+    owner = [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        rank = loads.index(min(loads))
+        owner[place] = rank
+        loads[rank] += sizes[place]
+    return [[place for place, owned in enumerate(owner) if owned == rank] for rank in range(ranks)]
+
+
+def plan(
+    examples: Sequence[Example],
+    chosen: Sequence[int],
+    *,
+    ranks: int,
+    size: int,
+    one_row_of: int | None = None,
+) -> list[list[Pass]]:
+    """By rank, the passes that compute the examples `chosen`, at most `size` of them in each.
+
+    `one_row_of`: for sharded weights, whose passes must be of one row (of so many tokens, if packed) and
+    as many on each rank: a rank with less to do repeats the shortest example, which counts nothing.
+    """
+    split = shares([examples[index].tokens for index in chosen], ranks)
+    mine = [[chosen[place] for place in share] for share in split]
+    if one_row_of is None:
+        return [
+            [Pass(own[start : start + size], True) for start in range(0, len(own), size)]
+            for own in mine
+        ]
+    rows = [_single_rows(examples, own, size=size, token_budget=one_row_of) for own in mine]
+    idle = Pass([min(chosen, key=lambda index: examples[index].tokens)], False)
+    longest = max(map(len, rows))
+    return [[Pass(row, True) for row in own] + [idle] * (longest - len(own)) for own in rows]
+
+
+def _single_rows(
+    examples: Sequence[Example], indices: Sequence[int], *, size: int, token_budget: int
+) -> list[list[int]]:
+    """Indices in micro-batches of at most `size` examples that each pack into one row."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in indices:
+        tokens = build_tree(examples[index].group).size
+        if not batches or len(batches[-1]) == size or tokens > room:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(index)
+        room -= tokens
+    return batches

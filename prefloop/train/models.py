@@ -77,10 +77,12 @@ class Policy:
         trainable: bool = True,
         *,
         seed: int = 0,
+        in_main_memory: bool = False,
     ) -> Policy:
         """The initial policy, or the one that `save` wrote to the folder `adapter`; in eval mode.
 
         A fresh adapter's weights depend on `seed` alone, and the global random state is left as it was.
+        `in_main_memory` leaves the weights there, for a model that no device could hold whole.
         Raises ModelError.
         """
         device = _device(options.device)
@@ -105,13 +107,18 @@ class Policy:
         if not trainable:
             model.requires_grad_(False)
         model.eval()
-        nn.Module.to(model, device)
+        nn.Module.to(model, "cpu" if in_main_memory else device)
         return cls(model, tokenizer, options)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def intended_device(self) -> torch.device:
+        """Where the recipe wants the weights to be trained."""
+        return _device(self.options.device)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser is to be given, in a fixed order."""

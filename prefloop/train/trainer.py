@@ -1,8 +1,8 @@
 """The trainer: groups of responses and a loss function in, a changed policy out. It knows no method.
 
 One optimiser step takes the mean of the loss over the step's examples, however they are split into
-micro-batches. The reference's log-probs are computed once, before the first step. Killed at any
-moment, training goes on from its newest checkpoint to the same weights, bit for bit.
+micro-batches and over processes. The reference's log-probs are computed once, before the first step.
+Killed at any moment, training goes on from its newest checkpoint to the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from accelerate import Accelerator, InitProcessGroupKwargs
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from prefloop.errors import RunFolderError, TrainingError
-from prefloop.memory import is_out_of_memory
+from prefloop.memory import instead_of_running_out
 from prefloop.progress import Bar
+from prefloop.seeds import derive_seed
 from prefloop.train import checkpoint
-from prefloop.train.batches import Example, schedule
-from prefloop.train.logprobs import group_logprobs, supports_packing
+from prefloop.train.batches import Example, Pass, plan, schedule
+from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
+from prefloop.train.placement import lay_out
+from prefloop.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from prefloop.recipe import TrainOptions
@@ -41,6 +45,8 @@ LossFunction = Callable[[GroupLogps, float], LossOutput]
 
 # bf16 log-probs of a few hundred tokens carry about this much noise once multiplied by beta = 0.1.
 _START_TOLERANCE = 0.1
+# While one rank writes a large checkpoint the others wait; who dies is noticed by the launcher at once.
+_PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -94,16 +100,20 @@ class Trainer:
         """`trackers` names accelerate's trackers; those that write files write below `folder`."""
         self.policy = policy
         self.options = options
+        device = policy.intended_device
         self.accelerator = Accelerator(
-            cpu=policy.device.type == "cpu", log_with=list(trackers) or None, project_dir=folder
+            cpu=device.type == "cpu",
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
         if trackers:
             self.accelerator.init_trackers("prefloop")
-        self.optimizer = self._new_optimizer()
+        self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
+        self.placement = lay_out(policy.model, self.ranks, self._new_optimizer, device)
         self._logged_packing = False
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        parameters = self.policy.trainable_parameters()
+    def _new_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         decay = self.options.weight_decay
         if self.options.optimizer == "rmsprop":
             return torch.optim.RMSprop(parameters, lr=self.options.lr, weight_decay=decay)
@@ -111,10 +121,37 @@ class Trainer:
 
     def renew_optimizer(self) -> None:
         """Forget the optimiser's state: a new optimiser each round (IAL)."""
-        self.optimizer = self._new_optimizer()
+        self.placement.renew_optimizer()
+
+    def save_optimizer(self, path: Path) -> None:
+        """Write the optimiser's state, for a later round to go on with. All ranks must call."""
+        state = self.placement.optimizer_state()
+        if self.ranks.first:
+            checkpoint.save_tensors(path, state)
+
+    def load_optimizer(self, path: Path) -> None:
+        """Go on with the state that `save_optimizer` wrote for the same parameters."""
+        self.placement.set_optimizer_state(load_file(path))
+
+    def whole_policy(self) -> Policy | None:
+        """The policy as one process holds it, to be saved or merged; None on all ranks but the first."""
+        weights = self.placement.weights() if self.placement.sharded else {}
+        if not self.ranks.first:
+            return None
+        if not self.placement.sharded:
+            return self.policy
+        whole = Policy.load(self.policy.options, in_main_memory=True)
+        with torch.no_grad():
+            for name, weight in whole.model.named_parameters():
+                if name in weights:
+                    weight.copy_(weights[name])
+        return whole
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Train on the job's examples; returns counts and first and last loss. Raises TrainingError."""
+        """Train on the job's examples; returns counts and first and last loss, on the first rank only.
+
+        Raises TrainingError.
+        """
         job.folder.mkdir(parents=True, exist_ok=True)
         reference = self._reference(job)
         steps = schedule(
@@ -123,39 +160,30 @@ class Trainer:
             batch_size=self.options.batch_size,
             seed=job.seed,
         )
-        position = checkpoint.load_checkpoint(job.folder, self.policy.model, self.optimizer)
-        done = 0 if position is None else int(position["step"])
-        metrics = job.folder / "metrics.jsonl"
-        metrics.touch()
-        os.truncate(metrics, 0 if position is None else position["metrics_bytes"])
-        if position is None:
-            torch.manual_seed(job.seed)
+        done, metrics_bytes = self._resume(job)
+        metrics = job.folder / "metrics.jsonl" if self.ranks.first else Path(os.devnull)
+        if self.ranks.first:
+            metrics.touch()
+            os.truncate(metrics, metrics_bytes)
         with (
             Bar("train", len(steps)) as bar,
             metrics.open("a", buffering=1, encoding="utf-8") as file,
         ):
             bar.advance(done)
             for number in range(done, len(steps)):
-                try:
+                want_of_memory = TrainingError(
+                    f"out of memory in training step {number}; start a new run with a lower "
+                    "train.micro_batch_size, or with model.gradient_checkpointing: true"
+                )
+                with instead_of_running_out(want_of_memory):
                     row = self._step(job, reference, steps[number], number, len(steps))
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    raise TrainingError(
-                        f"out of memory in training step {number}; start a new run with a lower "
-                        "train.micro_batch_size, or with model.gradient_checkpointing: true"
-                    ) from error
                 file.write(json.dumps(row) + "\n")
                 self.accelerator.log(row, step=job.first_step + number)
                 bar.advance(1, amount=row["tokens"])
                 if self._is_due(number + 1, len(steps)):
-                    checkpoint.save_checkpoint(
-                        job.folder,
-                        self.policy.model,
-                        self.optimizer,
-                        step=number + 1,
-                        metrics_bytes=metrics.stat().st_size,
-                    )
+                    self._save(job.folder, number + 1, metrics)
+        if not self.ranks.first:
+            return {}
         rows = read_metrics(metrics)
         return {
             "steps": len(rows),
@@ -164,6 +192,29 @@ class Trainer:
             "first_loss": rows[0]["loss"],
             "last_loss": rows[-1]["loss"],
         }
+
+    def _resume(self, job: Job) -> tuple[int, int]:
+        """Go on from the newest checkpoint; the steps it has behind it, and the bytes of their metrics."""
+        found = checkpoint.load_checkpoint(job.folder, self.ranks.count)
+        if found is None:
+            rank = self.ranks.number
+            torch.manual_seed(derive_seed(job.seed, "rank", rank) if rank else job.seed)
+            return 0, 0
+        state, position = found
+        self.placement.set_weights(state.weights)
+        self.placement.set_optimizer_state(state.optimizer)
+        checkpoint.set_random_state(state.random[self.ranks.number])
+        return int(position["step"]), int(position["metrics_bytes"])
+
+    def _save(self, folder: Path, step: int, metrics: Path) -> None:
+        state = checkpoint.State(
+            self.placement.weights(),
+            self.placement.optimizer_state(),
+            self.ranks.gather(checkpoint.random_state()),
+        )
+        if self.ranks.first:
+            size = metrics.stat().st_size
+            checkpoint.save_checkpoint(folder, state, step=step, metrics_bytes=size)
 
     def _is_due(self, step: int, steps: int) -> bool:
         every = self.options.save_every
@@ -177,43 +228,48 @@ class Trainer:
         # The middle of the step: with few steps, neither the first nor the last is wasted at zero.
         place = (number + 0.5) / steps
         rate = learning_rate(self.options, low + (high - low) * place)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        size = self.options.micro_batch_size
         sums: dict[str, float] = {}
         with self._training():
-            for start in range(0, len(chosen), size):
-                indices = chosen[start : start + size]
+            passes = self._passes(job, chosen)
+            for left, (indices, counts) in zip(reversed(range(len(passes))), passes, strict=True):
                 logps = self._logps(job, indices, reference)
                 with torch.set_grad_enabled(True):
                     output = job.loss(logps, place)
+                if not counts:
+                    self.placement.backward(output.loss_B.sum() * 0.0, last=left == 0)
+                    continue
                 self._demand_finite(job, indices, output.loss_B, logps)
-                self.accelerator.backward(output.loss_B.sum() / len(chosen))
+                self.placement.backward(output.loss_B.sum() / len(chosen), last=left == 0)
                 for name, values_B in {"loss": output.loss_B, **output.metrics}.items():
                     sums[name] = sums.get(name, 0.0) + values_B.detach().float().sum().item()
-        means = {name: total / len(chosen) for name, total in sums.items()}
+        means = self.ranks.means(sums, len(chosen))
         if number == 0:
             self._demand_known_start(job, chosen, means["loss"])
-        norm = self.accelerator.clip_grad_norm_(
-            self.policy.trainable_parameters(), self.options.max_grad_norm
-        )
-        assert norm is not None
-        if not math.isfinite(norm.item()):
+        norm = self.placement.update(rate, self.options.max_grad_norm)
+        if not math.isfinite(norm):
             raise TrainingError(
-                f"the gradient of step {number} is {norm.item()}; lower train.lr, or look at the pairs "
+                f"the gradient of step {number} is {norm}; lower train.lr, or look at the pairs "
                 + ", ".join(job.examples[i].id for i in chosen)
             )
-        self.optimizer.step()
         tokens = sum(job.examples[i].tokens for i in chosen)
-        return {"step": number, **means, "lr": rate, "grad_norm": norm.item(), "tokens": tokens}
+        return {"step": number, **means, "lr": rate, "grad_norm": norm, "tokens": tokens}
+
+    def _passes(self, job: Job, chosen: Sequence[int]) -> list[Pass]:
+        """This rank's micro-batches of the examples `chosen`, each with whether it counts."""
+        plans = plan(
+            job.examples,
+            chosen,
+            ranks=self.ranks.count,
+            size=self.options.micro_batch_size,
+            one_row_of=self.options.token_budget if self.placement.sharded else None,
+        )
+        return plans[self.ranks.number]
 
     @contextmanager
     def _training(self) -> Iterator[None]:
         self.policy.model.train()
         try:
-            with self._precision():
-                yield
+            yield
         finally:
             self.policy.model.eval()
 
@@ -227,12 +283,18 @@ class Trainer:
 
     def _logps(self, job: Job, indices: Sequence[int], reference: dict[str, Tensor]) -> GroupLogps:
         examples = [job.examples[i] for i in indices]
-        tokens = group_logprobs(
-            self.policy.model,
-            [example.group for example in examples],
-            packing=self.options.packing,
-            token_budget=self.options.token_budget,
-        )
+
+        def compute(model: nn.Module) -> GroupLogprobs:
+            # Inside: DeepSpeed switches off what was switched on around it.
+            with self._precision():
+                return group_logprobs(
+                    model,
+                    [example.group for example in examples],
+                    packing=self.options.packing,
+                    token_budget=self.options.token_budget,
+                )
+
+        tokens = self.placement.forward(compute)
         device = self.policy.device
         policy, lengths = {}, {}
         for place, role in enumerate(job.roles):
@@ -251,28 +313,45 @@ class Trainer:
         if job.reference is None:
             return {role: torch.zeros(len(job.examples)) for role in job.roles}
         path = job.folder / "reference.safetensors"
-        if not path.exists():
-            self._say_how_it_packs(job)
-            at = self.policy.at_start() if job.reference == "initial" else nullcontext()
-            zeros = {role: torch.zeros(len(job.examples)) for role in job.roles}
-            parts: dict[str, list[Tensor]] = {role: [] for role in job.roles}
-            size = self.options.micro_batch_size
-            with (
-                at,
-                torch.inference_mode(),
-                self._precision(),
-                Bar("reference", len(job.examples)) as bar,
-            ):
-                for start in range(0, len(job.examples), size):
-                    indices = range(len(job.examples))[start : start + size]
-                    logps = self._logps(job, indices, zeros)
-                    for role in job.roles:
-                        parts[role].append(logps.policy[role].float().cpu())
-                    bar.advance(len(indices))
-            temporary = path.with_suffix(".tmp")
-            save_file({role: torch.cat(rows).clone() for role, rows in parts.items()}, temporary)
-            temporary.replace(path)
-        return load_file(path)
+        # Asked by all before any of them can have written it: they meet in between.
+        if path.exists():
+            return load_file(path)
+        self._say_how_it_packs(job)
+        passes = self._passes(job, range(len(job.examples)))
+        zeros = {role: torch.zeros(len(job.examples)) for role in job.roles}
+        found = {role: zeros[role].to(self.policy.device) for role in job.roles}
+        # Sharded weights that are gathered in inference mode could not be trained afterwards.
+        quiet = torch.no_grad() if self.placement.sharded else torch.inference_mode()
+        at = self._at_start() if job.reference == "initial" else nullcontext()
+        with at, quiet, Bar("reference", len(job.examples)) as bar:
+            for indices, counts in passes:
+                logps = self._logps(job, indices, zeros)
+                for role in job.roles if counts else ():
+                    found[role][indices] = logps.policy[role].float()
+                bar.advance(len(indices))
+            self.placement.release()
+        for logps_N in found.values():
+            self.ranks.add(logps_N)
+        reference = {role: logps_N.cpu() for role, logps_N in found.items()}
+        if self.ranks.first:
+            checkpoint.save_tensors(path, reference)
+        return reference
+
+    @contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """Inside, the model is the initial policy, sharded or not."""
+        if not self.placement.sharded or self.policy.options.tuning == "lora":
+            with self.policy.at_start():
+                yield
+            return
+        kept = self.placement.snapshot()
+        initial = Policy.load(self.policy.options, in_main_memory=True).model
+        self.placement.set_weights(dict(initial.named_parameters()))
+        del initial
+        try:
+            yield
+        finally:
+            self.placement.set_weights(kept)
 
     def _say_how_it_packs(self, job: Job) -> None:
         if not self.options.packing or self._logged_packing:

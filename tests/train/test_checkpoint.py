@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from prefloop.errors import RunFolderError
 from prefloop.train import checkpoint
+from prefloop.train.placement import Replicated
+from prefloop.train.ranks import Ranks
 
 
 class Net(nn.Module):
@@ -36,6 +40,25 @@ def step(net: Net, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+def save(folder: Path, net: Net, optimizer: torch.optim.Optimizer, **position: int) -> None:
+    placement = Replicated(net, Ranks(), lambda parameters: optimizer)
+    random = [checkpoint.random_state()]
+    state = checkpoint.State(placement.weights(), placement.optimizer_state(), random)
+    checkpoint.save_checkpoint(folder, state, **position)
+
+
+def load(folder: Path, net: Net, optimizer: torch.optim.Optimizer) -> dict[str, int] | None:
+    found = checkpoint.load_checkpoint(folder, ranks=1)
+    if found is None:
+        return None
+    state, position = found
+    placement = Replicated(net, Ranks(), lambda parameters: optimizer)
+    placement.set_weights(state.weights)
+    placement.set_optimizer_state(state.optimizer)
+    checkpoint.set_random_state(state.random[0])
+    return position
+
+
 def free(net: Net) -> torch.Tensor:
     return torch.cat([net.free.weight.flatten(), net.free.bias]).detach()
 
@@ -47,14 +70,14 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, kind):
         net, optimizer = make(kind)
         for _ in range(3):
             step(net, optimizer)
-        checkpoint.save_checkpoint(tmp_path, net, optimizer, step=3, metrics_bytes=70)
+        save(tmp_path, net, optimizer, step=3, metrics_bytes=70)
         for _ in range(3):
             step(net, optimizer)
 
         other, fresh = make(kind)
         other.free.weight.data.fill_(9.0)
         torch.manual_seed(4)
-        position = checkpoint.load_checkpoint(tmp_path, other, fresh)
+        position = load(tmp_path, other, fresh)
         assert position == {"step": 3, "metrics_bytes": 70}
         for _ in range(3):
             step(other, fresh)
@@ -66,9 +89,11 @@ def test_the_optimiser_goes_from_one_round_to_the_next(tmp_path):
         torch.manual_seed(3)
         net, optimizer = make("adamw")
         step(net, optimizer)
-        checkpoint.save_optimizer(tmp_path / "optimizer.safetensors", optimizer)
-        _, carried = make("adamw")
-        checkpoint.load_optimizer(tmp_path / "optimizer.safetensors", carried)
+        state = Replicated(net, Ranks(), lambda parameters: optimizer).optimizer_state()
+        checkpoint.save_tensors(tmp_path / "optimizer.safetensors", state)
+        other, carried = make("adamw")
+        found = load_file(tmp_path / "optimizer.safetensors")
+        Replicated(other, Ranks(), lambda parameters: carried).set_optimizer_state(found)
     before, after = optimizer.state_dict(), carried.state_dict()
     assert before["param_groups"] == after["param_groups"]
     assert before["state"].keys() == after["state"].keys() == {0, 1}
@@ -81,7 +106,7 @@ def test_the_optimiser_goes_from_one_round_to_the_next(tmp_path):
 def test_only_the_newest_checkpoint_is_kept(tmp_path):
     net, optimizer = make("adamw")
     for number in (1, 2, 10):
-        checkpoint.save_checkpoint(tmp_path, net, optimizer, step=number)
+        save(tmp_path, net, optimizer, step=number)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000010"]
     checkpoint.drop_checkpoints(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -90,14 +115,14 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path):
 def test_without_a_checkpoint_nothing_changes(tmp_path):
     net, optimizer = make("adamw")
     before = free(net)
-    assert checkpoint.load_checkpoint(tmp_path, net, optimizer) is None
+    assert load(tmp_path, net, optimizer) is None
     assert torch.equal(before, free(net))
 
 
 def test_of_two_checkpoints_the_newest_counts(tmp_path, monkeypatch):
     """Killed after the new one was put in its place, before the old one was removed."""
     net, optimizer = make("adamw")
-    checkpoint.save_checkpoint(tmp_path, net, optimizer, step=1)
+    save(tmp_path, net, optimizer, step=1)
 
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
@@ -108,39 +133,46 @@ def test_of_two_checkpoints_the_newest_counts(tmp_path, monkeypatch):
         "shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or killed(path)
     )
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save_checkpoint(tmp_path, net, optimizer, step=2)
+        save(tmp_path, net, optimizer, step=2)
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 2
     other, fresh = make("adamw", seed=1)
-    assert checkpoint.load_checkpoint(tmp_path, other, fresh) == {"step": 2}
+    assert load(tmp_path, other, fresh) == {"step": 2}
     assert torch.equal(free(net), free(other))
 
 
 def test_a_checkpoint_killed_half_way_does_not_count_and_does_not_hinder(tmp_path, monkeypatch):
     net, optimizer = make("adamw")
-    checkpoint.save_checkpoint(tmp_path, net, optimizer, step=1)
+    save(tmp_path, net, optimizer, step=1)
 
-    def killed(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    def killed(tensors: dict[str, torch.Tensor], path: Path) -> None:
         path.write_bytes(b"torn")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_optimizer", killed)
+        patch.setattr(checkpoint, "save_file", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save_checkpoint(tmp_path, net, optimizer, step=2)
-    assert checkpoint.load_checkpoint(tmp_path, net, optimizer) == {"step": 1}
-    checkpoint.save_checkpoint(tmp_path, net, optimizer, step=2)
-    assert checkpoint.load_checkpoint(tmp_path, net, optimizer) == {"step": 2}
+            save(tmp_path, net, optimizer, step=2)
+    assert load(tmp_path, net, optimizer) == {"step": 1}
+    save(tmp_path, net, optimizer, step=2)
+    assert load(tmp_path, net, optimizer) == {"step": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]
 
 
 def test_nothing_is_pickled_and_frozen_weights_are_left_out(tmp_path):
     net, optimizer = make("adamw")
     step(net, optimizer)
-    checkpoint.save_checkpoint(tmp_path, net, optimizer, step=1)
+    save(tmp_path, net, optimizer, step=1)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
-    from safetensors.torch import load_file
-
     saved = load_file(tmp_path / "checkpoint-000001" / "weights.safetensors")
     assert saved.keys() == {"free.weight", "free.bias"}
+
+
+def test_another_number_of_processes_cannot_go_on(tmp_path):
+    net, optimizer = make("adamw")
+    save(tmp_path, net, optimizer, step=1)
+    with pytest.raises(
+        RunFolderError, match=r"made by 1 processes and cannot go on exactly with 2"
+    ):
+        checkpoint.load_checkpoint(tmp_path, ranks=2)

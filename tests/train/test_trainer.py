@@ -181,7 +181,7 @@ def test_the_optimiser_is_kept_between_jobs_until_renewed(model_folder, tmp_path
     trainer = Trainer(trained, OPTIONS)
 
     def steps_taken() -> set[float]:
-        return {float(state["step"]) for state in trainer.optimizer.state.values()}
+        return {float(state["step"]) for state in trainer.placement.optimizer.state.values()}
 
     trainer.run(job(trained, tmp_path / "0"))
     trainer.run(job(trained, tmp_path / "1"))

@@ -1,0 +1,46 @@
+"""Chunks of a stage that several processes share, each in a file of its own until the run takes them over in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from prefloop.records import Candidates, Pair, Record, Reject
+from prefloop.rundir import write_atomically
+
+_KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Candidates, Pair, Reject)}
+
+
+class Parts:
+    """The finished chunks of one stage that are not in its file yet."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        self._folder = folder / f".{stage}.parts"
+
+    def has(self, chunk: int) -> bool:
+        """Whether the chunk is there, whole."""
+        return self._path(chunk).exists()
+
+    def write(self, chunk: int, records: Iterable[Record]) -> None:
+        """Leave a chunk for the run to take."""
+        self._folder.mkdir(exist_ok=True)
+        lines = [f"{type(record).__name__} {record.model_dump_json()}\n" for record in records]
+        write_atomically(self._path(chunk), "".join(lines))
+
+    def read(self, chunk: int) -> list[Record]:
+        """The records of a chunk."""
+        found = []
+        for line in self._path(chunk).read_text(encoding="utf-8").splitlines():
+            kind, _, record = line.partition(" ")
+            found.append(_KINDS[kind].model_validate_json(record))
+        return found
+
+    def drop(self) -> None:
+        """Remove what is left, once all is in the stage's file."""
+        if self._folder.exists():
+            for part in self._folder.iterdir():
+                part.unlink()
+            self._folder.rmdir()
+
+    def _path(self, chunk: int) -> Path:
+        return self._folder / f"{chunk:06d}"
