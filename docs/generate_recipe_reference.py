@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -67,7 +67,7 @@ def _plugins(package: ModuleType, base: type[BaseModel], section: str) -> Iterat
 def _options(kind: type[BaseModel], section: str) -> str:
     required = any(field.is_required() for field in kind.model_fields.values())
     keys = {key: f"{section}.{key}" for key in kind.model_fields}
-    return _table(_rows(kind, keys, None if required else kind()))
+    return _table(_rows(kind, keys, None if required else kind.model_construct()))
 
 
 def _rows(kind: type[BaseModel], keys: dict[str, str], given: BaseModel | None) -> Iterator[str]:
@@ -126,8 +126,10 @@ def _words(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return f"list of {_words(get_args(annotation)[0])}"
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
     if get_origin(annotation) is dict:
-        return "mapping of text to number"
+        return "mapping of text to " + ("number" if get_args(annotation)[1] is float else "values")
     if get_args(annotation):
         return " or ".join(map(_words, get_args(annotation)))
     return "section"

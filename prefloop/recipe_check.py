@@ -17,6 +17,7 @@ from prefloop.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.errors import RecipeError
 from prefloop.generate.templates import PromptSet
 from prefloop.plugins import name_of, names, nearest
+from prefloop.rank.implicit import Implicit
 from prefloop.rows import EMBEDDED as EMBEDDED_DATA
 from prefloop.rows import READERS
 from prefloop.train.sources import EMBEDDED as EMBEDDED_MODELS
@@ -33,6 +34,15 @@ def check(recipe: Recipe) -> list[str]:
         raise RecipeError(
             f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
             f"add a section judge with a name ({', '.join(names(prefloop.rank))})"
+        )
+    if (
+        recipe.method.needs_judge
+        and isinstance(recipe.judge, Implicit)
+        and recipe.judge.needs_policy
+    ):
+        raise RecipeError(
+            "judge 'implicit' compares the policy with the initial one, and in round 0 they are the same; "
+            "name judge.model and judge.reference, or choose another judge"
         )
     for tracker in recipe.track:
         if find_spec(tracker) is None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -59,6 +59,9 @@ class Api(ServerOptions, Judge):
     """Tokens of a reply, its end included; a model that thinks aloud needs more, and a last line that is the verdict."""
     logprobs: bool = True
     """Ask for the log-probs of tokens; false for servers that refuse such requests."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """More fields of each request: what makes a small model answer in form (llama.cpp's grammar, vLLM's
+    structured_outputs), or a large one think less."""
     verdicts: str = "runs/verdicts.jsonl"
     """File that verdicts are appended to and known ones are taken from; several runs may share it."""
 
@@ -160,7 +163,9 @@ class _OpenApi:
     def _ask(self, messages: Sequence[Message]) -> Ask:
         # 20 is the most that OpenAI's interface allows, and more than any scale of ours has options.
         top = 20 if self.options.logprobs else None
-        return Ask(messages, self.options.max_tokens, seed=0, top_logprobs=top)
+        return Ask(
+            messages, self.options.max_tokens, seed=0, top_logprobs=top, extra=self.options.extra
+        )
 
     def _key(self, ask: Ask) -> str:
         asked = [self.options.url, ask.body(self.options.model), self.question.options]

@@ -311,3 +311,10 @@ def test_log_probs_are_asked_for_only_if_wanted(judge: Any) -> None:
 def test_ties_without_pairs_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"ties needs judge\.mode pairwise"):
         Api(url="http://x/v1", model="m", mode="pointwise", ties=True)
+
+
+def test_further_fields_go_into_every_request_and_are_part_of_what_was_asked(judge: Any) -> None:
+    with serve(always_first) as server:
+        judge(server.url).score([prompt()], [["x", "y"]])
+        judge(server.url, extra={"grammar": "root ::= [AB]"}).score([prompt()], [["x", "y"]])
+        assert [body.get("grammar") for body in server.asked] == [None] * 2 + ["root ::= [AB]"] * 2
