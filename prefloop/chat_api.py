@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -105,15 +106,11 @@ class ChatServer:
 
     def __init__(self, options: ServerOptions) -> None:
         """ApiError where the package `openai` or the key's variable is missing; connects to nothing yet."""
-        try:
-            import openai
-        except ImportError as error:
-            raise ApiError(
-                "asking a server needs the package openai; pip install 'prefloop[api]'"
-            ) from error
         self.options = options
+        self._key = demand_client(options)
+        import openai
+
         self._openai = openai
-        self._key = _key(options.key_env)
         pace = _Pace(options.requests_per_minute)
         http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace.wait()]})
         self._client = openai.OpenAI(
@@ -242,13 +239,16 @@ class _Pace:
         time.sleep(max(0.0, turn - time.monotonic()))
 
 
-def _key(variable: str | None) -> str | None:
-    if variable is None:
+def demand_client(options: ServerOptions) -> str | None:
+    """The key, if one is named; ApiError where its variable or the package `openai` is missing."""
+    if find_spec("openai") is None:
+        raise ApiError("asking a server needs the package openai; pip install 'prefloop[api]'")
+    if options.key_env is None:
         return None
-    key = os.environ.get(variable, "").strip()
+    key = os.environ.get(options.key_env, "").strip()
     if not key:
         raise ApiError(
-            f"key_env names the environment variable {variable}, which is not set; export it"
+            f"key_env names the environment variable {options.key_env}, which is not set; export it"
         )
     return key
 

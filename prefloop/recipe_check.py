@@ -44,6 +44,8 @@ def check(recipe: Recipe) -> list[str]:
             "judge 'implicit' compares the policy with the initial one, and in round 0 they are the same; "
             "name judge.model and judge.reference, or choose another judge"
         )
+    if recipe.judge is not None:
+        recipe.judge.check()
     for tracker in recipe.track:
         if find_spec(tracker) is None:
             raise RecipeError(

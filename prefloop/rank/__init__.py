@@ -75,6 +75,9 @@ class Judge(BaseModel):
         """Folders or Hub ids that `open` loads, by option."""
         return {}
 
+    def check(self) -> None:
+        """Raise a PrefloopError for what would stop `open` and can be told without loading or asking."""
+
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:

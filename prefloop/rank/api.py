@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from prefloop.chat_api import Ask, ChatServer, Refused, Reply, ServerOptions
+from prefloop.chat_api import Ask, ChatServer, Refused, Reply, ServerOptions, demand_client
 from prefloop.errors import JudgeError
 from prefloop.progress import Bar
 from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict, finite
@@ -70,6 +70,10 @@ class Api(ServerOptions, Judge):
         if self.ties and self.mode != "pairwise":
             raise ValueError("judge.ties needs judge.mode pairwise; set that, or leave ties out")
         return self
+
+    def check(self) -> None:
+        """ApiError where the client or the key is missing."""
+        demand_client(self)
 
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None

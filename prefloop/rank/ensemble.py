@@ -87,6 +87,11 @@ class Ensemble(Judge):
             for option, source in judge.sources.items()
         }
 
+    def check(self) -> None:
+        """Check every member."""
+        for judge in self.judges:
+            judge.check()
+
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:

@@ -29,10 +29,18 @@ class Python(Judge):
     function: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$")
     """module:function, found as Python finds modules from the working directory; called once a group."""
 
+    def check(self) -> None:
+        """Import the function."""
+        self.imported()
+
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
-        """Import the function; JudgeError where it is not there."""
+        """JudgeError where the function is not there."""
+        return _OpenPython(self.function, self.imported())
+
+    def imported(self) -> Function:
+        """The function; JudgeError where it is not there."""
         module, _, path = self.function.partition(":")
         try:
             found: object = importlib.import_module(module)
@@ -45,7 +53,7 @@ class Python(Judge):
             ) from error
         if not callable(found):
             raise JudgeError(f"judge.function {self.function!r} is no function; name one")
-        return _OpenPython(self.function, found)
+        return found
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RATINGS = ("1", "2", "3", "4", "5")
 SIDES = ("A", "B")
 SIDES_OR_TIE = ("A", "B", "C")
+MARK_LENGTH = 6
 
 
 class SelfJudge(Judge):
@@ -188,7 +189,9 @@ def fence(*texts: str) -> str:
     It is made from the texts, so the same question is always asked in the same words.
     """
     for attempt in count():
-        mark = sha256("\0".join([str(attempt), *texts]).encode("utf-8", "replace")).hexdigest()[:6]
+        mark = sha256("\0".join([str(attempt), *texts]).encode("utf-8", "replace")).hexdigest()[
+            :MARK_LENGTH
+        ]
         if not any(mark in text for text in texts):
             return mark
     raise AssertionError("count() never ends")

@@ -11,7 +11,7 @@ from prefloop import plugins, rank
 from prefloop.causal_lm import open_engine
 from prefloop.errors import JudgeError
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import NoVerdict
+from prefloop.rank import NoVerdict, self_judge
 from prefloop.rank.self_judge import SelfJudge, expected_rating, fence, win_probabilities
 from prefloop.records import Message, Prompt, Request, Response, Sampling, Scored
 
@@ -256,3 +256,8 @@ def test_a_fence_stands_in_none_of_the_texts_and_depends_on_them_alone(texts):
     mark = fence(*texts)
     assert not any(mark in text for text in texts)
     assert fence(*texts) == mark
+
+
+def test_a_mark_that_stands_in_a_text_is_not_taken(monkeypatch):
+    monkeypatch.setattr(self_judge, "MARK_LENGTH", 1)
+    assert {fence("0123456789abcde", f"question {n}xyz".replace("e", "")) for n in "012"} == {"f"}
