@@ -99,7 +99,7 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _yaml(value: Any) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return ", ".join(f"{key}: {number:.3g}" for key, number in value.items())
     if isinstance(value, tuple):
         value = list(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -109,13 +109,15 @@ class Remembering:
         }
         places = iter(sorted(new.values()))
         found = {key: self._known[key] for key in keys if key in self._known}
-        with Bar("judge", len(new)) as bar:
+        # A single batch is left to the bar of whoever does the work.
+        with Bar("judge", len(new)) if len(new) > self.BATCH else nullcontext() as bar:
             while batch := list(islice(places, self.BATCH)):
                 verdicts = self._judge.score(
                     [prompts[p] for p in batch], [groups[p] for p in batch]
                 )
                 found |= {keys[p]: verdict for p, verdict in zip(batch, verdicts, strict=True)}
-                bar.advance(items=len(batch))
+                if bar is not None:
+                    bar.advance(items=len(batch))
         self._known |= found
         for key in list(self._known)[: max(0, len(self._known) - self.KEPT)]:
             del self._known[key]
