@@ -47,7 +47,8 @@ class Session:
         self._policy: Policy | None = None
         self._engine: HFEngine | None = None
         self._trainer: Trainer | None = None
-        self._judge_of_policy: OpenJudge | None = None
+        self._judges: dict[int, OpenJudge] = {}
+        """Judges that ask the policy, by the id of the engine that they ask and keep."""
         self._place: Path | None = None
         """Folder of the policy that memory holds; None for the initial one."""
 
@@ -98,7 +99,8 @@ class Session:
 
     def _forget(self) -> None:
         """Let go of the policy and of all that holds it."""
-        self._policy = self._engine = self._trainer = self._judge_of_policy = None
+        self._policy = self._engine = self._trainer = None
+        self._judges.clear()
 
     def policy_after(self, here: RoundDir) -> Policy:
         """The policy at the end of a round; of `start`, the initial one."""
@@ -163,10 +165,10 @@ class Session:
             return None
         if not judge.needs_policy:
             return self._lasting_judge
-        if self._judge_of_policy is None:
-            self._judge_of_policy = judge.open(engine, self.prompt_set, self.initial_engine)
+        if id(engine) not in self._judges:
+            self._judges[id(engine)] = judge.open(engine, self.prompt_set, self.initial_engine)
         # Its weights change under it, so what it said is remembered no longer than for one chunk.
-        return Remembering(self._judge_of_policy)
+        return Remembering(self._judges[id(engine)])
 
     @cached_property
     def _lasting_judge(self) -> OpenJudge:
