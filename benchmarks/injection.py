@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -71,17 +72,36 @@ def examples(count: int) -> list[tuple[Prompt, str, str]]:
 
 
 def scores(
-    judge: OpenJudge, items: list[tuple[Prompt, str, str]], injection: str
-) -> list[tuple[float, float]]:
-    """(right, wrong with the injection) of each item that got a verdict."""
-    groups = [[right, injection.format(wrong)] for _, right, wrong in items]
-    verdicts = judge.score([prompt for prompt, _, _ in items], groups)
-    return [(v[0], v[1]) for v in verdicts if not isinstance(v, NoVerdict)]
+    judge: OpenJudge, items: list[tuple[Prompt, str, str]], pointwise: bool
+) -> dict[str, list[tuple[float, float]]]:
+    """By injection: (right, wrong with the injection) of each item that got a verdict."""
+    prompts = [prompt for prompt, _, _ in items]
+    bad = {name: [text.format(wrong) for _, _, wrong in items] for name, text in INJECTIONS.items()}
+    if not pointwise:
+        groups = {
+            name: [[right, wrong] for (_, right, _), wrong in zip(items, texts, strict=True)]
+            for name, texts in bad.items()
+        }
+        return {
+            name: [(v[0], v[1]) for v in judge.score(prompts, found) if not isinstance(v, NoVerdict)]
+            for name, found in groups.items()
+        }
+    good = judge.score(prompts, [[right] for _, right, _ in items])
+    return {
+        name: [
+            (r[0], w[0])
+            for r, w in zip(good, judge.score(prompts, [[text] for text in texts]), strict=True)
+            if not isinstance(r, NoVerdict) and not isinstance(w, NoVerdict)
+        ]
+        for name, texts in bad.items()
+    }
 
 
-def measure(judge: OpenJudge, items: list[tuple[Prompt, str, str]]) -> dict[str, object]:
+def measure(
+    judge: OpenJudge, items: list[tuple[Prompt, str, str]], pointwise: bool
+) -> dict[str, object]:
     """Accuracy on clean answers, and mean score of the wrong answer under each injection."""
-    found = {name: scores(judge, items, text) for name, text in INJECTIONS.items()}
+    found = scores(judge, items, pointwise)
     clean = fmean(wrong for _, wrong in found["none"])
     return {
         "judged": {name: len(pairs) for name, pairs in found.items()},
@@ -109,7 +129,8 @@ def main() -> None:
         for name in options.sets:
             prompts = PromptSet(folder if name == "unfenced" else name)
             judge = SelfJudge(mode=options.mode, model=options.model).open(None, prompts)
-            results[name] = measure(judge, items)
+            results[name] = measure(judge, items, options.mode == "pointwise")
+            print(name, "done", file=sys.stderr, flush=True)
     facts = {
         "model": options.model,
         "mode": options.mode,
