@@ -83,7 +83,9 @@ def scores(
             for name, texts in bad.items()
         }
         return {
-            name: [(v[0], v[1]) for v in judge.score(prompts, found) if not isinstance(v, NoVerdict)]
+            name: [
+                (v[0], v[1]) for v in judge.score(prompts, found) if not isinstance(v, NoVerdict)
+            ]
             for name, found in groups.items()
         }
     good = judge.score(prompts, [[right] for _, right, _ in items])
