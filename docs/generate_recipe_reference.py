@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -99,7 +99,7 @@ def _model(annotation: Any) -> type[BaseModel] | None:
 
 
 def _yaml(value: Any) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return ", ".join(f"{key}: {number:.3g}" for key, number in value.items())
     if isinstance(value, tuple):
         value = list(value)
@@ -126,8 +126,10 @@ def _words(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (list, tuple):
         return f"list of {_words(get_args(annotation)[0])}"
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
     if get_origin(annotation) is dict:
-        return "mapping of text to number"
+        return "mapping of text to " + ("number" if get_args(annotation)[1] is float else "values")
     if get_args(annotation):
         return " or ".join(map(_words, get_args(annotation)))
     return "section"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Bar:
-    """Progress of one job. Shows nothing when standard error is not a terminal."""
+    """Progress of one job. Shows nothing when standard error is no terminal, or inside another bar."""
+
+    _shown: ClassVar[int] = 0
 
     def __init__(self, label: str, total: int | None, unit: str = "tok") -> None:
         """`total` counts items (answers, steps), if known; `unit` names what `advance` is told besides."""
@@ -44,7 +47,9 @@ class Bar:
         self._progress.update(self._task, completed=items)
 
     def __enter__(self) -> Bar:
-        self._progress.start()
+        if not Bar._shown:
+            self._progress.start()
+        Bar._shown += 1
         return self
 
     def __exit__(
@@ -53,4 +58,6 @@ class Bar:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        Bar._shown -= 1
+        if not Bar._shown:
+            self._progress.stop()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import prefloop.methods
 import prefloop.rank
 from prefloop.data import read_prompts
+from prefloop.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.errors import RecipeError
 from prefloop.generate.templates import PromptSet
 from prefloop.plugins import name_of, names, nearest
@@ -35,6 +36,14 @@ def check(recipe: Recipe) -> list[str]:
         )
     if recipe.launch is not None:
         _check_launcher(recipe.launch.words())
+    judge = recipe.judge
+    if recipe.method.needs_judge and judge is not None and judge.needs_moved_policy:
+        raise RecipeError(
+            f"judge {name_of(prefloop.rank, judge)!r} compares the policy with the initial one, and in round 0 they are the same; "
+            "name judge.model and judge.reference, or choose another judge"
+        )
+    if judge is not None:
+        judge.check()
     for tracker in recipe.track:
         if find_spec(tracker) is None:
             raise RecipeError(
@@ -60,11 +69,12 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
         )
     sources = {
         "model.source": recipe.model.source,
-        "judge.model": getattr(recipe.judge, "model", None),
+        **{
+            f"judge.{option}": source
+            for option, source in (recipe.judge.sources if recipe.judge else {}).items()
+        },
     }
     for key, source in sources.items():
-        if not isinstance(source, str):
-            continue
         place = Path(source).expanduser()
         if place.is_dir():
             if key == "model.source":
@@ -73,8 +83,13 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             raise RecipeError(f"{key}: {source} is a file; name the folder that holds the model")
         elif source.startswith("embedded:"):
             embedded = source.removeprefix("embedded:")
-            if embedded not in EMBEDDED_MODELS:
-                hint = nearest(embedded, list(EMBEDDED_MODELS))
+            known = (
+                [*EMBEDDED_MODELS, *EMBEDDED_EMBEDDERS]
+                if key != "model.source"
+                else [*EMBEDDED_MODELS]
+            )
+            if embedded not in known:
+                hint = nearest(embedded, known)
                 raise RecipeError(f"{key}: no embedded model {embedded!r}; {hint}")
         elif source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise RecipeError(

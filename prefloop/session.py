@@ -25,7 +25,7 @@ from prefloop.launch import Stage, run_processes
 from prefloop.memory import keep_freed_memory
 from prefloop.methods import Actors
 from prefloop.progress import Bar
-from prefloop.rank import NoVerdict, OpenJudge, Verdict
+from prefloop.rank import NoVerdict, OpenJudge, Remembering, Verdict
 from prefloop.rank.similarity import Similarity
 from prefloop.recipe import Recipe, TrainOptions
 from prefloop.records import Pair, Prompt, RoundResult, read_json
@@ -54,6 +54,8 @@ class Session:
         self._policy: Policy | None = None
         self._engine: HFEngine | None = None
         self._trainer: Trainer | None = None
+        self._judges: dict[int, OpenJudge] = {}
+        """Judges that ask the policy, by the id of the engine that they ask and keep."""
         self._place: Path | None = None
         """Folder of the policy that memory holds; None for the initial one."""
 
@@ -95,7 +97,7 @@ class Session:
         """The policy saved in `place` (None: the initial one), from memory if it stands there."""
         if self._policy is None or self._place != place:
             # One copy at a time: the old one goes before the new one comes.
-            self._policy = self._engine = self._trainer = None
+            self._forget()
             self._policy = Policy.load(
                 initial_source(self.recipe, self.rundir),
                 place,
@@ -104,6 +106,11 @@ class Session:
             )
             self._place = place
         return self._policy
+
+    def _forget(self) -> None:
+        """Let go of the policy and of all that holds it."""
+        self._policy = self._engine = self._trainer = None
+        self._judges.clear()
 
     def policy_after(self, here: RoundDir) -> Policy:
         """The policy at the end of a round; of `start`, the initial one."""
@@ -131,6 +138,12 @@ class Session:
         if self._place is None or self._policy is None:
             return nullcontext()
         return self._policy.at_start()
+
+    @contextmanager
+    def initial_engine(self) -> Iterator[HFEngine]:
+        """Inside, the engine answers as the initial policy."""
+        with self.initial_policy():
+            yield self.engine_at(self._place)
 
     # Who plays.
 
@@ -160,13 +173,17 @@ class Session:
         judge = self.recipe.judge
         if judge is None:
             return None
-        # A judge that asks the policy must see the one in memory; any other is opened once.
-        return judge.open(engine, self.prompt_set) if judge.needs_policy else self._opened_judge
+        if not judge.needs_policy:
+            return self._lasting_judge
+        if id(engine) not in self._judges:
+            self._judges[id(engine)] = judge.open(engine, self.prompt_set, self.initial_engine)
+        # Its weights change under it, so what it said is remembered no longer than for one chunk.
+        return Remembering(self._judges[id(engine)])
 
     @cached_property
-    def _opened_judge(self) -> OpenJudge:
+    def _lasting_judge(self) -> OpenJudge:
         assert self.recipe.judge is not None
-        return self.recipe.judge.open(None, self.prompt_set)
+        return Remembering(self.recipe.judge.open(None, self.prompt_set))
 
     def score_answers(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
         """The judge's scores of single answers; without a judge, similarity to the targets there are."""
@@ -288,7 +305,7 @@ class Session:
                 whole.tokenizer.save_pretrained(temporary)
             replace_folder(temporary, here.policy)
         # The next question for a policy loads the merged one.
-        self._policy = self._engine = self._trainer = None
+        self._forget()
         return facts
 
     def tidy(self, here: RoundDir) -> None:

@@ -1,6 +1,7 @@
 """The closed loop on a tiny model: what it leaves behind, what it does not do twice, and how it is resumed."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from io import StringIO
@@ -20,13 +21,14 @@ from prefloop.chat import Chat
 from prefloop.errors import GuardStop
 from prefloop.loop import Outcome, run
 from prefloop.recipe import Recipe, load_recipe
-from prefloop.records import Candidates
+from prefloop.records import Candidates, Pair
 from prefloop.rundir import Journal, RunDir, read_run
 from prefloop.session import Session
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.packing import TokenGroup
 from prefloop.train.trainer import Trainer
+from tests.fake_chat_server import serve
 
 SAMPLING = {"max_new_tokens": 8}
 # Random weights never stop by themselves, and what they write would not pass any gate.
@@ -317,6 +319,56 @@ def test_a_round_of_rejects_stops_the_run_and_says_why(model_folder, tmp_path):
         play(recipe(model_folder, "arop", method=gates), tmp_path / "a")
     rejects = read_run(tmp_path / "a").rounds()[0].rejects()
     assert Counter((reject.stage, reject.reason) for reject in rejects) == {("pair", "cut off"): 8}
+
+
+def test_the_implicit_reward_measures_from_the_first_update_on(model_folder, tmp_path):
+    small = {"rounds": 1, "prompts_per_round": 4}
+    evaluate = {"prompts": 2, "introspection": False}
+    changes = {"judge": {"name": "implicit"}, "loop": small, "evaluate": evaluate}
+    outcome = play(recipe(model_folder, "arop", **changes), tmp_path / "run")
+    start, after = [result.measures.get("score") for result in outcome.results]
+    assert start is None
+    assert after
+    answers = read_run(tmp_path / "run").round(0).records("answers", Candidates)
+    for answer in answers:
+        # The judge's sums against the evaluation's own means, made outside merged weights.
+        tokens = len(answer.responses["answer"].text.encode()) + 1  # bytes, and end-of-turn
+        moved = (answer.ratings["logprob"] - answer.ratings["logprob_initial"]) * tokens
+        assert answer.scores["answer"] == pytest.approx(0.1 * moved, rel=1e-3, abs=1e-5)
+
+
+def test_a_servers_verdicts_are_asked_for_once_however_often_the_run_is_started(
+    model_folder, tmp_path
+):
+    def longer(body: dict[str, Any]) -> str:
+        first, second = re.findall(
+            r"<(answer_[ab]-\w+)>\n(.*?)\n</\1>", body["messages"][0]["content"], re.DOTALL
+        )
+        return "A" if len(first[1]) >= len(second[1]) else "B"
+
+    file = tmp_path / "verdicts.jsonl"
+    with serve(longer) as server:
+        judge = {"name": "api", "url": server.url, "model": "m", "verdicts": str(file)}
+        small = {"rounds": 1, "prompts_per_round": 4}
+        changes = {"judge": judge, "loop": small, "evaluate": LIGHT}
+        play(recipe(model_folder, "ial", **changes), tmp_path / "first")
+        asked, kept = len(server.asked), file.read_text().count("\n")
+        assert asked == kept > 0
+        play(recipe(model_folder, "ial", **changes), tmp_path / "second")
+        assert len(server.asked) == asked
+    pairs = [
+        read_run(tmp_path / name).round(0).records("pairs", Pair) for name in ("first", "second")
+    ]
+    assert pairs[0] == pairs[1]
+    assert all(len(pair.chosen) >= len(pair.rejected) for pair in pairs[0])
+
+
+def test_judges_that_ask_the_policy_and_others_play_together(model_folder, tmp_path):
+    members = [{"name": "self_judge"}, {"name": "similarity"}]
+    small = {"rounds": 1, "prompts_per_round": 4}
+    changes = {"judge": {"name": "ensemble", "judges": members}, "loop": small}
+    outcome = play(recipe(model_folder, "ial", evaluate=LIGHT, **changes), tmp_path / "run")
+    assert outcome.results[-1].measures["score"] is not None
 
 
 def test_the_best_round_is_published_where_asked_for(model_folder, tmp_path):

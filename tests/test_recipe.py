@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import prefloop.methods
 import prefloop.rank
-from prefloop.errors import DataError, RecipeError
+from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.methods import Method
 from prefloop.methods.ial import IAL
 from prefloop.plugins import names
@@ -393,6 +393,21 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
             f"({', '.join(names(prefloop.rank))})",
         ),
         (
+            "method: {name: ial}\njudge: {name: python, function: 'no_such_module:f'}\n",
+            "judge.function 'no_such_module:f' cannot be imported (No module named 'no_such_module'); "
+            "name it as module:function, from the working directory or an installed package",
+        ),
+        (
+            "method: {name: ial}\njudge:\n  name: ensemble\n  judges:\n    - {name: similarity}\n"
+            "    - {name: api, url: 'http://x/v1', model: m, key_env: PREFLOOP_NO_SUCH_KEY}\n",
+            "key_env names the environment variable PREFLOOP_NO_SUCH_KEY, which is not set; export it",
+        ),
+        (
+            "method: {name: ial}\njudge: {name: implicit}\n",
+            "judge 'implicit' compares the policy with the initial one, and in round 0 they are the "
+            "same; name judge.model and judge.reference, or choose another judge",
+        ),
+        (
             "method: {name: ial, prompt_set: papr}\njudge: {name: similarity}\n",
             "no prompt set 'papr': name one of compact, paper, or a folder with your own .jinja files",
         ),
@@ -431,7 +446,7 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
 )
 def test_check_refuses_what_would_stop_the_run(folder: Path, text: str, sentence: str) -> None:
     few(folder)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(PrefloopError) as caught:
         loaded(text).check()
     assert str(caught.value) == sentence
 

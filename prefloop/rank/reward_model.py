@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from prefloop.generate.engine import Engine
     from prefloop.generate.templates import PromptSet
+    from prefloop.rank import Initial
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,14 @@ class RewardModel(Judge):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """"auto" is the checkpoint's own on a GPU, float32 on the CPU."""
 
-    def open(self, policy: Engine | None, prompts: PromptSet) -> OpenJudge:
+    @property
+    def sources(self) -> dict[str, str]:
+        """The reward model."""
+        return {"model": self.model}
+
+    def open(
+        self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
+    ) -> OpenJudge:
         """Load model and tokenizer; JudgeError where that fails or the model gives no single score."""
         import torch
 

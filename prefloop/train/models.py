@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class Policy:
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     options: ModelOptions
+    _unmerged: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list, repr=False)
+    """Inside `merged`: the adapted weights and what they hold outside it."""
 
     @classmethod
     def load(
@@ -133,6 +135,17 @@ class Policy:
         sharded over processes; optimisers keep their hold on the same parameters. Take no optimiser
         step inside.
         """
+        if self._unmerged:
+            # The adapter is off already, and PEFT would switch it on at the end.
+            merged = [(weight, weight.data) for weight, _ in self._unmerged]
+            for weight, data in self._unmerged:
+                weight.data = data
+            try:
+                yield
+            finally:
+                for weight, data in merged:
+                    weight.data = data
+            return
         if isinstance(self.model, PeftModel):
             wanted = [weight.requires_grad for weight in self.model.parameters()]
             try:
@@ -173,9 +186,12 @@ class Policy:
                     delta = adapted.get_delta_weight(self.model.active_adapter)
                     weight.data = (weight.data.float() + delta).to(weight.dtype)
         try:
+            # The merged weights are the policy; its adapter must not be added a second time.
             with self.at_start():
+                self._unmerged = kept
                 yield
         finally:
+            self._unmerged = []
             for weight, data in kept:
                 weight.data = data
 

@@ -34,18 +34,43 @@ def kind(name: str) -> type[Judge]:
     return plugins.find(prefloop.rank, name, Judge, "judge")
 
 
+def lengths(prompt: Prompt, responses: list[str]) -> list[int]:
+    """A user's function, for the judge that calls one."""
+    return [len(text) for text in responses]
+
+
+# What a judge is told where its defaults alone make no judge. A judge that is not here and has required
+# options is one that loads weights or asks a server; its own tests put it to work.
+EXAMPLES: dict[str, dict[str, object]] = {
+    "rules": {"max_characters": 12, "exclude": ["nobody"]},
+    "python": {"function": f"{__name__}:lengths"},
+    "ensemble": {
+        "judges": [{"name": "similarity"}, {"name": "self_judge"}],
+        "weights": [0.01, 1.0],
+    },
+}
+URL = "http://127.0.0.1:1/v1"
+
+
 def build(name: str) -> Judge:
-    """The judge with its defaults; what has none is the name of a model."""
+    """The judge with its defaults; what has none is the name of a model or a server's address."""
     required = [field for field, info in kind(name).model_fields.items() if info.is_required()]
-    return kind(name).model_validate(dict.fromkeys(required, "owner/model"))
+    given = {field: URL if field == "url" else "owner/model" for field in required}
+    return kind(name).model_validate(EXAMPLES.get(name, given))
 
 
-# A judge with weights of its own is put to work by its own tests.
-WITHOUT_WEIGHTS = [name for name in JUDGES if "model" not in kind(name).model_fields]
+def _needs_weights(name: str) -> bool:
+    required = any(info.is_required() for info in kind(name).model_fields.values())
+    return name not in EXAMPLES and (required or bool(build(name).sources))
+
+
+# It compares the policy with its past, which a fake engine does not have.
+WITHOUT_WEIGHTS = [name for name in JUDGES if not _needs_weights(name) and name != "implicit"]
 
 
 def test_there_are_judges() -> None:
-    assert {"similarity", "self_judge"} <= set(WITHOUT_WEIGHTS)
+    assert {"similarity", "self_judge", "rules", "python", "ensemble"} == set(WITHOUT_WEIGHTS)
+    assert {"pairrm", "reward_model", "api", "implicit"} <= set(JUDGES)
 
 
 @every_judge
@@ -83,6 +108,7 @@ def test_it_gives_one_verdict_a_group_whatever_stands_beside_it(name: str) -> No
 @pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
 def test_an_empty_answer_has_no_verdict_and_spoils_no_other_groups(name: str) -> None:
     judge = build(name).open(FakeEngine(), PromptSet("compact"))
+    assert isinstance(judge.score(PROMPTS[1:2], [GROUPS[1]])[0], tuple)
     verdicts = judge.score(PROMPTS[:2], [["In the sea.", " "], GROUPS[1]])
     assert isinstance(verdicts[0], NoVerdict)
     assert verdicts[0].reason
