@@ -6,6 +6,7 @@ PrefloopError                  anything below; the command line prints it and ex
 ├── ModelError                 a model or tokenizer cannot be found, loaded or used
 ├── GenerationError            the engine could not produce text
 ├── JudgeError                 a judge could not be built or failed too often
+├── ApiError                   a server with OpenAI's interface cannot be reached, refuses, or is none
 ├── TrainingError              the loss is NaN or infinite, or starts where it must not
 ├── GuardStop                  a guard was told to stop the run, and had a reason to
 └── RunFolderError             the run's folder belongs to another recipe, is damaged, or cannot be written
@@ -37,6 +38,10 @@ class GenerationError(PrefloopError, RuntimeError):
 
 class JudgeError(PrefloopError, RuntimeError):
     """A judge cannot be built, or failed on more answers than the recipe allows."""
+
+
+class ApiError(PrefloopError, RuntimeError):
+    """A server cannot be asked: it is away, refuses the key, lacks the model, or speaks otherwise."""
 
 
 class TrainingError(PrefloopError, ArithmeticError):

@@ -1,0 +1,275 @@
+"""Questions to a server with OpenAI's chat interface: vLLM, llama.cpp's server, a provider.
+
+Requests run side by side, are paced, and are repeated with growing pauses (Retry-After is obeyed) by the
+`openai` package, which is imported when a server is opened. The key comes from the environment and goes
+into the request's header, nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefloop.errors import ApiError
+from prefloop.records import Message
+
+
+class ServerOptions(BaseModel):
+    """Which server is asked for which model, and how hard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    url: str = Field(pattern=r"^https?://\S+$")
+    """The server's address up to its version, such as http://127.0.0.1:8000/v1."""
+    model: str
+    """The name by which the server knows the model."""
+    key_env: str | None = None
+    """Environment variable that holds the key; null for a server that asks for none. The key is never written."""
+    concurrency: int = Field(default=8, ge=1, le=1024)
+    """Requests under way at a time."""
+    requests_per_minute: float | None = Field(default=None, gt=0.0)
+    """Requests begun in a minute at most, repeated ones included; null sets no limit."""
+    timeout: float = Field(default=120.0, gt=0.0)
+    """Seconds that one attempt may take."""
+    retries: int = Field(default=8, ge=0)
+    """Further attempts when the server is away, overloaded or too slow: pauses from 0.5 s, doubled up to 8 s."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One chat completion to be asked for."""
+
+    messages: Sequence[Message]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    top_logprobs: int | None = None
+    """That many likeliest tokens with their log-probs at each position; None asks for no log-probs."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the request's body, OpenAI's or the server's own (stop, top_k, min_p ...)."""
+
+    def body(self, model: str) -> dict[str, Any]:
+        """The request as the server gets it."""
+        body: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": m.role, "content": m.content} for m in self.messages],
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+        if self.seed is not None:
+            body["seed"] = self.seed
+        if self.top_logprobs is not None:
+            body |= {"logprobs": True, "top_logprobs": self.top_logprobs}
+        return {**body, **self.extra}
+
+
+@dataclass(frozen=True)
+class Token:
+    """A sampled token and the likeliest ones in its place, as (text, log-prob in nats) where asked for."""
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server answered."""
+
+    text: str
+    finish: str
+    """The server's finish_reason: "stop", "length" ..."""
+    tokens: tuple[Token, ...] = ()
+    """Empty where log-probs were not asked for, or are not offered."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The server will not answer this one request (too long, filtered, ...); others may well be answered."""
+
+    detail: str
+
+
+class ChatServer:
+    """An open connection to one server."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        """ApiError where the package `openai` or the key's variable is missing; connects to nothing yet."""
+        try:
+            import openai
+        except ImportError as error:
+            raise ApiError(
+                "asking a server needs the package openai; pip install 'prefloop[api]'"
+            ) from error
+        self.options = options
+        self._openai = openai
+        self._key = _key(options.key_env)
+        pace = _Pace(options.requests_per_minute)
+        http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace.wait()]})
+        self._client = openai.OpenAI(
+            base_url=options.url,
+            # The package insists on a key, and would look for OPENAI_API_KEY, which nobody named here.
+            api_key=self._key or "none",
+            max_retries=options.retries,
+            timeout=options.timeout,
+            http_client=http,
+        )
+        weakref.finalize(self, http.close)
+
+    def models(self) -> list[str]:
+        """Names of the models that the server says it serves. ApiError where it cannot be asked."""
+        try:
+            return [str(model.id) for model in self._client.models.list()]
+        except (self._openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+            raise self._failure(error) from error
+
+    def complete(self, ask: Ask) -> Reply | Refused:
+        """Ask once (with retries). ApiError where asking anything else would fail too."""
+        try:
+            completion = self._client.post(
+                "/chat/completions", cast_to=object, body=ask.body(self.options.model)
+            )
+            return _reply(completion)
+        except self._openai.APIStatusError as error:
+            # 500 is how several servers say that this one request broke them.
+            if error.status_code in (400, 413, 422, 500):
+                return Refused(f"status {error.status_code}: {self._words(error)}")
+            raise self._failure(error) from error
+        except (self._openai.OpenAIError, LookupError, TypeError, ValueError) as error:
+            raise self._failure(error) from error
+
+    def each(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | Refused]]:
+        """Ask all, `concurrency` at a time; yields (position, answer) as the answers come.
+
+        On an ApiError nothing new is asked; what was under way is still yielded before it is raised.
+        """
+        first_error: ApiError | None = None
+        stopped = threading.Event()
+
+        def work(ask: Ask) -> Reply | Refused | None:
+            return None if stopped.is_set() else self.complete(ask)
+
+        pool = ThreadPoolExecutor(self.options.concurrency, thread_name_prefix="chat")
+        try:
+            places: dict[Future[Reply | Refused | None], int] = {
+                pool.submit(work, ask): place for place, ask in enumerate(asks)
+            }
+            for future in as_completed(places):
+                try:
+                    answer = future.result()
+                except ApiError as error:
+                    stopped.set()
+                    first_error = first_error or error
+                    continue
+                if answer is not None:
+                    yield places[future], answer
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+        if first_error is not None:
+            raise first_error
+
+    def _words(self, error: BaseException) -> str:
+        """The server's own words, on one line, without the key."""
+        body = getattr(error, "body", None)
+        said = body.get("message") if isinstance(body, dict) else None
+        line = " ".join(str(said or error).split())[:200].rstrip(".")
+        return line.replace(self._key, "[key]") if self._key else line
+
+    def _failure(self, error: BaseException) -> ApiError:
+        """What stands between us and the server, in one sentence with a remedy."""
+        url, status = self.options.url, getattr(error, "status_code", None)
+        attempts = f"after {self.options.retries + 1} attempts"
+        if isinstance(error, self._openai.APITimeoutError):
+            return ApiError(
+                f"{url} did not answer within {self.options.timeout:g} s {attempts}; "
+                "raise timeout, or lower concurrency"
+            )
+        if isinstance(error, self._openai.APIConnectionError):
+            return ApiError(
+                f"{url} cannot be reached {attempts}; start the server, or correct url; "
+                "the same command then goes on"
+            )
+        if status in (401, 403):
+            where = f"the key in {self.options.key_env}" if self._key else "a request without a key"
+            return ApiError(f"{url} refuses {where} (status {status}); name the right key_env")
+        if status == 404:
+            return ApiError(
+                f"{url} has no model {self.options.model!r}, or no chat at this address "
+                f"({self._words(error)}); correct model, or url, which usually ends in /v1"
+            )
+        if status == 429:
+            return ApiError(
+                f"{url} accepts no more requests {attempts} ({self._words(error)}); "
+                "lower concurrency or requests_per_minute"
+            )
+        if status is not None:
+            return ApiError(
+                f"{url} fails with status {status} {attempts} ({self._words(error)}); "
+                "see the server's log; the same command then goes on"
+            )
+        return ApiError(
+            f"{url} does not answer as OpenAI's interface does ({type(error).__name__}: "
+            f"{self._words(error)}); correct url, which usually ends in /v1"
+        )
+
+
+class _Pace:
+    """Lets requests begin no faster than so many a minute, evenly spaced."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._free = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        """Sleep until this request's turn."""
+        if not self._gap:
+            return
+        with self._lock:
+            turn = max(self._free, time.monotonic())
+            self._free = turn + self._gap
+        time.sleep(max(0.0, turn - time.monotonic()))
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ApiError(
+            f"key_env names the environment variable {variable}, which is not set; export it"
+        )
+    return key
+
+
+def _reply(completion: Any) -> Reply:
+    """Read the fields that every server has; LookupError, TypeError or ValueError where one is missing."""
+    choice = completion["choices"][0]
+    message = choice["message"]
+    text = message.get("content")
+    if text is None:  # some models refuse in a field of its own, or only think
+        text = message.get("refusal") or ""
+    if not isinstance(text, str):
+        raise TypeError(f"message.content is of type {type(text).__name__}")
+    logprobs = (choice.get("logprobs") or {}).get("content") or ()
+    return Reply(text, str(choice.get("finish_reason")), tuple(map(_token, logprobs)))
+
+
+def _token(entry: Mapping[str, Any]) -> Token:
+    top = entry.get("top_logprobs") or ()
+    return Token(
+        str(entry["token"]),
+        float(entry["logprob"]),
+        tuple((str(one["token"]), float(one["logprob"])) for one in top),
+    )
