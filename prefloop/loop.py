@@ -9,9 +9,10 @@ stage whose manifest is there is not run again.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
     with open_run(folder, recipe.dump()) as rundir:
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)
-        results = loop.play()
-        policy = loop.finish(results)
+        with closing(loop.session.outside):
+            results = loop.play()
+            policy = loop.finish(results)
         rundir.event("end")
     return Outcome(folder, policy, results)
 
@@ -83,8 +85,8 @@ class _Loop:
             here = self.rundir.round(number)
             self._generate(here)
             self._rank(here)
-            pairs = self._pair(here)
-            self._train(here, pairs)
+            self._pair(here)
+            self._train(here)
             if self.recipe.evaluate.every_round or number == last:
                 results.append(self._evaluate(here))
                 self._guard(results)
@@ -106,41 +108,38 @@ class _Loop:
             with self.session.generator(here) as actors:
                 return list(self.recipe.method.generate(prompts, actors(seed)))
 
-        self._chunked(
-            here, "candidates", lambda: self.session.prompts(here.number), work, Candidates
-        )
+        self._chunked(here, "candidates", lambda: self.session.prompts(here.number), work)
 
     def _rank(self, here: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
             with self.session.generator(here) as actors:
                 return list(self.recipe.method.rank(groups, actors(seed)))
 
-        self._chunked(
-            here, "ranked", lambda: here.records("candidates", Candidates), work, Candidates
-        )
+        self._chunked(here, "ranked", lambda: here.stream("candidates", Candidates), work)
 
-    def _pair(self, here: RoundDir) -> list[Pair]:
+    def _pair(self, here: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
             return list(self.recipe.method.pair(groups, here.number))
 
-        self._chunked(here, "pairs", lambda: here.records("ranked", Candidates), work, Pair)
-        pairs, rejects = here.records("pairs", Pair), here.rejects()
-        share = len(rejects) / max(1, len(pairs) + len(rejects))
+        self._chunked(here, "pairs", lambda: here.stream("ranked", Candidates), work)
+        pairs, reasons = here.count("pairs"), here.reasons()
+        total = pairs + reasons.total()
+        share = reasons.total() / max(1, total)
         if not pairs or share > self.recipe.guard.max_reject_share:
-            reasons = Counter(reject.reason for reject in rejects).most_common()
             raise GuardStop(
-                f"round {here.number} made {len(pairs)} pairs of {len(pairs) + len(rejects)} prompts "
-                f"({', '.join(f'{n} {reason}' for reason, n in reasons)}); see {here.path}/rejects.jsonl, "
-                "and change the method's gates or prompts, or guard.max_reject_share"
+                f"round {here.number} made {pairs} pairs of {total} prompts "
+                f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
+                f"{here.path}/rejects.jsonl, and change the method's gates or prompts, "
+                "or guard.max_reject_share"
             )
-        return pairs
 
-    def _train(self, here: RoundDir, pairs: list[Pair]) -> None:
+    def _train(self, here: RoundDir) -> None:
         if here.manifest("train"):
             # Once more, for a run that was killed between the manifest and this.
             self.session.tidy(here)
             return
         watch = Stopwatch()
+        pairs = here.records("pairs", Pair)
         if self.recipe.loop.mix_previous and here.number > 0:
             pairs = self.rundir.round(here.number - 1).records("pairs", Pair) + pairs
         facts = self.session.train(here, pairs)
@@ -164,7 +163,7 @@ class _Loop:
         if here.manifest("result") and (found := here.records("result", RoundResult)):
             return found[0]
         watch = Stopwatch()
-        self._chunked(here, "answers", self.session.held_out, self._answer(here), Candidates)
+        self._chunked(here, "answers", self.session.held_out, self._answer(here))
         start = self.rundir.round(-1).records("answers", Candidates)
         answers = here.records("answers", Candidates)
         measures = answer_measures(answers, start, seed=self.recipe.seed)
@@ -183,9 +182,11 @@ class _Loop:
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
             engine = self.session.engine_after(here)
             asks = [Request(messages=prompt.messages) for prompt in prompts]
+            with self.session.player() as player:
+                answers = player.sample(asks, sampling, seed=seed, label="evaluate")
+            texts = [answer.text for answer in answers]
+            # Divergence compares two models: both are asked in process.
             with self.session.policy_after(here).merged():
-                answers = engine.sample(asks, sampling, seed=seed, label="evaluate")
-                texts = [answer.text for answer in answers]
                 now = engine.score(asks, texts)
             with self.session.initial_policy():
                 initial = engine.score(asks, texts)
@@ -209,12 +210,12 @@ class _Loop:
         method = self.recipe.method
 
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
-            actors = self.session.actors_after(here, seed)
-            with self.session.policy_after(here).merged():
+            with self.session.measured(here) as actors_for:
+                actors = actors_for(seed)
                 groups = [g for g in method.generate(prompts, actors) if isinstance(g, Candidates)]
                 return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
 
-        self._chunked(here, "introspection", self.session.held_out, work, Candidates)
+        self._chunked(here, "introspection", self.session.held_out, work)
         return method.measures(here.records("introspection", Candidates))
 
     def _guard(self, results: Sequence[RoundResult]) -> None:
@@ -231,37 +232,36 @@ class _Loop:
     # What all stages share.
 
     def _chunked(
-        self,
-        here: RoundDir,
-        stage: str,
-        items: Callable[[], Sequence[Any]],
-        work: Work,
-        kind: type[Record],
+        self, here: RoundDir, stage: str, items: Callable[[], Iterable[Any]], work: Work
     ) -> None:
         """Run a stage chunk by chunk unless it is done; each chunk has a seed of its own place."""
         if here.manifest(stage):
             return
-        watch = Stopwatch()
-        everything, size = items(), self.recipe.generate.chunk_size
+        watch, flow = Stopwatch(), items()
         journal = Journal(here.path, stage)
         # Held-out prompts meet the same random numbers after every round, so that rounds compare.
         place = "held-out" if stage in ("answers", "introspection") else here.number
-        for number in range(journal.chunks, -(-len(everything) // size)):
+        chunks = enumerate(_chunks(flow, self.recipe.generate.chunk_size))
+        for number, chunk in islice(chunks, journal.chunks, None):
             seed = derive_seed(self.recipe.seed, place, stage, number)
-            chunk = everything[number * size : (number + 1) * size]
             journal.append(list(work(chunk, seed)))
-        made = len(here.records(stage, kind))
-        rejected = Counter(reject.reason for reject in here.rejects())
+        made, reasons = here.count(stage), here.reasons()
         here.finish(
             stage,
             records=made,
-            rejects=dict(rejected),
+            rejects=dict(reasons),
             output=here.digest(stage),
             seconds=watch.seconds,
         )
         if stage in ("candidates", "pairs"):
-            self._say(here, stage, {stage: made, "rejects": len(here.rejects())}, watch)
+            self._say(here, stage, {stage: made, "rejects": reasons.total()}, watch)
 
     def _say(self, here: RoundDir, stage: str, counts: dict[str, int], watch: Stopwatch) -> None:
         self.console.print(stage_line(here.number, stage, counts, watch.seconds), highlight=False)
         self.rundir.event("stage", round=here.number, stage=stage, **counts, seconds=watch.seconds)
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one of what is left."""
+    flow = iter(items)
+    return iter(lambda: list(islice(flow, size)), [])

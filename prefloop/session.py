@@ -7,6 +7,7 @@ round's folder, so a resumed run and an unbroken one go through the same weights
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -16,10 +17,13 @@ from typing import Any
 
 from prefloop.data import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
+from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.probe import probe
 from prefloop.generate.templates import PromptSet
 from prefloop.memory import keep_freed_memory
 from prefloop.methods import Actors
+from prefloop.outside import Outside, initial_source
 from prefloop.rank import NoVerdict, OpenJudge, Verdict
 from prefloop.rank.similarity import Similarity
 from prefloop.recipe import Recipe, TrainOptions
@@ -27,11 +31,12 @@ from prefloop.records import Pair, Prompt, RoundResult, read_json
 from prefloop.report.model_card import CardFacts, write_model_card
 from prefloop.rundir import RoundDir, RunDir, replace_folder
 from prefloop.seeds import derive_seed
+from prefloop.spool import Spool
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
-from prefloop.train.sources import EMBEDDED, ModelOptions, quiet
+from prefloop.train.sources import EMBEDDED, quiet
 from prefloop.train.trainer import Job, Trainer, read_metrics
 
 OPTIMIZER = "optimizer.safetensors"
@@ -47,6 +52,7 @@ class Session:
         self._policy: Policy | None = None
         self._engine: HFEngine | None = None
         self._trainer: Trainer | None = None
+        self.outside = Outside(recipe, rundir)
         self._place: Path | None = None
         """Folder of the policy that memory holds; None for the initial one."""
 
@@ -63,18 +69,20 @@ class Session:
             or (self.recipe.judge is not None and self.recipe.judge.needs_target),
             seed=self.recipe.seed,
             count_tokens=chat.count,
+            folder=self.rundir.path,
         )
         self.rundir.event(
             "data", train=len(data.train), eval=len(data.eval), dropped=dict(data.dropped)
         )
         return data
 
-    def prompts(self, round: int) -> list[Prompt]:
+    def prompts(self, round: int) -> Spool:
         """The round's subset of the training prompts."""
-        size = self.recipe.loop.prompts_per_round
-        return round_subset(self.data.train, round=round, size=size, seed=self.recipe.seed)
+        everything, size = self.data.train, self.recipe.loop.prompts_per_round
+        chosen = round_subset(len(everything), round=round, size=size, seed=self.recipe.seed)
+        return everything.picked(chosen)
 
-    def held_out(self) -> list[Prompt]:
+    def held_out(self) -> Spool:
         """The evaluation prompts: the first ones of the evaluation data."""
         if not self.data.eval:
             raise DataError(
@@ -104,7 +112,7 @@ class Session:
         return self.policy_after(self.rundir.round(here.number - 1))
 
     def engine_at(self, place: Path | None) -> HFEngine:
-        """The engine over `policy_at(place)`."""
+        """The engine in process over `policy_at(place)`."""
         policy = self.policy_at(place)
         if self._engine is None:
             size = self.recipe.generate.batch_size
@@ -112,7 +120,7 @@ class Session:
         return self._engine
 
     def engine_after(self, here: RoundDir) -> HFEngine:
-        """The engine over the policy at the end of a round."""
+        """The engine in process over the policy at the end of a round."""
         self.policy_after(here)
         return self.engine_at(self._place)
 
@@ -124,6 +132,22 @@ class Session:
 
     # Who plays.
 
+    @contextmanager
+    def player(self, *, initial: bool = False) -> Iterator[Engine]:
+        """Inside, the engine that plays the policy in memory, or the initial policy."""
+        outside = self.outside.engine(self.policy_at(self._place), self._chat)
+        if outside is None or not self.recipe.engine.plays_policy:
+            with self.initial_policy() if initial else self.policy_at(self._place).merged():
+                yield self.engine_at(self._place)
+            return
+
+        def trainer() -> list[float]:
+            with self.initial_policy() if initial else nullcontext():
+                return probe(self.engine_at(self._place))
+
+        self.outside.serve(None if initial else self._place, trainer)
+        yield outside
+
     @cached_property
     def prompt_set(self) -> PromptSet:
         """The prompts that the recipe names."""
@@ -132,26 +156,28 @@ class Session:
     @contextmanager
     def generator(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
         """Actors for a round's generation, by chunk seed: the current policy, or the frozen initial one."""
-        policy = self.policy_before(here)
-        frozen = self.recipe.method.generator == "frozen"
-        with self.initial_policy() if frozen else policy.merged():
-            yield lambda seed: self._actors(here, seed)
+        self.policy_before(here)
+        with self.player(initial=self.recipe.method.generator == "frozen") as player:
+            outside = self.outside.engine(self.policy_at(self._place), self._chat)
+            yield self._actors(outside or player, player, here)
 
-    def actors_after(self, here: RoundDir, seed: int) -> Actors:
-        """Actors with the policy at the end of a round, for measuring it."""
+    @contextmanager
+    def measured(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
+        """Actors, by chunk seed, with the policy at the end of a round, for measuring it."""
         self.policy_after(here)
-        return self._actors(here, seed)
+        with self.player() as player:
+            yield self._actors(player, player, here)
 
-    def _actors(self, here: RoundDir, seed: int) -> Actors:
-        engine = self.engine_at(self._place)
-        return Actors(engine, self._judge(engine), self.prompt_set, here.number, seed)
+    def _actors(self, writer: Engine, policy: Engine, here: RoundDir) -> Callable[[int], Actors]:
+        judge, prompts = self._judge(policy), self.prompt_set
+        return lambda seed: Actors(writer, judge, prompts, here.number, seed)
 
-    def _judge(self, engine: HFEngine) -> OpenJudge | None:
+    def _judge(self, policy: Engine) -> OpenJudge | None:
         judge = self.recipe.judge
         if judge is None:
             return None
         # A judge that asks the policy must see the one in memory; any other is opened once.
-        return judge.open(engine, self.prompt_set) if judge.needs_policy else self._opened_judge
+        return judge.open(policy, self.prompt_set) if judge.needs_policy else self._opened_judge
 
     @cached_property
     def _opened_judge(self) -> OpenJudge:
@@ -178,6 +204,7 @@ class Session:
 
     def train(self, here: RoundDir, pairs: Sequence[Pair]) -> dict[str, Any]:
         """Train the round's policy on pairs and save it."""
+        self.outside.rest()
         policy, method, loop = self.policy_before(here), self.recipe.method, self.recipe.loop
         if self._engine is not None:
             self._engine.release()
@@ -281,16 +308,14 @@ class Session:
             # The adapter fits the fine-tuned model of round 0, not the one it came from.
             base = "rounds/start/policy"
         rounds = self.rundir.rounds()
-        rejects: dict[str, int] = {}
-        for reject in (reject for folder in rounds for reject in folder.rejects()):
-            rejects[reject.reason] = rejects.get(reject.reason, 0) + 1
+        rejects = sum((folder.reasons() for folder in rounds), Counter[str]())
         write_model_card(
             temporary,
             CardFacts(
                 recipe=self.recipe.model_dump(mode="json"),
                 results=results,
                 environment=read_json(self.rundir.path / "environment.json"),
-                pairs=sum(len(folder.records("pairs", Pair)) for folder in rounds),
+                pairs=sum(folder.count("pairs") for folder in rounds),
                 rejects=rejects,
                 base_model=base,
                 license=embedded.license if embedded else None,
@@ -298,14 +323,6 @@ class Session:
         )
         replace_folder(temporary, final)
         return final
-
-
-def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:
-    """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
-    start = run.round(-1)
-    if recipe.sft is not None and start.manifest("sft"):
-        return recipe.model.model_copy(update={"source": str(start.policy.resolve())})
-    return recipe.model
 
 
 def _sft_loss(logps: GroupLogps, progress: float) -> LossOutput:
