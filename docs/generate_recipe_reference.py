@@ -12,8 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import prefloop.generate.engines
 import prefloop.methods
 import prefloop.rank
+from prefloop.generate.engines import EngineOptions
 from prefloop.methods import Method
 from prefloop.plugins import find, names
 from prefloop.rank import Judge
@@ -45,6 +47,8 @@ def reference() -> str:
             parts += _plugins(prefloop.methods, Method, section)
         elif section == "judge":
             parts += _plugins(prefloop.rank, Judge, section)
+        elif section == "engine":
+            parts += _plugins(prefloop.generate.engines, EngineOptions, section)
         else:
             kind = _model(field.annotation)
             assert kind is not None
@@ -61,7 +65,8 @@ def _plugins(package: ModuleType, base: type[BaseModel], section: str) -> Iterat
         if schedule:
             lines = yaml.safe_dump({k: dict(v) for k, v in schedule.items()}, sort_keys=False)
             yield f"Its schedule:\n\n```yaml\n{lines}```\n"
-        yield _options(kind, section)
+        if kind.model_fields:
+            yield _options(kind, section)
 
 
 def _options(kind: type[BaseModel], section: str) -> str:

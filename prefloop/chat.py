@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from prefloop.errors import ModelError
+from prefloop.errors import GenerationError, ModelError
 from prefloop.records import Message
 
 # Stands for a special string while the template is rendered; _OPEN inside a text is masked like one.
@@ -76,6 +76,23 @@ class Chat:
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+    def token_texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Each token as text. Some decoders drop the space of a text's first token, so another goes first."""
+        first = self.text_ids("x")
+        rows = [first, *([*first, token] for token in ids)]
+        texts = self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
+        return tuple(text[len(texts[0]) :] for text in texts[1:])
+
+    def first_ids(self, options: Sequence[str]) -> list[int]:
+        """The first token of each option; GenerationError where two begin with the same one."""
+        firsts = [self.text_ids(option)[0] for option in options]
+        if len(set(firsts)) < len(firsts):
+            raise GenerationError(
+                f"the options {', '.join(options)} do not differ in their first token; "
+                "use options that do, such as digits or letters"
+            )
+        return firsts
 
     def count(self, text: str) -> int:
         """Number of tokens of a text."""

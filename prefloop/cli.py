@@ -46,6 +46,7 @@ class Kind(StrEnum):
 
     methods = "methods"
     judges = "judges"
+    engines = "engines"
     recipes = "recipes"
     models = "models"
 
@@ -228,10 +229,11 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, name to line.")] = False,
 ) -> None:
-    """List methods, judges, recipes or embedded models, with a line on each."""
+    """List methods, judges, engines, recipes or embedded models, with a line on each."""
     listing = {
         Kind.methods: _methods,
         Kind.judges: _judges,
+        Kind.engines: _engines,
         Kind.recipes: _recipes,
         Kind.models: _models,
     }[kind]()
@@ -272,6 +274,16 @@ def _judges() -> dict[str, str]:
 
     return {
         name: _first_line(find(package, name, package.Judge, "judge")) for name in names(package)
+    }
+
+
+def _engines() -> dict[str, str]:
+    import prefloop.generate.engines as package
+    from prefloop.plugins import find, names
+
+    return {
+        name: _first_line(find(package, name, package.EngineOptions, "engine"))
+        for name in names(package)
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from random import Random
 from typing import Literal, TypeAlias
 
@@ -15,6 +17,7 @@ from prefloop.errors import DataError
 from prefloop.records import Message, Prompt
 from prefloop.rows import EMBEDDED, Row, open_rows
 from prefloop.seeds import derive_seed
+from prefloop.spool import Spool
 
 Part: TypeAlias = Literal["train", "eval"]
 CountTokens: TypeAlias = Callable[[str], int]
@@ -70,23 +73,28 @@ class DataOptions(BaseModel):
 class LoadedData:
     """The prompts of a run, and how many rows were left out for which reason."""
 
-    train: list[Prompt]
-    eval: list[Prompt]
+    train: Spool
+    eval: Spool
     dropped: dict[str, int]
     """Reason -> rows; reasons of the evaluation source begin with "eval: "."""
 
 
 def load_data(
-    options: DataOptions, *, needs_target: bool, seed: int, count_tokens: CountTokens | None
+    options: DataOptions,
+    *,
+    needs_target: bool,
+    seed: int,
+    count_tokens: CountTokens | None,
+    folder: Path | None = None,
 ) -> LoadedData:
-    """All prompts of a run. Without `count_tokens` no length is checked.
+    """All prompts of a run, kept in a nameless file of `folder`. Without `count_tokens` no length is checked.
 
     With `holdout`, copies of a held-out conversation leave the training prompts too and are counted.
     Raises DataError where a row is malformed or no row fits the length limits.
     """
     dropped: Counter[str] = Counter()
 
-    def read(source: str, part: Part, limit: int | None = None) -> list[Prompt]:
+    def read(source: str, part: Part, limit: int | None = None) -> Spool:
         def fits(prompt: Prompt) -> bool:
             reason = _too_long(prompt, options, needs_target, count_tokens)
             if reason:
@@ -94,13 +102,13 @@ def load_data(
             return reason is None
 
         rows = read_prompts(source, options, part=part, needs_target=needs_target)
-        prompts = list(islice(filter(fits, rows), limit))
+        prompts = Spool(islice(filter(fits, rows), limit), folder)
         if not prompts:
             raise DataError(f"every row of {source} is too long; raise data.max_*_tokens")
         return prompts
 
     train = read(options.train, "train", options.limit)
-    held_out: list[Prompt] = []
+    held_out = train[:0]
     if options.eval is not None:
         held_out = read(options.eval, "eval")
     elif options.holdout:
@@ -142,35 +150,43 @@ def read_prompts(
         raise DataError(f"{source} holds no rows; name a source with prompts in data.{part}")
 
 
-def round_subset(prompts: Sequence[Prompt], *, round: int, size: int, seed: int) -> list[Prompt]:
-    """The `size` prompts of one round (from 0); pure, so that any round can be drawn by itself.
+def round_subset(count: int, *, round: int, size: int, seed: int) -> Sequence[int]:
+    """Which `size` of `count` prompts one round (from 0) takes; pure, so that any round can be drawn by itself.
 
     Rounds walk through a seeded permutation of all prompts, then through the next one, so that each
     prompt comes once before any comes twice. A round that crosses from one permutation to the next
-    takes prompts that it does not hold yet. DataError unless 1 <= size <= len(prompts).
+    takes prompts that it does not hold yet. DataError unless 1 <= size <= count.
     """
-    if not 1 <= size <= len(prompts):
+    if not 1 <= size <= count:
         raise DataError(
-            f"a round of {size} prompts cannot be drawn from {len(prompts)}; set "
+            f"a round of {size} prompts cannot be drawn from {count}; set "
             "loop.prompts_per_round to at most that, or give more data"
         )
     assert round >= 0
-    tail: list[int] = []
+    tail = array("Q")
     done = epoch = 0
     while True:
-        order = list(range(len(prompts)))
+        order = array("Q", range(count))
         Random(derive_seed(seed, "prompts", epoch)).shuffle(order)
-        held = set(tail)
-        lead = [index for index in order if index not in held][: size - len(tail)]
-        led = set(lead)
-        walk = tail + lead + [index for index in order if index not in led]
+        held = _marked(count, tail)
+        lead = array("Q", islice((i for i in order if not held[i]), size - len(tail)))
+        led = _marked(count, lead)
+        walk = tail + lead + array("Q", (i for i in order if not led[i]))
         rounds = len(walk) // size
         if round < done + rounds:
             start = (round - done) * size
-            return [prompts[index] for index in walk[start : start + size]]
+            return walk[start : start + size]
         tail = walk[rounds * size :]
         done += rounds
         epoch += 1
+
+
+def _marked(count: int, chosen: Iterable[int]) -> bytearray:
+    """A set of small numbers at a byte each."""
+    marks = bytearray(count)
+    for index in chosen:
+        marks[index] = 1
+    return marks
 
 
 def _too_long(
@@ -185,15 +201,16 @@ def _too_long(
     return None
 
 
-def _hold_out(prompts: list[Prompt], count: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def _hold_out(prompts: Spool, count: int, seed: int) -> tuple[Spool, Spool]:
     """Draw `count` prompts by seed; the others, without copies of the drawn, and the drawn."""
-    distinct = len({prompt.messages for prompt in prompts})
+    distinct = len({hash(prompt.messages) for prompt in prompts})
     if count >= distinct:
         raise DataError(f"data.holdout is {count} of {distinct} different prompts; lower it")
     drawn = set(Random(derive_seed(seed, "holdout")).sample(range(len(prompts)), count))
-    held_out = [prompts[index] for index in sorted(drawn)]
+    held_out = prompts.picked(sorted(drawn))
     known = {prompt.messages for prompt in held_out}
-    return [prompt for prompt in prompts if prompt.messages not in known], held_out
+    rest = (number for number, prompt in enumerate(prompts) if prompt.messages not in known)
+    return prompts.picked(rest), held_out
 
 
 # Rows to prompts

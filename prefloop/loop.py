@@ -9,9 +9,10 @@ stage whose manifest is there is not run again.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from prefloop.rank import NoVerdict
 from prefloop.recipe import Recipe
 from prefloop.records import (
     Candidates,
-    Pair,
     Prompt,
     Record,
     Request,
@@ -58,8 +58,9 @@ def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
     with open_run(folder, recipe.dump()) as rundir:
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)
-        results = loop.play()
-        policy = loop.finish(results)
+        with closing(loop.session.outside):
+            results = loop.play()
+            policy = loop.finish(results)
         rundir.event("end")
     return Outcome(folder, policy, results)
 
@@ -126,32 +127,29 @@ class _Loop:
             with self.session.generator(here) as actors:
                 return list(self.recipe.method.generate(prompts, actors(seed)))
 
-        self._chunked(
-            here, "candidates", lambda: self.session.prompts(here.number), work, Candidates
-        )
+        self._chunked(here, "candidates", lambda: self.session.prompts(here.number), work)
 
     def _rank(self, here: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
             with self.session.generator(here) as actors:
                 return list(self.recipe.method.rank(groups, actors(seed)))
 
-        self._chunked(
-            here, "ranked", lambda: here.records("candidates", Candidates), work, Candidates
-        )
+        self._chunked(here, "ranked", lambda: here.stream("candidates", Candidates), work)
 
     def _pair(self, here: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
             return list(self.recipe.method.pair(groups, here.number))
 
-        self._chunked(here, "pairs", lambda: here.records("ranked", Candidates), work, Pair)
-        pairs, rejects = here.records("pairs", Pair), here.rejects()
-        share = len(rejects) / max(1, len(pairs) + len(rejects))
+        self._chunked(here, "pairs", lambda: here.stream("ranked", Candidates), work)
+        pairs, reasons = here.count("pairs"), here.reasons()
+        total = pairs + reasons.total()
+        share = reasons.total() / max(1, total)
         if not pairs or share > self.recipe.guard.max_reject_share:
-            reasons = Counter(reject.reason for reject in rejects).most_common()
             raise GuardStop(
-                f"round {here.number} made {len(pairs)} pairs of {len(pairs) + len(rejects)} prompts "
-                f"({', '.join(f'{n} {reason}' for reason, n in reasons)}); see {here.path}/rejects.jsonl, "
-                "and change the method's gates or prompts, or guard.max_reject_share"
+                f"round {here.number} made {pairs} pairs of {total} prompts "
+                f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
+                f"{here.path}/rejects.jsonl, and change the method's gates or prompts, "
+                "or guard.max_reject_share"
             )
 
     def _train(self, here: RoundDir) -> None:
@@ -196,7 +194,7 @@ class _Loop:
         return result
 
     def _answer_held_out(self, here: RoundDir) -> None:
-        self._chunked(here, "answers", self.session.held_out, self._answer(here), Candidates)
+        self._chunked(here, "answers", self.session.held_out, self._answer(here))
 
     def _answer(self, here: RoundDir) -> Work:
         sampling = self.recipe.evaluate.sampling or self.recipe.method.sampling
@@ -204,9 +202,11 @@ class _Loop:
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
             engine = self.session.engine_after(here)
             asks = [Request(messages=prompt.messages) for prompt in prompts]
+            with self.session.player() as player:
+                answers = player.sample(asks, sampling, seed=seed, label="evaluate")
+            texts = [answer.text for answer in answers]
+            # Divergence compares two models: both are asked in process.
             with self.session.policy_after(here).merged():
-                answers = engine.sample(asks, sampling, seed=seed, label="evaluate")
-                texts = [answer.text for answer in answers]
                 now = engine.score(asks, texts)
             with self.session.initial_policy():
                 initial = engine.score(asks, texts)
@@ -230,12 +230,12 @@ class _Loop:
         method = self.recipe.method
 
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
-            actors = self.session.actors_after(here, seed)
-            with self.session.policy_after(here).merged():
+            with self.session.measured(here) as actors_for:
+                actors = actors_for(seed)
                 groups = [g for g in method.generate(prompts, actors) if isinstance(g, Candidates)]
                 return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
 
-        self._chunked(here, "introspection", self.session.held_out, work, Candidates)
+        self._chunked(here, "introspection", self.session.held_out, work)
 
     def _guard(self, results: Sequence[RoundResult]) -> None:
         tripped = check_guards(results[-1].measures, results[0].measures, self.recipe.guard)
@@ -251,49 +251,48 @@ class _Loop:
     # What all stages share.
 
     def _chunked(
-        self,
-        here: RoundDir,
-        stage: str,
-        items: Callable[[], Sequence[Any]],
-        work: Work,
-        kind: type[Record],
+        self, here: RoundDir, stage: str, items: Callable[[], Iterable[Any]], work: Work
     ) -> None:
         """Run a stage chunk by chunk unless it is done; each chunk has a seed of its own place."""
         if here.manifest(stage):
             return
-        watch = Stopwatch()
-        everything, size = items(), self.recipe.generate.chunk_size
-        chunks, parts = -(-len(everything) // size), Parts(here.path, stage)
+        watch, flow, parts = Stopwatch(), items(), Parts(here.path, stage)
         # Held-out prompts meet the same random numbers after every round, so that rounds compare.
         place = "held-out" if stage in ("answers", "introspection") else here.number
+        chunks = enumerate(_chunks(flow, self.recipe.generate.chunk_size))
 
-        def make(number: int) -> list[Record]:
-            seed = derive_seed(self.recipe.seed, place, stage, number)
-            return list(work(everything[number * size : (number + 1) * size], seed))
+        def make(number: int, chunk: list[Any]) -> list[Record]:
+            return list(work(chunk, derive_seed(self.recipe.seed, place, stage, number)))
 
         if self.share is not None:
-            for number in range(self.share[0], chunks, self.share[1]):
+            for number, chunk in islice(chunks, self.share[0], None, self.share[1]):
                 if not parts.has(number):
-                    parts.write(number, make(number))
+                    parts.write(number, make(number, chunk))
             return
         journal = Journal(here.path, stage)
-        if stage != "pairs" and not all(map(parts.has, range(journal.chunks, chunks))):
+        if stage != "pairs" and not parts.complete:
             self.session.share(here, stage)
-        for number in range(journal.chunks, chunks):
-            journal.append(parts.read(number) if parts.has(number) else make(number))
-        made = len(here.records(stage, kind))
-        rejected = Counter(reject.reason for reject in here.rejects())
+            parts.finish()
+        for number, chunk in islice(chunks, journal.chunks, None):
+            journal.append(parts.read(number) if parts.has(number) else make(number, chunk))
+        made, reasons = here.count(stage), here.reasons()
         here.finish(
             stage,
             records=made,
-            rejects=dict(rejected),
+            rejects=dict(reasons),
             output=here.digest(stage),
             seconds=watch.seconds,
         )
         parts.drop()
         if stage in ("candidates", "pairs"):
-            self._say(here, stage, {stage: made, "rejects": len(here.rejects())}, watch)
+            self._say(here, stage, {stage: made, "rejects": reasons.total()}, watch)
 
     def _say(self, here: RoundDir, stage: str, counts: dict[str, int], watch: Stopwatch) -> None:
         self.console.print(stage_line(here.number, stage, counts, watch.seconds), highlight=False)
         self.rundir.event("stage", round=here.number, stage=stage, **counts, seconds=watch.seconds)
+
+
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items, the last one of what is left."""
+    flow = iter(items)
+    return iter(lambda: list(islice(flow, size)), [])

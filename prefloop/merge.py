@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from prefloop.errors import RunFolderError
+from prefloop.outside import initial_source
 from prefloop.recipe import load_recipe
 from prefloop.rundir import read_run, replace_folder
-from prefloop.session import initial_source
 from prefloop.train.models import Policy
 from prefloop.train.sources import quiet
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from prefloop.records import Candidates, Pair, Record, Reject
 from prefloop.rundir import write_atomically
 
+_ALL = "all"
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Candidates, Pair, Reject)}
 
 
@@ -16,6 +17,16 @@ class Parts:
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._folder = folder / f".{stage}.parts"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the processes have made all that they were to make."""
+        return (self._folder / _ALL).exists()
+
+    def finish(self) -> None:
+        """Note that they have; without parts there is nothing to note."""
+        if self._folder.exists():
+            (self._folder / _ALL).touch()
 
     def has(self, chunk: int) -> bool:
         """Whether the chunk is there, whole."""

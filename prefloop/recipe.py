@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FieldSerializationInfo,
     ValidationError,
     create_model,
     field_serializer,
@@ -26,10 +27,13 @@ from pydantic import (
     model_validator,
 )
 
+import prefloop.generate.engines
 import prefloop.methods
 import prefloop.rank
 from prefloop.data import DataOptions
 from prefloop.errors import RecipeError
+from prefloop.generate.engines import EngineOptions
+from prefloop.generate.engines.hf import InProcess
 from prefloop.launch import LaunchOptions
 from prefloop.methods import Method
 from prefloop.plugins import find, name_of, names, nearest
@@ -41,6 +45,11 @@ from prefloop.validation import build, model_in, sentence
 from prefloop.yaml_text import dump_yaml, overridden, parse_yaml, shown
 
 M = TypeVar("M", bound=BaseModel)
+_HOMES = {
+    "method": prefloop.methods,
+    "judge": prefloop.rank,
+    "engine": prefloop.generate.engines,
+}
 Tracker = Literal[
     "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
 ]
@@ -175,6 +184,8 @@ class Recipe(Section):
     """`name` of the method (a file of prefloop.methods, or your.module) and its options."""
     judge: Judge | None = None
     """`name` of the judge (a file of prefloop.rank, or your.module) and its options."""
+    engine: EngineOptions = Field(default_factory=InProcess)
+    """`name` of what generates (a file of prefloop.generate.engines, or your.module) and its options."""
     generate: GenerateOptions = Field(default_factory=GenerateOptions)
     """How text is generated."""
     loop: LoopOptions = Field(default_factory=LoopOptions)
@@ -201,6 +212,9 @@ class Recipe(Section):
         method = built["method"] = _plugin(prefloop.methods, values["method"], Method, "method")
         if built.get("judge") is not None:
             built["judge"] = _plugin(prefloop.rank, built["judge"], Judge, "judge")
+        if "engine" in built:
+            engines = prefloop.generate.engines
+            built["engine"] = _plugin(engines, built["engine"], EngineOptions, "engine")
         for section, defaults in method.defaults.items():
             given = built.get(section, {})
             if isinstance(given, Mapping):
@@ -237,6 +251,15 @@ class Recipe(Section):
                 "launch gives each process a device of its own, so model.device should be auto or "
                 f"cpu; it is {self.model.device!r}"
             )
+        if (
+            self.launch is not None
+            and self.launch.generate
+            and not isinstance(self.engine, InProcess)
+        ):
+            raise RecipeError(
+                "launch.generate shares generation in process, and the recipe's engine generates "
+                "elsewhere; set launch.generate to false"
+            )
         if self.sft and self.sft.batch_size % self.train.micro_batch_size:
             raise RecipeError(
                 f"train.micro_batch_size ({self.train.micro_batch_size}) must divide "
@@ -244,11 +267,13 @@ class Recipe(Section):
             )
         return self
 
-    @field_serializer("method", "judge")
-    def _with_name(self, plugin: Method | Judge | None) -> dict[str, Any] | None:
+    @field_serializer("method", "judge", "engine")
+    def _with_name(
+        self, plugin: Method | Judge | EngineOptions | None, info: FieldSerializationInfo
+    ) -> dict[str, Any] | None:
         if plugin is None:
             return None
-        home = prefloop.methods if isinstance(plugin, Method) else prefloop.rank
+        home = _HOMES[info.field_name]
         return {"name": name_of(home, plugin), **plugin.model_dump(mode="json")}
 
     @property
@@ -297,8 +322,13 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe file, with the options of every method and judge of this package."""
     methods = _alternatives(prefloop.methods, Method, "method")
     judges = _alternatives(prefloop.rank, Judge, "judge")
+    engines = _alternatives(prefloop.generate.engines, EngineOptions, "engine")
     full = create_model(
-        "Recipe", __base__=Recipe, method=(methods, ...), judge=(judges | None, None)
+        "Recipe",
+        __base__=Recipe,
+        method=(methods, ...),
+        judge=(judges | None, None),
+        engine=(engines, InProcess()),
     )
     schema = full.model_json_schema()
     schema["required"].remove("name")  # load_recipe takes the file's stem

@@ -10,6 +10,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import prefloop.generate.engines
 import prefloop.methods
 import prefloop.rank
 from prefloop.data import read_prompts
@@ -49,7 +50,28 @@ def check(recipe: Recipe) -> list[str]:
             raise RecipeError(
                 f"track names {tracker}, which is not installed; pip install {tracker}"
             )
-    return [*_check_models(recipe), *_check_data(recipe), *_without_effect(recipe)]
+    notes = [*_check_models(recipe), *_check_data(recipe), *_without_effect(recipe)]
+    # Last, because it may ask a server.
+    _check_engine(recipe)
+    return notes
+
+
+def _check_engine(recipe: Recipe) -> None:
+    engine, method, model = recipe.engine, recipe.method, recipe.model
+    if not engine.plays_policy:
+        name = name_of(prefloop.generate.engines, engine)
+        if method.generator != "frozen":
+            raise RecipeError(
+                f"engine {name!r} writes all answers with a model that is never trained; "
+                "say so with method.generator: frozen, or choose another engine"
+            )
+        if method.asks_logprobs:
+            raise RecipeError(
+                f"engine {name!r} tells no log-probabilities, which "
+                f"{name_of(prefloop.methods, method)} asks for here ({method.asks_logprobs}); "
+                "choose another engine or another option"
+            )
+    engine.check(tuning=model.tuning, lora_rank=model.lora.r)
 
 
 def _check_launcher(words: list[str]) -> None:

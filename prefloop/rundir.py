@@ -15,10 +15,11 @@ import platform
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from hashlib import sha256
+from hashlib import file_digest
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,14 +120,27 @@ class RoundDir:
         write_atomically(self.path / f"{stage}.done.json", json.dumps(facts, indent=1) + "\n")
         (self.path / f"{stage}.progress.json").unlink(missing_ok=True)
 
-    def records(self, stage: str, kind: type[R]) -> list[R]:
-        """All records that a stage wrote."""
-        return list(read_jsonl(self.path / f"{stage}.jsonl", kind))
+    def stream(self, stage: str, kind: type[R]) -> Iterator[R]:
+        """The records that a stage wrote, one by one."""
+        return read_jsonl(self.path / f"{stage}.jsonl", kind)
 
-    def rejects(self) -> list[Reject]:
-        """The round's rejects so far."""
+    def records(self, stage: str, kind: type[R]) -> list[R]:
+        """All records that a stage wrote, in memory."""
+        return list(self.stream(stage, kind))
+
+    def count(self, stage: str) -> int:
+        """How many records a stage wrote."""
+        with (self.path / f"{stage}.jsonl").open("rb") as file:
+            return sum(1 for _ in file)
+
+    def rejects(self) -> Iterator[Reject]:
+        """The round's rejects so far, one by one."""
         path = self.path / REJECTS
-        return list(read_jsonl(path, Reject)) if path.exists() else []
+        return read_jsonl(path, Reject) if path.exists() else iter(())
+
+    def reasons(self) -> Counter[str]:
+        """Why prompts gave no pair so far, and how many."""
+        return Counter(reject.reason for reject in self.rejects())
 
     def steps(self) -> int:
         """Optimiser steps that the round's training has logged."""
@@ -135,7 +149,8 @@ class RoundDir:
 
     def digest(self, stage: str) -> str:
         """Hash of a stage's records: what the next stage's manifest names as its input."""
-        return sha256((self.path / f"{stage}.jsonl").read_bytes()).hexdigest()[:16]
+        with (self.path / f"{stage}.jsonl").open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()[:16]
 
 
 class RunDir:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -19,11 +20,14 @@ import torch
 
 from prefloop.data import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
+from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.probe import probe
 from prefloop.generate.templates import PromptSet
 from prefloop.launch import Stage, run_processes
 from prefloop.memory import keep_freed_memory
 from prefloop.methods import Actors
+from prefloop.outside import Outside, initial_source
 from prefloop.progress import Bar
 from prefloop.rank import NoVerdict, OpenJudge, Remembering, Verdict
 from prefloop.rank.similarity import Similarity
@@ -32,11 +36,12 @@ from prefloop.records import Pair, Prompt, RoundResult, read_json
 from prefloop.report.model_card import CardFacts, write_model_card
 from prefloop.rundir import RoundDir, RunDir, replace_folder
 from prefloop.seeds import derive_seed
+from prefloop.spool import Spool
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
-from prefloop.train.sources import EMBEDDED, ModelOptions, quiet
+from prefloop.train.sources import EMBEDDED, quiet
 from prefloop.train.trainer import Job, Trainer, read_metrics
 
 OPTIMIZER = "optimizer.safetensors"
@@ -56,6 +61,7 @@ class Session:
         self._trainer: Trainer | None = None
         self._judges: dict[int, OpenJudge] = {}
         """Judges that ask the policy, by the id of the engine that they ask and keep."""
+        self.outside = Outside(recipe, rundir)
         self._place: Path | None = None
         """Folder of the policy that memory holds; None for the initial one."""
 
@@ -72,18 +78,20 @@ class Session:
             or (self.recipe.judge is not None and self.recipe.judge.needs_target),
             seed=self.recipe.seed,
             count_tokens=chat.count,
+            folder=self.rundir.path,
         )
         self.rundir.event(
             "data", train=len(data.train), eval=len(data.eval), dropped=dict(data.dropped)
         )
         return data
 
-    def prompts(self, round: int) -> list[Prompt]:
+    def prompts(self, round: int) -> Spool:
         """The round's subset of the training prompts."""
-        size = self.recipe.loop.prompts_per_round
-        return round_subset(self.data.train, round=round, size=size, seed=self.recipe.seed)
+        everything, size = self.data.train, self.recipe.loop.prompts_per_round
+        chosen = round_subset(len(everything), round=round, size=size, seed=self.recipe.seed)
+        return everything.picked(chosen)
 
-    def held_out(self) -> list[Prompt]:
+    def held_out(self) -> Spool:
         """The evaluation prompts: the first ones of the evaluation data."""
         if not self.data.eval:
             raise DataError(
@@ -121,7 +129,7 @@ class Session:
         return self.policy_after(self.rundir.round(here.number - 1))
 
     def engine_at(self, place: Path | None) -> HFEngine:
-        """The engine over `policy_at(place)`."""
+        """The engine in process over `policy_at(place)`."""
         policy = self.policy_at(place)
         if self._engine is None:
             size = self.recipe.generate.batch_size
@@ -129,7 +137,7 @@ class Session:
         return self._engine
 
     def engine_after(self, here: RoundDir) -> HFEngine:
-        """The engine over the policy at the end of a round."""
+        """The engine in process over the policy at the end of a round."""
         self.policy_after(here)
         return self.engine_at(self._place)
 
@@ -147,6 +155,22 @@ class Session:
 
     # Who plays.
 
+    @contextmanager
+    def player(self, *, initial: bool = False) -> Iterator[Engine]:
+        """Inside, the engine that plays the policy in memory, or the initial policy."""
+        outside = self.outside.engine(self.policy_at(self._place), self._chat)
+        if outside is None or not self.recipe.engine.plays_policy:
+            with self.initial_policy() if initial else self.policy_at(self._place).merged():
+                yield self.engine_at(self._place)
+            return
+
+        def trainer() -> list[float]:
+            with self.initial_policy() if initial else nullcontext():
+                return probe(self.engine_at(self._place))
+
+        self.outside.serve(None if initial else self._place, trainer)
+        yield outside
+
     @cached_property
     def prompt_set(self) -> PromptSet:
         """The prompts that the recipe names."""
@@ -155,30 +179,32 @@ class Session:
     @contextmanager
     def generator(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
         """Actors for a round's generation, by chunk seed: the current policy, or the frozen initial one."""
-        policy = self.policy_before(here)
-        frozen = self.recipe.method.generator == "frozen"
-        with self.initial_policy() if frozen else policy.merged():
-            yield lambda seed: self._actors(here, seed)
+        self.policy_before(here)
+        with self.player(initial=self.recipe.method.generator == "frozen") as player:
+            outside = self.outside.engine(self.policy_at(self._place), self._chat)
+            yield self._actors(outside or player, player, here)
 
-    def actors_after(self, here: RoundDir, seed: int) -> Actors:
-        """Actors with the policy at the end of a round, for measuring it."""
+    @contextmanager
+    def measured(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
+        """Actors, by chunk seed, with the policy at the end of a round, for measuring it."""
         self.policy_after(here)
-        return self._actors(here, seed)
+        with self.player() as player:
+            yield self._actors(player, player, here)
 
-    def _actors(self, here: RoundDir, seed: int) -> Actors:
-        engine = self.engine_at(self._place)
-        return Actors(engine, self._judge(engine), self.prompt_set, here.number, seed)
+    def _actors(self, writer: Engine, policy: Engine, here: RoundDir) -> Callable[[int], Actors]:
+        judge, prompts = self._judge(policy), self.prompt_set
+        return lambda seed: Actors(writer, judge, prompts, here.number, seed)
 
-    def _judge(self, engine: HFEngine) -> OpenJudge | None:
+    def _judge(self, policy: Engine) -> OpenJudge | None:
         judge = self.recipe.judge
         if judge is None:
             return None
         if not judge.needs_policy:
             return self._lasting_judge
-        if id(engine) not in self._judges:
-            self._judges[id(engine)] = judge.open(engine, self.prompt_set, self.initial_engine)
+        if id(policy) not in self._judges:
+            self._judges[id(policy)] = judge.open(policy, self.prompt_set, self.initial_engine)
         # Its weights change under it, so what it said is remembered no longer than for one chunk.
-        return Remembering(self._judges[id(engine)])
+        return Remembering(self._judges[id(policy)])
 
     @cached_property
     def _lasting_judge(self) -> OpenJudge:
@@ -213,6 +239,7 @@ class Session:
         """Train the round's policy on its pairs and save it."""
         if self.recipe.launch is not None:
             return self._launched(here, "train")
+        self.outside.rest()
         policy, method, loop = self.policy_before(here), self.recipe.method, self.recipe.loop
         pairs = self.training_pairs(here)
         if self._engine is not None:
@@ -269,8 +296,9 @@ class Session:
 
     def release(self) -> None:
         """Give back the memory of models; each is loaded again when it is next needed."""
-        self._policy = self._engine = self._trainer = None
-        self.__dict__.pop("_opened_judge", None)
+        self.outside.rest()
+        self._forget()
+        self.__dict__.pop("_lasting_judge", None)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -349,16 +377,14 @@ class Session:
             # The adapter fits the fine-tuned model of round 0, not the one it came from.
             base = "rounds/start/policy"
         rounds = self.rundir.rounds()
-        rejects: dict[str, int] = {}
-        for reject in (reject for folder in rounds for reject in folder.rejects()):
-            rejects[reject.reason] = rejects.get(reject.reason, 0) + 1
+        rejects = sum((folder.reasons() for folder in rounds), Counter[str]())
         write_model_card(
             temporary,
             CardFacts(
                 recipe=self.recipe.model_dump(mode="json"),
                 results=results,
                 environment=read_json(self.rundir.path / "environment.json"),
-                pairs=sum(len(folder.records("pairs", Pair)) for folder in rounds),
+                pairs=sum(folder.count("pairs") for folder in rounds),
                 rejects=rejects,
                 base_model=base,
                 license=embedded.license if embedded else None,
@@ -366,14 +392,6 @@ class Session:
         )
         replace_folder(temporary, final)
         return final
-
-
-def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:
-    """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
-    start = run.round(-1)
-    if recipe.sft is not None and start.manifest("sft"):
-        return recipe.model.model_copy(update={"source": str(start.policy.resolve())})
-    return recipe.model
 
 
 def _sft_loss(logps: GroupLogps, progress: float) -> LossOutput:

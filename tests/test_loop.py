@@ -1,10 +1,14 @@
 """The closed loop on a tiny model: what it leaves behind, what it does not do twice, and how it is resumed."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ import prefloop.rundir
 import prefloop.train.checkpoint
 from prefloop.chat import Chat
 from prefloop.errors import GuardStop
+from prefloop.generate.engines import Weights
+from prefloop.generate.engines.fake import Fake, _OpenFake
+from prefloop.generate.fake_engine import _WORDS
 from prefloop.loop import Outcome, run
 from prefloop.recipe import Recipe, load_recipe
 from prefloop.records import Candidates, Pair
@@ -298,6 +305,76 @@ def test_arop_carries_its_optimiser_and_ial_does_not(finished):
     taken = [load_file(path)["0/step"].item() for path in optimizers("arop")]
     assert taken == [2.0, 4.0]
     assert optimizers("ial") == []
+
+
+# Engines.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_engine_plays_the_policy_and_divergence_is_measured_in_process(
+    model_folder, tmp_path, name
+):
+    """The fake engine writes all text, without having a look at the model."""
+    fake = recipe(model_folder, name, engine={"name": "fake"}, loop={"rounds": 1})
+    outcome = play(fake, tmp_path / "fake")
+    drafts = [
+        group.responses[fake.method.answer].text
+        for group in read_run(outcome.folder).round(0).records("candidates", Candidates)
+    ]
+    assert len(drafts) == 8
+    assert all(set(draft.strip(".").split()) <= set(_WORDS) for draft in drafts)
+    assert outcome.results[0].measures["kl"] == 0.0
+    assert outcome.results[1].measures["kl"] != 0.0
+
+
+def test_an_engine_is_told_whose_weights_to_serve_and_closed_at_the_end(
+    model_folder, tmp_path, monkeypatch
+):
+    told: list[Any] = []
+
+    class Watched(_OpenFake):
+        def serve(self, weights: Weights, probe: Any) -> None:
+            told.append((weights.adapter and weights.adapter.parent.name, len(probe()) > 60))
+
+        def rest(self) -> None:
+            told.append("rest")
+
+        def close(self) -> None:
+            told.append("close")
+
+    monkeypatch.setattr(Fake, "open", lambda self, setting: Watched())
+    fake = recipe(model_folder, "arop", engine={"name": "fake"}, evaluate=LIGHT)
+    play(fake, tmp_path / "fake")
+    without_repeats = [now for before, now in pairwise([None, *told]) if now != before]
+    assert without_repeats == [
+        (None, True),
+        "rest",
+        ("0000", True),
+        "rest",
+        ("0001", True),
+        "close",
+    ]
+    told.clear()
+    monkeypatch.setattr(Trainer, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        play(fake, tmp_path / "stopped")
+    assert told[-1] == "close"
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_vllm_and_this_process_make_one_policy_of_one_recipe_and_stale_weights_stop_the_run():
+    """benchmarks/vllm_rounds.py says what that means; needs PREFLOOP_VLLM_PYTHON."""
+    python = os.environ.get("PREFLOOP_VLLM_PYTHON")
+    if python is None:
+        pytest.skip("PREFLOOP_VLLM_PYTHON names no environment")
+    script = Path(__file__).parents[1] / "benchmarks" / "vllm_rounds.py"
+    command = [sys.executable, str(script), "--vllm-python", python, "--rounds", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 # Guards.

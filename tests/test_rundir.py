@@ -48,7 +48,7 @@ def test_records_and_rejects_go_to_their_files_in_order(tmp_path):
     journal.append([reject(1)])
     here = RoundDir(tmp_path, 0)
     assert here.records("pairs", Pair) == [pair(0), pair(1)]
-    assert here.rejects() == [reject(0), reject(1)]
+    assert list(here.rejects()) == [reject(0), reject(1)]
     assert journal.chunks == 2
 
 
@@ -84,7 +84,7 @@ def test_a_chunk_whose_note_is_missing_is_written_again(tmp_path, monkeypatch):
     assert again.chunks == 1
     again.append([pair(1), reject(1)])
     assert RoundDir(tmp_path, 0).records("pairs", Pair) == [pair(0), pair(1)]
-    assert RoundDir(tmp_path, 0).rejects() == [reject(1)]
+    assert list(RoundDir(tmp_path, 0).rejects()) == [reject(1)]
 
 
 def test_a_stage_keeps_the_rejects_of_the_stages_before_it(tmp_path):
@@ -95,7 +95,7 @@ def test_a_stage_keeps_the_rejects_of_the_stages_before_it(tmp_path):
     with (tmp_path / "rejects.jsonl").open("a") as file:
         file.write("half a li")
     Journal(tmp_path, "pairs")
-    assert RoundDir(tmp_path, 0).rejects() == [reject(0, "generate"), reject(1)]
+    assert list(RoundDir(tmp_path, 0).rejects()) == [reject(0, "generate"), reject(1)]
 
 
 def test_a_stage_that_never_noted_anything_starts_with_an_empty_file(tmp_path):

@@ -165,12 +165,7 @@ class HFEngine:
         self, requests: Sequence[Request], options: Sequence[str]
     ) -> list[tuple[float, ...]]:
         """Probability of each option as the next token, renormalised over the options."""
-        firsts = [self.chat.text_ids(option)[0] for option in options]
-        if len(set(firsts)) < len(firsts):
-            raise GenerationError(
-                f"the options {', '.join(options)} do not differ in their first token; "
-                "use options that do, such as digits or letters"
-            )
+        firsts = self.chat.first_ids(options)
         rows = [self._prompt(request) for request in requests]
         with _evaluating(self.model):
 
@@ -224,16 +219,9 @@ class HFEngine:
             token_ids=tuple(answer_ids),
             offsets=offsets,
             logprobs=tuple(_finite(chosen[:, 0].tolist())),
-            top_texts=tuple(map(self._token_texts, indices.long().tolist())) if top else (),
+            top_texts=tuple(map(self.chat.token_texts, indices.long().tolist())) if top else (),
             top_logprobs=tuple(tuple(row) for row in values.tolist()) if top else (),
         )
-
-    def _token_texts(self, ids: list[int]) -> tuple[str, ...]:
-        """Each token as text. Some decoders drop the space of a text's first token, so another goes first."""
-        first = self.chat.text_ids("x")
-        rows = [first, *([*first, token] for token in ids)]
-        texts = self.chat.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-        return tuple(text[len(texts[0]) :] for text in texts[1:])
 
     def _batched(
         self, rows: list[list[int]], work: Callable[[list[int]], list[T]], share: int = 1

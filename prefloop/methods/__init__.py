@@ -81,6 +81,11 @@ class Method(BaseModel):
         }
         return {**values, **parts}
 
+    @property
+    def asks_logprobs(self) -> str | None:
+        """The option by which it asks the generating model for log-probs, where one does."""
+        return None
+
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """All the text of one chunk of prompts."""
         raise NotImplementedError

@@ -98,6 +98,13 @@ class AROP(Method):
     gates: Gates = Gates(max_edit_share=0.5, max_length_ratio=2.0)
     """A flaw that rewrites everything is none of the subtle ones that the method stands on."""
 
+    @property
+    def asks_logprobs(self) -> str | None:
+        """Confidences and severities are read from probabilities, and so is where a word can be replaced."""
+        if self.margin.kind == "confidence" or self.margin.rated_axes():
+            return f"margin.kind: {self.margin.kind}"
+        return "flaw: infill" if self.flaw == "infill" else None
+
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """Candidates A and B, the refined answer and its flawed copy."""
         asks = [Request(messages=prompt.messages) for prompt in prompts]

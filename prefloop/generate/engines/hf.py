@@ -1,0 +1,12 @@
+"""This process, on the model that is being trained: the default."""
+
+from __future__ import annotations
+
+from prefloop.generate.engines import EngineOptions, Setting
+
+
+class InProcess(EngineOptions):
+    """Generation in this process, on the model that is being trained; nothing is copied or converted."""
+
+    def open(self, setting: Setting) -> None:
+        """There is nothing to open."""

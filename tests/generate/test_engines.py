@@ -1,0 +1,143 @@
+"""Engines by name: what the recipe says of them, and what is found before a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefloop.generate.engines
+from prefloop.chat import Chat
+from prefloop.errors import ApiError, RecipeError
+from prefloop.generate.engines import EngineOptions, Setting, Weights
+from prefloop.generate.engines.openai import OpenAI
+from prefloop.plugins import find, names
+from prefloop.recipe import Recipe
+from prefloop.records import Message, Request, Sampling
+from tests.fake_chat_server import completion, serve
+
+STAND_IN = Path(__file__).parents[1] / "stand_in"
+AROP: dict[str, Any] = {"name": "arop", "margin": {"kind": "fixed"}, "generator": "frozen"}
+
+
+def recipe(engine: dict[str, Any], **sections: Any) -> Recipe:
+    return Recipe.model_validate({"name": "a", "method": AROP, "engine": engine, **sections})
+
+
+def requests(*texts: str) -> list[Request]:
+    return [Request(messages=(Message(role="user", content=text),)) for text in texts]
+
+
+def test_engines_are_found_by_file_name():
+    package = prefloop.generate.engines
+    assert names(package) == ["fake", "hf", "openai", "vllm"]
+    for name in names(package):
+        kind = find(package, name, EngineOptions, "engine")
+        assert kind.__doc__
+
+
+def test_the_recipe_names_its_engine_and_dumps_it_back():
+    made = recipe({"name": "vllm", "tensor_parallel": 2})
+    assert made.model_dump(mode="json")["engine"]["name"] == "vllm"
+    assert Recipe.model_validate(made.model_dump(mode="json")) == made
+    assert Recipe.model_validate({"name": "a", "method": AROP}).model_dump()["engine"] == {
+        "name": "hf"
+    }
+
+
+def test_a_misspelt_engine_is_named():
+    with pytest.raises(ValueError, match=r"no engine 'vlm'; did you mean 'vllm'"):
+        recipe({"name": "vlm"})
+
+
+# vLLM
+
+
+def test_a_python_without_vllm_is_named_before_the_run():
+    with pytest.raises(RecipeError, match=r"has no package vllm; install it there, or name"):
+        recipe({"name": "vllm", "python": sys.executable}).check()
+    with pytest.raises(RecipeError, match=r"engine\.python: no program /nowhere/python"):
+        recipe({"name": "vllm", "python": "/nowhere/python"}).check()
+
+
+def test_a_python_with_vllm_passes(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
+    recipe({"name": "vllm", "python": sys.executable}).check()
+
+
+def test_a_running_server_must_answer_and_can_take_adapters_only():
+    url = "http://127.0.0.1:9"
+    with pytest.raises(RecipeError, match=r"engine\.url http://127\.0\.0\.1:9 does not answer as"):
+        recipe({"name": "vllm", "url": url}).check()
+    with pytest.raises(RecipeError, match=r"model\.tuning full makes a new model each round"):
+        recipe({"name": "vllm", "url": url}, model={"tuning": "full"}).check()
+    with pytest.raises(ValueError, match=r"which engine\.tensor_parallel cannot change"):
+        recipe({"name": "vllm", "url": url, "tensor_parallel": 2})
+
+
+def test_a_rank_that_vllm_cannot_hold_is_an_error():
+    with pytest.raises(RecipeError, match=r"model\.lora\.r is 600, and vLLM serves .* 512"):
+        recipe({"name": "vllm"}, model={"lora": {"r": 600}}).check()
+
+
+# A server with OpenAI's interface
+
+
+def options(url: str, **more: Any) -> dict[str, Any]:
+    return {"name": "openai", "url": url, "model": "m", "retries": 0, **more}
+
+
+def test_another_models_answers_need_a_frozen_generator_and_no_log_probs():
+    engine = options("http://127.0.0.1:9/v1")
+    with pytest.raises(RecipeError, match=r"never trained; say so with method\.generator: frozen"):
+        recipe(engine, method={**AROP, "generator": "current"}).check()
+    for method, said in (
+        ({"margin": {"kind": "confidence"}}, "margin.kind: confidence"),
+        ({"margin": {"kind": "severity"}}, "margin.kind: severity"),
+        ({"flaw": "infill"}, "flaw: infill"),
+    ):
+        with pytest.raises(RecipeError, match=rf"no log-probabilities.* asks for here \({said}\)"):
+            recipe(engine, method={**AROP, **method}).check()
+    with pytest.raises(RecipeError, match=r"section engine: .* cannot be reached"):
+        recipe(engine).check()
+
+
+def test_a_server_without_the_model_is_named():
+    with (
+        serve(lambda body: "Hi") as server,
+        pytest.raises(RecipeError, match=r"serves no 'other'; it serves m$"),
+    ):
+        recipe(options(server.url, model="other")).check()
+
+
+def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer):
+    bodies = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, object]:
+        bodies.append(body)
+        text = body["messages"][-1]["content"]
+        if text == "bad":
+            return 400, {"error": {"message": "filtered"}}
+        return 200, completion(f" {text}! ", finish="length" if text == "b" else "stop")
+
+    with serve(answer) as server:
+        made = OpenAI(**{k: v for k, v in options(server.url).items() if k != "name"})
+        engine = made.open(Setting(Chat(tokenizer), "float32", None, False, Path("unused")))
+        engine.serve(Weights(Path("unused")), list)
+        sampling = Sampling(temperature=0.5, top_k=3, max_new_tokens=9)
+        found = engine.sample(requests("a", "b", "bad", "c"), sampling, seed=1)
+    assert [r.text for r in found] == ["a!", "b!", "", "c!"]
+    assert [r.finish for r in found] == ["stop", "length", "stop", "stop"]
+    assert {body["top_k"] for body in bodies} == {3}
+    assert {(body["max_tokens"], body["temperature"]) for body in bodies} == {(9, 0.5)}
+    assert len({body["seed"] for body in bodies}) == 4
+    assert all(0 <= body["seed"] < 2**31 for body in bodies)
+
+
+def test_a_server_that_is_gone_in_the_middle_is_one_sentence(tokenizer):
+    made = OpenAI(url="http://127.0.0.1:9/v1", model="m", retries=0)
+    engine = made.open(Setting(Chat(tokenizer), "float32", None, False, Path("unused")))
+    with pytest.raises(ApiError, match="cannot be reached"):
+        engine.sample(requests("a"), Sampling(), seed=0)
