@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from prefloop import __version__
+from prefloop.cli_judge import judge_app, reward_app
 from prefloop.errors import DataError, PrefloopError
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -33,6 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(judge_app, name="judge")
+app.add_typer(reward_app, name="reward")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 SetOption = Annotated[

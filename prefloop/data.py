@@ -220,7 +220,7 @@ def _prompt(where: str, row: Row, options: DataOptions, default_id: str) -> Prom
     turns = _turns(where, row, options)
     answered = turns[-1].role == "assistant"
     answer = turns.pop().content if answered else _cell(row, options.response_field)
-    target = None if answer is None else _text(where, options.response_field or "", answer)
+    target = None if answer is None else filled_text(where, options.response_field or "", answer)
     given = _cell(row, options.id_field)
     identity = default_id if given is None else given
     if isinstance(identity, bool) or not isinstance(identity, str | int):
@@ -234,13 +234,13 @@ def _turns(where: str, row: Row, options: DataOptions) -> list[Message]:
     if messages is None and isinstance(prompt, list):
         messages, field = prompt, options.prompt_field
     if messages is not None:
-        return _conversation(where, field, messages)
+        return conversation(where, field, messages)
     if prompt is None:
         raise DataError(_missing(where, row, options))
-    text = _text(where, options.prompt_field, prompt)
+    text = filled_text(where, options.prompt_field, prompt)
     extra = _cell(row, options.input_field)
     if extra is not None and extra != "":
-        text = f"{text}\n\n{_text(where, options.input_field or '', extra)}"
+        text = f"{text}\n\n{filled_text(where, options.input_field or '', extra)}"
     return [Message(role="user", content=text)]
 
 
@@ -248,8 +248,13 @@ def _cell(row: Row, field: str | None) -> object:
     return row.get(field) if field else None
 
 
-def _conversation(where: str, field: str, value: object) -> list[Message]:
-    """Check that turns are {role, content}: a system turn if any, then user and assistant in turn."""
+def conversation(
+    where: str, field: str, value: object, *, answer_only: bool = False
+) -> list[Message]:
+    """Check that turns are {role, content}: a system turn if any, then user and assistant in turn.
+
+    `answer_only` takes a lone assistant turn. Raises DataError with `where` and `field`.
+    """
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: {field!r} must be a filled list of {{role, content}} turns")
     turns: list[Message] = []
@@ -257,20 +262,24 @@ def _conversation(where: str, field: str, value: object) -> list[Message]:
         name = f"{field}[{number}]"
         if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
             raise DataError(f'{where}: {name} must be an object with "role" and "content"')
-        expected = "assistant" if turns and turns[-1].role == "user" else "user"
+        lone = answer_only and len(value) == 1
+        expected = "assistant" if lone or (turns and turns[-1].role == "user") else "user"
         role = turn["role"]
         if role != expected and (role != "system" or number):
             raise DataError(
                 f"{where}: {name} has the role {role!r} where {expected!r} must stand; let user and "
                 "assistant alternate, after one system turn at most"
             )
-        turns.append(Message(role=role, content=_text(where, f"{name}.content", turn["content"])))
+        turns.append(
+            Message(role=role, content=filled_text(where, f"{name}.content", turn["content"]))
+        )
     if turns[-1].role == "system":
         raise DataError(f"{where}: {field!r} holds a system turn only; add the user's")
     return turns
 
 
-def _text(where: str, field: str, value: object) -> str:
+def filled_text(where: str, field: str, value: object) -> str:
+    """The value as a text that is not empty; DataError with `where` and `field` where it is none."""
     if not isinstance(value, str):
         raise DataError(f"{where}: {field!r} is {type(value).__name__}, not text; convert it")
     if not value.strip():

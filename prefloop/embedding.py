@@ -80,6 +80,12 @@ class Embedder:
             return torch.nn.functional.normalize(mean_BH, dim=-1).cpu()
 
 
+def encoder_place(source: str) -> str | None:
+    """The folder of an encoder inside a package; None for what is none by its name. Raises ModelError."""
+    name = source.removeprefix(_PREFIX)
+    return _place(source) if source.startswith(_PREFIX) and name in EMBEDDED else None
+
+
 def _place(source: str) -> str:
     """The folder of an embedded model; anything else as it is."""
     if not source.startswith(_PREFIX):

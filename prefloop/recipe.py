@@ -209,12 +209,14 @@ class Recipe(Section):
         if not isinstance(values, Mapping) or "method" not in values:
             return values
         built = dict(values)
-        method = built["method"] = _plugin(prefloop.methods, values["method"], Method, "method")
+        method = built["method"] = build_plugin(
+            prefloop.methods, values["method"], Method, "method"
+        )
         if built.get("judge") is not None:
-            built["judge"] = _plugin(prefloop.rank, built["judge"], Judge, "judge")
+            built["judge"] = build_plugin(prefloop.rank, built["judge"], Judge, "judge")
         if "engine" in built:
             engines = prefloop.generate.engines
-            built["engine"] = _plugin(engines, built["engine"], EngineOptions, "engine")
+            built["engine"] = build_plugin(engines, built["engine"], EngineOptions, "engine")
         for section, defaults in method.defaults.items():
             given = built.get(section, {})
             if isinstance(given, Mapping):
@@ -300,7 +302,7 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     `overrides` are "section.key=value" with the value written as YAML. Raises RecipeError.
     """
     path = _recipe_path(path_or_name)
-    values = {"name": path.stem, **_read_yaml(path)}
+    values = {"name": path.stem, **read_yaml(path, needs="method")}
     source = str(path)
     for override in overrides:
         values = overridden(values, override)
@@ -348,18 +350,20 @@ def _recipe_path(path_or_name: str) -> Path:
     return recipes[path_or_name]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, needs: str) -> dict[str, Any]:
+    """The mapping in a recipe file; RecipeError where it holds none. `needs` is a section it must have."""
     try:
         values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds {shown(values)}"
-        raise RecipeError(f"{path} {what}; a recipe is a mapping with at least the section method")
+        raise RecipeError(f"{path} {what}; a recipe is a mapping with at least the section {needs}")
     return values
 
 
-def _plugin(package: ModuleType, value: object, base: type[M], what: str) -> M:
+def build_plugin(package: ModuleType, value: object, base: type[M], what: str) -> M:
+    """A method or judge from its section: `name` and its options. Raises RecipeError."""
     if isinstance(value, base):
         return value
     name = value.get("name") if isinstance(value, Mapping) else None

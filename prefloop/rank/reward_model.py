@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 from pydantic import Field
@@ -18,15 +18,22 @@ from safetensors import SafetensorError
 from prefloop.errors import JudgeError
 from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.records import Message, Prompt
+from prefloop.reward_encoding import (
+    Encoded,
+    RewardEncoder,
+    has_segments,
+    padded,
+    padding_token,
+    trained_with,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from prefloop.generate.engine import Engine
     from prefloop.generate.templates import PromptSet
     from prefloop.rank import Initial
 
 logger = logging.getLogger(__name__)
+_MAX_LENGTH = 4096
 
 TOO_LONG = NoVerdict("longer than the reward model's window")
 REFUSED = NoVerdict("the reward model's chat template refuses the conversation")
@@ -39,8 +46,13 @@ class RewardModel(Judge):
 
     model: str
     """Hub id or folder of a sequence classifier with one label; safetensors weights only."""
-    max_length: int = Field(default=4096, ge=1)
-    """Tokens of question and answer together; the model's own window may be shorter. Never truncated."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Tokens of question and answer together; the model's own window may be shorter. null: what
+    `prefloop reward train` trained with, 4,096 for any other model."""
+    too_long: Literal["auto", "cut", "reject"] = "auto"
+    """What does not fit gives no verdict (reject), or loses its beginning, as in training (cut): the
+    question's, and where there is no chat template the answer's end only then. auto: cut for a model of
+    `prefloop reward train`, which was trained so; reject for any other."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens scored at once; a single longer conversation makes a batch of its own."""
     device: str = "auto"
@@ -74,35 +86,28 @@ class RewardModel(Judge):
                 f"reward model {self.model!r} cannot be put on device {device!r} "
                 f"({_first_line(error)}); choose another device for this judge"
             ) from error
-        if not tokenizer.chat_template:
+        trained = trained_with(model.config)
+        if not tokenizer.chat_template and not trained:
             logger.warning(
                 "reward model %r has no chat template; question and answer are encoded as a plain pair",
                 self.model,
             )
+        wanted = self.max_length or trained.get("max_length", _MAX_LENGTH)
+        cut = bool(trained) if self.too_long == "auto" else self.too_long == "cut"
+        window = _window(wanted, model.config.get_text_config(), tokenizer)
         return _OpenRewardModel(
             name=self.model,
             model=model,
-            tokenizer=tokenizer,
-            own_pad=model.config.get_text_config().pad_token_id,
-            window=_window(self.max_length, model.config.get_text_config(), tokenizer),
+            encoder=RewardEncoder(tokenizer, has_segments(model), window, cut),
             batch_tokens=self.batch_tokens,
         )
-
-
-class _Encoded(NamedTuple):
-    """One conversation in tokens; `types` are BERT's segment ids where the model has them."""
-
-    ids: list[int]
-    types: list[int] | None
 
 
 @dataclass(frozen=True)
 class _OpenRewardModel:
     name: str
     model: Any
-    tokenizer: Any
-    own_pad: int | None
-    window: int
+    encoder: RewardEncoder
     batch_tokens: int
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
@@ -118,34 +123,17 @@ class _OpenRewardModel:
 
     def _encode_group(
         self, messages: Sequence[Message], group: Sequence[str]
-    ) -> list[_Encoded] | NoVerdict:
+    ) -> list[Encoded] | NoVerdict:
         if not all(text.strip() for text in group):
             return EMPTY
-        encode = self._conversation if self.tokenizer.chat_template else self._plain_pair
         try:
-            rows = [encode(messages, text) for text in group]
+            rows = [self.encoder.encode(messages, text) for text in group]
         except TemplateError:
             return REFUSED
-        return rows if all(len(row.ids) <= self.window for row in rows) else TOO_LONG
+        fitting = [row for row in rows if row is not None]
+        return fitting if len(fitting) == len(rows) else TOO_LONG
 
-    def _conversation(self, messages: Sequence[Message], text: str) -> _Encoded:
-        turns = [*messages, Message(role="assistant", content=text)]
-        # Sanitized: an answer that spells the model's end-of-turn token cannot end its own turn.
-        ids = self.tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            return_dict=False,
-            sanitize_control_tokens=True,
-        )
-        return _Encoded(list(ids), None)
-
-    def _plain_pair(self, messages: Sequence[Message], text: str) -> _Encoded:
-        """(question, answer), as OpenAssistant's reward-model-deberta-v3-large-v2 takes them."""
-        question = "\n\n".join(message.content for message in messages)
-        pair = self.tokenizer(question, text, split_special_tokens=True)
-        has_types = getattr(self.model.config, "type_vocab_size", 0) > 1
-        return _Encoded(list(pair["input_ids"]), pair.get("token_type_ids") if has_types else None)
-
-    def _scores(self, rows: Sequence[_Encoded]) -> list[float]:
+    def _scores(self, rows: Sequence[Encoded]) -> list[float]:
         """Scores in the order of `rows`, computed longest batch first: out of memory shows at once."""
         scores = [math.nan] * len(rows)
         for batch in token_batches([len(row.ids) for row in rows], self.batch_tokens):
@@ -153,44 +141,18 @@ class _OpenRewardModel:
                 scores[index] = value
         return scores
 
-    def _forward(self, rows: Sequence[_Encoded]) -> list[float]:
+    def _forward(self, rows: Sequence[Encoded]) -> list[float]:
         import torch
 
-        def padded(lists: Sequence[Sequence[int]], value: int) -> Tensor:
-            width = max(map(len, lists))
-            return torch.tensor(
-                [[*ids, *[value] * (width - len(ids))] for ids in lists], device=self.model.device
-            )
-
-        inputs_BT = {
-            "input_ids": padded([row.ids for row in rows], self._pad_id(rows)),
-            "attention_mask": padded([[1] * len(row.ids) for row in rows], 0),
-        }
-        types = [row.types for row in rows if row.types is not None]
-        if types:
-            inputs_BT["token_type_ids"] = padded(types, 0)
-        with torch.inference_mode():
-            logits_B = self.model(**inputs_BT).logits.squeeze(-1)
+        with padding_token(self.model.config.get_text_config(), rows) as pad:
+            if pad is None:
+                raise JudgeError(
+                    f"reward model {self.name!r} has no padding token and these answers use its whole "
+                    "vocabulary; set pad_token_id in its config.json, or lower batch_tokens"
+                )
+            with torch.inference_mode():
+                logits_B = self.model(**padded(rows, pad, self.model.device)).logits.squeeze(-1)
         return [float(value) for value in logits_B.float().tolist()]
-
-    def _pad_id(self, rows: Sequence[_Encoded]) -> int:
-        """The model's padding token; where it has none, a token that these rows do not contain.
-
-        Decoders score the last token that is not padding and find it by its id. To pad with the
-        end-of-turn token, as is common, would move the score to the token before it.
-        """
-        if self.own_pad is not None and self.own_pad >= 0:
-            return self.own_pad
-        config = self.model.config.get_text_config()
-        used = {token for row in rows for token in row.ids}
-        free = next((token for token in range(config.vocab_size) if token not in used), None)
-        if free is None:
-            raise JudgeError(
-                f"reward model {self.name!r} has no padding token and these answers use its whole "
-                "vocabulary; set pad_token_id in its config.json, or lower batch_tokens"
-            )
-        config.pad_token_id = free
-        return free
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

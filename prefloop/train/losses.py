@@ -250,3 +250,18 @@ def spacp_printed(
     held_B = _float(target_B) - gamma * penalty(target_B)
     gap_B = (held_B + _float(rejected_B)) / 2 - _float(chosen_B)
     return -logsigmoid(eta * gap_B) + lam * dpop(target_B, rejected_B, beta=eta, gamma=gamma)
+
+
+def bradley_terry(
+    chosen_B: Tensor, rejected_B: Tensor, margin_B: Tensor, *, centering: float
+) -> Tensor:
+    """A reward model's loss: -log sigmoid(s_w - s_l - m) + centering (s_w + s_l)^2, on scores.
+
+    Source: Ouyang et al. 2022 (arXiv:2203.02155), equation 1; the margin m is Llama 2's
+    (arXiv:2307.09288, section 3.2.2), and centering, which fixes the scores' free constant near 0, is that
+    of Eisenstein et al. 2023 (arXiv:2312.09244), both as in TRL's RewardTrainer.
+    """
+    _check_shapes(chosen_B=chosen_B, rejected_B=rejected_B, margin_B=margin_B)
+    chosen_B, rejected_B = _float(chosen_B), _float(rejected_B)
+    loss_B = -logsigmoid(chosen_B - rejected_B - margin_B)
+    return loss_B + centering * (chosen_B + rejected_B) ** 2 if centering else loss_B
