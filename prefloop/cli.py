@@ -6,6 +6,7 @@ import errno
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,7 @@ class Kind(StrEnum):
     judges = "judges"
     engines = "engines"
     recipes = "recipes"
+    reward_recipes = "reward-recipes"
     models = "models"
 
 
@@ -233,12 +235,13 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, name to line.")] = False,
 ) -> None:
-    """List methods, judges, engines, recipes or embedded models, with a line on each."""
+    """List methods, judges, engines, recipes, reward recipes or embedded models, with a line on each."""
     listing = {
         Kind.methods: _methods,
         Kind.judges: _judges,
         Kind.engines: _engines,
         Kind.recipes: _recipes,
+        Kind.reward_recipes: _reward_recipes,
         Kind.models: _models,
     }[kind]()
     if as_json:
@@ -294,8 +297,18 @@ def _engines() -> dict[str, str]:
 def _recipes() -> dict[str, str]:
     from prefloop.recipe import shipped_recipes
 
+    return _first_comments(shipped_recipes())
+
+
+def _reward_recipes() -> dict[str, str]:
+    from prefloop.reward_recipe import shipped_reward_recipes
+
+    return _first_comments(shipped_reward_recipes())
+
+
+def _first_comments(recipes: Mapping[str, Path]) -> dict[str, str]:
     lines = {}
-    for name, path in sorted(shipped_recipes().items()):
+    for name, path in sorted(recipes.items()):
         first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
         lines[name] = first.lstrip("# ") if first.startswith("#") else ""
     return lines

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import prefloop.rank
+from prefloop.causal_lm import open_engine
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.evaluate.agreement import Scored, agreement, calibration, position_bias
 from prefloop.generate.templates import PromptSet
@@ -20,6 +21,7 @@ from prefloop.rank import Judge, NoVerdict, OpenJudge, Remembering, Verdict
 from prefloop.rank.reward_model import RewardModel
 from prefloop.recipe import build_plugin, read_yaml
 from prefloop.seeds import derive_seed
+from prefloop.train.sources import quiet
 from prefloop.yaml_text import overridden, parse_yaml
 
 LONGER, CHANCE = "longer answer", "chance"
@@ -146,14 +148,11 @@ def _open(
             f"judge {name} compares with a target, and some of these pairs have none; "
             "give rows with a field target, or check another judge"
         )
-    engine = None
-    if judge.needs_policy:
-        if policy is None:
-            raise PrefloopError(f"judge {name} asks the policy; name a model with --policy")
-        from prefloop.causal_lm import open_engine
-
-        engine = open_engine(policy)
-    return judge.open(engine, PromptSet(prompt_set))
+    if judge.needs_policy and policy is None:
+        raise PrefloopError(f"judge {name} asks the policy; name a model with --policy")
+    with quiet():
+        engine = open_engine(policy) if judge.needs_policy and policy is not None else None
+        return judge.open(engine, PromptSet(prompt_set))
 
 
 def by_source(

@@ -117,6 +117,8 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             raise RecipeError(
                 f"{key}: no folder {source} (paths are relative to the working directory)"
             )
+        elif source.startswith("rewards/"):
+            yield f"{key} {source} is not there yet: make it with prefloop reward train"
         else:
             yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
 

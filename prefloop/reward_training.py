@@ -32,6 +32,7 @@ from prefloop.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments
 from prefloop.reward_recipe import RewardRecipe
 from prefloop.rundir import Stopwatch, differences, environment, write_atomically
 from prefloop.train import checkpoint
+from prefloop.train.sources import quiet
 from prefloop.yaml_text import parse_yaml
 
 HELD_OUT = "held_out.jsonl"
@@ -58,7 +59,9 @@ def train_reward(
     facts = {} if (folder / "config.json").is_file() else _train(recipe, folder, train, say)
     watch = Stopwatch()
     judge = RewardModel(model=str(folder), device=recipe.model.device)
-    scored = score_pairs(judge.open(None, PromptSet("compact")), held_out)
+    with quiet():
+        opened = judge.open(None, PromptSet("compact"))
+    scored = score_pairs(opened, held_out)
     report = {
         "model": str(folder),
         "dropped": dropped,
@@ -116,7 +119,6 @@ def _train(
     from peft import PeftModel
 
     from prefloop.train.reward import EncodedPair, load_base, train_reward_model
-    from prefloop.train.sources import quiet
 
     watch = Stopwatch()
     base = load_base(recipe.model, recipe.seed)

@@ -168,3 +168,10 @@ def test_schema_is_written_where_told(shell: Shell) -> None:
     assert code == 0
     assert shell("schema", "--out", "schema.json") == (0, "", "")
     assert json.loads(Path("schema.json").read_text()) == json.loads(printed)
+
+
+def test_ls_shows_reward_recipes_apart_from_a_runs(shell: Shell) -> None:
+    _, recipes, _ = shell("ls", "recipes", "--json")
+    _, rewards, _ = shell("ls", "reward-recipes", "--json")
+    assert "minilm" in json.loads(rewards)
+    assert not set(json.loads(rewards)) & set(json.loads(recipes))
