@@ -37,10 +37,20 @@ def judge_check(
             "--policy", metavar="MODEL", help="The model that judges such as self_judge ask."
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Pairs of each data set, drawn by --seed.")
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            "--targets",
+            metavar="FILE",
+            help="Prompts with responses to compare with; matched by prompt.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Draws the pairs.")] = 0,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Pairs of each data set, drawn at random, always the same."
+        ),
+    ] = None,
     both_orders: Annotated[
         bool, typer.Option("--both-orders", help="Ask twice, for position bias.")
     ] = False,
@@ -49,11 +59,13 @@ def judge_check(
     """Compare judges with people's choices, with chance, and with "the longer answer"."""
     from rich.console import Console
 
-    from prefloop.judge_check import check_judges, load_checked, parse_judge
+    from prefloop.judge_check import check_judges, load_checked, parse_judge, with_targets
     from prefloop.report.judges import show_judges
 
     chosen = dict(parse_judge(text, overrides or ()) for text in judges)
-    pairs = load_checked(data, limit, seed)
+    pairs = load_checked(data, limit, seed=0)
+    if targets is not None:
+        pairs = with_targets(pairs, targets)
     report = check_judges(chosen, pairs, policy=policy, both_orders=both_orders)
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))

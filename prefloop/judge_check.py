@@ -13,6 +13,7 @@ from typing import Any
 
 import prefloop.rank
 from prefloop.causal_lm import open_engine
+from prefloop.data import DataOptions, read_prompts
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.evaluate.agreement import Scored, agreement, calibration, position_bias
 from prefloop.generate.templates import PromptSet
@@ -64,6 +65,31 @@ def load_checked(files: Sequence[str], limit: int | None, seed: int) -> list[Pre
         places = Random(derive_seed(seed, "judge check", name)).sample(range(len(group)), size)
         drawn += [group[place] for place in sorted(places)]
     return drawn
+
+
+def with_targets(pairs: Sequence[Preference], source: str) -> list[Preference]:
+    """The pairs whose lone prompt has a response in `source` (rows as in a run's data), as their target.
+
+    Prompts match but for white space. Pairs in which an answer is the target itself are left out: they
+    would only show that a text is like itself. Raises DataError where no pair is left.
+    """
+    targets = {
+        _words(prompt.text): prompt.target
+        for prompt in read_prompts(source, DataOptions())
+        if len(prompt.messages) == 1 and prompt.target
+    }
+    found = []
+    for pair in pairs:
+        target = targets.get(_words(pair.messages[-1].content))
+        if len(pair.messages) > 1 or target is None:
+            continue
+        if _words(target) not in (_words(pair.chosen), _words(pair.rejected)):
+            found.append(pair.model_copy(update={"target": target}))
+    if not found:
+        raise DataError(
+            f"{source} has a response to none of these pairs' prompts; name a file that has"
+        )
+    return found
 
 
 def score_pairs(
@@ -179,6 +205,10 @@ def _places(pairs: Sequence[Preference]) -> dict[str, list[int]]:
 
 def _drawn_order(pairs: Sequence[Preference]) -> list[bool]:
     return [derive_seed("order", pair.source, pair.id) % 2 == 1 for pair in pairs]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _turned(verdict: Verdict) -> Verdict:

@@ -10,7 +10,14 @@ import pytest
 
 from prefloop import cli
 from prefloop.errors import DataError, PrefloopError, RecipeError
-from prefloop.judge_check import CHANCE, LONGER, check_judges, load_checked, parse_judge
+from prefloop.judge_check import (
+    CHANCE,
+    LONGER,
+    check_judges,
+    load_checked,
+    parse_judge,
+    with_targets,
+)
 from prefloop.rank.python import Python
 from prefloop.rank.similarity import Similarity
 from prefloop.records import Prompt
@@ -109,6 +116,19 @@ def test_a_judge_that_needs_a_target_or_a_policy_says_so(file):
         check_judges({"similarity": Similarity()}, pairs)
     with pytest.raises(PrefloopError, match="--policy"):
         check_judges(dict([parse_judge("self_judge")]), pairs)
+
+
+def test_targets_are_matched_by_prompt_and_answers_that_are_the_target_left_out(file, tmp_path):
+    targets = tmp_path / "targets.jsonl"
+    rows = [("question  3", "so good"), ("question 4", "bad, but longer"), ("question x", "good")]
+    targets.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
+    (pair,) = with_targets(load_checked([file], None, 0), str(targets))
+    assert (pair.id, pair.target) == ("3", "so good")
+    report = check_judges({"similarity": Similarity()}, [pair])
+    assert report["similarity"]["pairs"]["agreement"]["value"] == 1.0
+    targets.write_text(json.dumps({"prompt": "other", "response": "x"}) + "\n")
+    with pytest.raises(DataError, match="none of these pairs' prompts"):
+        with_targets(load_checked([file], None, 0), str(targets))
 
 
 def test_a_judge_is_named_or_given_as_a_section_or_a_file(tmp_path):
