@@ -49,12 +49,18 @@ class Embedder:
         self._window = int(positions)
         self._batch_size = batch_size
 
-    def embed(self, texts: Sequence[str]) -> list[list[float] | None]:
-        """One vector of length 1 a text, H numbers; None where a text exceeds the model's window."""
+    def embed(self, texts: Sequence[str], *, cut: int | None = None) -> list[list[float] | None]:
+        """One vector of length 1 a text, H numbers; None where a text exceeds the model's window.
+
+        With `cut` none does: of a longer text the first `cut` tokens are read, the last -`cut` where it is
+        negative, the encoder's own special tokens counted and kept.
+        """
         ids = [
             self._tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
             for text in texts
         ]
+        if cut is not None:
+            ids = [_cut(row, min(abs(cut), self._window), cut < 0) for row in ids]
         fitting = [n for n in range(len(texts)) if len(ids[n]) <= self._window]
         vectors: list[list[float] | None] = [None] * len(texts)
         fitting.sort(key=lambda n: -len(ids[n]))
@@ -78,6 +84,13 @@ class Embedder:
             weights_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTH.dtype)
             mean_BH = (hidden_BTH * weights_BT1).sum(dim=1) / weights_BT1.sum(dim=1)
             return torch.nn.functional.normalize(mean_BH, dim=-1).cpu()
+
+
+def _cut(ids: list[int], window: int, keep_last: bool) -> list[int]:
+    """Begins and ends as before: BERT's [CLS] and [SEP] stay."""
+    if len(ids) <= window:
+        return ids
+    return [ids[0], *ids[len(ids) - window + 1 :]] if keep_last else [*ids[: window - 1], ids[-1]]
 
 
 def encoder_place(source: str) -> str | None:

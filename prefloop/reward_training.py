@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from prefloop.embedding_head import EmbeddingHead, features
 from prefloop.errors import DataError, RunFolderError
 from prefloop.generate.templates import PromptSet
 from prefloop.judge_check import by_source, score_pairs
@@ -56,7 +59,8 @@ def train_reward(
     train, held_out, dropped = load_pairs(recipe)
     write_jsonl(folder / HELD_OUT, held_out)
     say(f"data     {len(train):,} pairs to train on, {len(held_out):,} held out, by prompt")
-    facts = {} if (folder / "config.json").is_file() else _train(recipe, folder, train, say)
+    fit = _fit_head if recipe.model.tuning == "head" else _train
+    facts = {} if (folder / "config.json").is_file() else fit(recipe, folder, train, say)
     watch = Stopwatch()
     judge = RewardModel(model=str(folder), device=recipe.model.device)
     with quiet():
@@ -151,6 +155,39 @@ def _train(
     say(
         f"train    {facts['pairs']:,} pairs, {facts['steps']:,} steps, loss {facts['first_loss']:.3f} to "
         f"{facts['last_loss']:.3f}  {watch.seconds} s"
+    )
+    return facts
+
+
+def _fit_head(
+    recipe: RewardRecipe, folder: Path, pairs: Sequence[Preference], say: Say
+) -> dict[str, Any]:
+    from prefloop.embedding import Embedder
+    from prefloop.train.reward_head import fit_head
+
+    watch = Stopwatch()
+    source, window = recipe.model.source, recipe.train.max_length
+    with quiet():
+        embedder = Embedder(source)
+    both_NF = features(
+        embedder,
+        [pair.messages for pair in pairs] * 2,
+        [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)],
+        window,
+    )
+    weights, losses = fit_head(
+        both_NF[: len(pairs)],
+        both_NF[len(pairs) :],
+        np.array([pair.margin for pair in pairs], dtype=np.float32),
+        l2=recipe.train.l2,
+    )
+    facts = {"pairs": len(pairs), **losses, "seconds": watch.seconds}
+    (folder / "training").mkdir(exist_ok=True)
+    write_atomically(folder / "training" / "facts.json", json.dumps(facts) + "\n")
+    EmbeddingHead(source, window, weights).save(folder)
+    say(
+        f"train    {len(pairs):,} pairs, loss {losses['first_loss']:.3f} to {losses['last_loss']:.3f}  "
+        f"{watch.seconds} s"
     )
     return facts
 

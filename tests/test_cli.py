@@ -173,5 +173,5 @@ def test_schema_is_written_where_told(shell: Shell) -> None:
 def test_ls_shows_reward_recipes_apart_from_a_runs(shell: Shell) -> None:
     _, recipes, _ = shell("ls", "recipes", "--json")
     _, rewards, _ = shell("ls", "reward-recipes", "--json")
-    assert "minilm" in json.loads(rewards)
+    assert "harmless" in json.loads(rewards)
     assert not set(json.loads(rewards)) & set(json.loads(recipes))

@@ -15,6 +15,8 @@ from jinja2 import TemplateError
 from pydantic import Field
 from safetensors import SafetensorError
 
+from prefloop.embedding import Embedder
+from prefloop.embedding_head import EmbeddingHead, load_head
 from prefloop.errors import JudgeError
 from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.records import Message, Prompt
@@ -45,7 +47,8 @@ class RewardModel(Judge):
     """Scalar of a Bradley-Terry reward model (Ouyang et al. 2022, arXiv:2203.02155, section 3.5)."""
 
     model: str
-    """Hub id or folder of a sequence classifier with one label; safetensors weights only."""
+    """Hub id or folder of a sequence classifier with one label, or of what `prefloop reward train` made;
+    safetensors weights only."""
     max_length: int | None = Field(default=None, ge=8)
     """Tokens of question and answer together; the model's own window may be shorter. null: what
     `prefloop reward train` trained with, 4,096 for any other model."""
@@ -71,6 +74,9 @@ class RewardModel(Judge):
         """Load model and tokenizer; JudgeError where that fails or the model gives no single score."""
         import torch
 
+        head = load_head(self.model)
+        if head is not None:
+            return _OpenHead(head, Embedder(head.source))
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,6 +159,32 @@ class _OpenRewardModel:
             with torch.inference_mode():
                 logits_B = self.model(**padded(rows, pad, self.model.device)).logits.squeeze(-1)
         return [float(value) for value in logits_B.float().tolist()]
+
+
+@dataclass(frozen=True)
+class _OpenHead:
+    """A head over embeddings; it reads the beginning of any answer, so none is too long."""
+
+    head: EmbeddingHead
+    embedder: Embedder
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        filled = [all(text.strip() for text in group) for group in groups]
+        rows = [
+            (prompt.messages, text)
+            for prompt, group, full in zip(prompts, groups, filled, strict=True)
+            if full
+            for text in group
+        ]
+        scores = iter(
+            self.head.score(self.embedder, [turns for turns, _ in rows], [text for _, text in rows])
+            if rows
+            else ()
+        )
+        return [
+            _verdict([next(scores) for _ in group]) if full else EMPTY
+            for group, full in zip(groups, filled, strict=True)
+        ]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

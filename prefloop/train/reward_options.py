@@ -16,8 +16,9 @@ class RewardModelOptions(BaseModel):
 
     source: str = "embedded:minilm"
     """A folder, a Hub id, "embedded:minilm" (an encoder, fast on a CPU) or "embedded:smollm2-135m"."""
-    tuning: Literal["full", "lora"] = "full"
-    """Train all weights, or a low-rank adapter, which is merged when the model is saved."""
+    tuning: Literal["head", "full", "lora"] = "head"
+    """head: a linear reward over the frozen sentence embeddings of an encoder, in seconds once they are
+    made. full: all weights. lora: a low-rank adapter, which is merged when the model is saved."""
     freeze_layers: int = Field(default=0, ge=0)
     """full: so many of the first layers, and the token embeddings with them, stay as they are."""
     lora: LoraOptions = Field(default_factory=LoraOptions)
@@ -28,11 +29,11 @@ class RewardModelOptions(BaseModel):
     """"cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator where there is one."""
 
     @model_validator(mode="after")
-    def _adapters_freeze_all(self) -> RewardModelOptions:
-        if self.tuning == "lora" and (self.freeze_layers or self.dropout is not None):
+    def _nothing_is_idle(self) -> RewardModelOptions:
+        if self.tuning != "full" and (self.freeze_layers or self.dropout is not None):
             raise ValueError(
-                "model.freeze_layers and model.dropout have no effect under tuning: lora; "
-                "leave them out, or set model.lora.dropout"
+                "model.freeze_layers and model.dropout have an effect under tuning: full only; "
+                "leave them out"
             )
         return self
 
@@ -53,7 +54,9 @@ class RewardTrainOptions(BaseModel):
     micro_batch_size: int = Field(default=16, ge=1)
     """Pairs per forward and backward pass; must divide batch_size."""
     max_length: int = Field(default=256, ge=8)
-    """Tokens of question and answer together; what exceeds them is cut, here and when judging."""
+    """Tokens of question and answer together (head: of each); what exceeds them is cut, here and when judging."""
+    l2: float = Field(default=1.0, gt=0.0)
+    """head: weight of |w|^2, the only other option besides `max_length` that a head has."""
     weight_decay: float = Field(default=0.01, ge=0.0, le=1.0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
