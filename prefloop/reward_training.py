@@ -9,9 +9,11 @@ REWARDS/NAME/recipe.yaml       the recipe with every value; another one is refus
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,11 @@ def train_reward(
     """
     keep_freed_memory()
     _claim(folder, recipe)
+    with _alone(folder):
+        return _train_and_measure(recipe, folder, say)
+
+
+def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str, Any]:
     if (folder / REPORT).is_file():
         say(f"{folder} is trained and measured already")
         return dict(read_json(folder / REPORT))
@@ -115,6 +122,19 @@ def _claim(folder: Path, recipe: RewardRecipe) -> None:
             f"{folder} was made by another recipe ({'; '.join(changed[:3])}); choose another folder "
             "with --out, or delete it"
         )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two trainings in one folder would mix their checkpoints; the lock ends with the process."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"{folder} is being trained by another process; wait for it, or choose another with --out"
+            ) from error
+        yield
 
 
 def _train(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -27,16 +30,19 @@ from prefloop.embedding_head import features
 from prefloop.errors import DataError, ModelError, RecipeError, RunFolderError, TrainingError
 from prefloop.generate.templates import PromptSet
 from prefloop.judge_check import score_pairs
+from prefloop.loop import run
 from prefloop.preferences import read_preferences
 from prefloop.rank.reward_model import RewardModel
-from prefloop.records import Message
+from prefloop.records import Message, Prompt
 from prefloop.reward_encoding import Encoded, RewardEncoder
 from prefloop.reward_recipe import RewardRecipe, load_reward_recipe, shipped_reward_recipes
 from prefloop.reward_training import load_pairs, train_reward
+from prefloop.rundir import read_run
 from prefloop.train import checkpoint, reward
 from prefloop.train.losses import bradley_terry
 from prefloop.train.reward_head import fit_head
 from prefloop.train.reward_options import RewardModelOptions, RewardTrainOptions
+from tests.test_loop import recipe as tiny_run
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WORDS = [*SPECIAL, "which", "way", "good", "bad", "very", *(f"w{n}" for n in range(20))]
@@ -167,6 +173,37 @@ def test_another_recipe_is_refused_in_the_same_folder(encoder_folder, pairs_file
     train_reward(recipe(encoder_folder, pairs_file, epochs=1), tmp_path / "r")
     with pytest.raises(RunFolderError, match=r"train\.epochs was 1, now 2.*--out"):
         train_reward(recipe(encoder_folder, pairs_file, epochs=2), tmp_path / "r")
+
+
+def test_two_processes_do_not_train_in_one_folder(encoder_folder, pairs_file, tmp_path):
+    wanted = head_recipe(encoder_folder, pairs_file)
+    train_reward(wanted, tmp_path / "r")
+    with (tmp_path / "r/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunFolderError, match="by another process"):
+            train_reward(wanted, tmp_path / "r")
+
+
+def test_a_run_of_ial_is_judged_by_a_trained_head(
+    encoder_folder, pairs_file, model_folder, tmp_path
+):
+    train_reward(head_recipe(encoder_folder, pairs_file), tmp_path / "r")
+    loop_recipe = tiny_run(
+        model_folder,
+        "ial",
+        judge={"name": "reward_model", "model": str(tmp_path / "r")},
+        loop={"rounds": 1},
+        evaluate={"introspection": False},
+    )
+    run(loop_recipe, tmp_path / "run", Console(file=StringIO()))
+    (result,) = (row for row in read_run(tmp_path / "run").results() if row.round == 0)
+    assert math.isfinite(result.measures["score"])
+    head = RewardModel(model=str(tmp_path / "r")).open(None, PromptSet("compact"))
+    (_, pairs) = next(iter(read_run(tmp_path / "run").pairs(None)))
+    pair = pairs[0]
+    (scores,) = head.score([Prompt(id="p", messages=pair.prompt)], [(pair.chosen, pair.rejected)])
+    assert scores == pytest.approx((pair.scores["chosen"], pair.scores["rejected"]), abs=1e-5)
+    assert scores[0] >= scores[1]
 
 
 def test_a_folder_with_something_else_is_left_alone(encoder_folder, pairs_file, tmp_path):

@@ -26,6 +26,8 @@ from prefloop.reward_encoding import Encoded, padded, padding_token
 from prefloop.seeds import derive_seed
 from prefloop.train import checkpoint
 from prefloop.train.losses import bradley_terry
+from prefloop.train.placement import Replicated
+from prefloop.train.ranks import Ranks
 from prefloop.train.reward_options import RewardModelOptions, RewardTrainOptions
 from prefloop.train.sources import ModelOptions, local_folder, quiet, reason, resolve_source
 
@@ -152,27 +154,31 @@ def train_reward_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     steps = batches([pair.longest for pair in pairs], options, seed)
-    optimizer = torch.optim.AdamW(
-        [weight for weight in model.parameters() if weight.requires_grad],
-        lr=options.lr,
-        weight_decay=options.weight_decay,
+    placement = Replicated(
+        model,
+        Ranks(),
+        lambda weights: torch.optim.AdamW(
+            weights, lr=options.lr, weight_decay=options.weight_decay
+        ),
     )
     log = folder / "metrics.jsonl"
     torch.manual_seed(derive_seed(seed, "dropout"))
-    position = checkpoint.load_checkpoint(folder, model, optimizer) or {"step": 0}
+    done = _resume(folder, placement)
     rows = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    done = int(position["step"])
     log.write_text("".join(f"{row}\n" for row in rows[:done]), encoding="utf-8")
     model.train()
     with log.open("a", encoding="utf-8") as file, Bar("reward model", len(steps)) as bar:
         bar.advance(items=done)
         for number in range(done, len(steps)):
             chosen = [pairs[index] for index in steps[number]]
-            metrics = _step(model, optimizer, chosen, options, (number + 0.5) / len(steps))
+            metrics = _step(model, placement, chosen, options, (number + 0.5) / len(steps))
             file.write(json.dumps({"step": number, **metrics}) + "\n")
             if options.save_every and (number + 1) % options.save_every == 0:
                 file.flush()
-                checkpoint.save_checkpoint(folder, model, optimizer, step=number + 1)
+                state = checkpoint.State(
+                    placement.weights(), placement.optimizer_state(), [checkpoint.random_state()]
+                )
+                checkpoint.save_checkpoint(folder, state, step=number + 1)
             bar.advance(items=1, amount=sum(2 * pair.longest for pair in chosen))
     model.eval()
     losses = [json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()]
@@ -183,6 +189,18 @@ def train_reward_model(
         "first_loss": sum(losses[:tenth]) / tenth,
         "last_loss": sum(losses[-tenth:]) / tenth,
     }
+
+
+def _resume(folder: Path, placement: Replicated) -> int:
+    """Go on from the newest checkpoint; the steps it has behind it."""
+    found = checkpoint.load_checkpoint(folder, ranks=1)
+    if found is None:
+        return 0
+    state, position = found
+    placement.set_weights(state.weights)
+    placement.set_optimizer_state(state.optimizer)
+    checkpoint.set_random_state(state.random[0])
+    return int(position["step"])
 
 
 def batches(lengths: Sequence[int], options: RewardTrainOptions, seed: int) -> list[list[int]]:
@@ -210,16 +228,13 @@ def batches(lengths: Sequence[int], options: RewardTrainOptions, seed: int) -> l
 
 def _step(
     model: Any,
-    optimizer: torch.optim.Optimizer,
+    placement: Replicated,
     pairs: Sequence[EncodedPair],
     options: RewardTrainOptions,
     progress: float,
 ) -> dict[str, float]:
     rising, falling = options.warmup, 1 - options.warmup
     rate = options.lr * min(progress / rising if rising else 1.0, (1 - progress) / falling)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
     loss = right = 0.0
     for start in range(0, len(pairs), options.micro_batch_size):
         part = pairs[start : start + options.micro_batch_size]
@@ -234,14 +249,14 @@ def _step(
                 f"the loss of {', '.join(pair.id for pair in part)} is not finite; "
                 "lower train.lr or remove these pairs"
             )
-        (loss_B.sum() / len(pairs)).backward()  # type: ignore[no-untyped-call]
+        last = start + options.micro_batch_size >= len(pairs)
+        placement.backward(loss_B.sum() / len(pairs), last=last)
         loss += float(loss_B.detach().sum()) / len(pairs)
         right += float((chosen_B > rejected_B).sum()) / len(pairs)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
-    if not math.isfinite(float(norm)):
+    norm = placement.update(rate, options.max_grad_norm)
+    if not math.isfinite(norm):
         raise TrainingError("the gradient is not finite; lower train.lr")
-    optimizer.step()
-    return {"loss": loss, "accuracy": right, "lr": rate, "grad_norm": float(norm)}
+    return {"loss": loss, "accuracy": right, "lr": rate, "grad_norm": norm}
 
 
 def score_rows(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:
