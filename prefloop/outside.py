@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft import PeftModel
+
 from prefloop.chat import Chat
 from prefloop.generate.engines import OutsideEngine, Probe, Setting, Weights
 from prefloop.recipe import Recipe
@@ -31,6 +33,7 @@ class Outside:
                     chat=chat,
                     dtype=str(policy.model.dtype).removeprefix("torch."),
                     lora_rank=model.lora.r if model.tuning == "lora" else None,
+                    lora_modules=_adapted(policy),
                     trust_remote_code=model.trust_remote_code,
                     log=self._rundir.path / "engine.log",
                 )
@@ -58,6 +61,13 @@ class Outside:
         """End what was started."""
         if self._engine is not None:
             self._engine.close()
+
+
+def _adapted(policy: Policy) -> tuple[str, ...]:
+    if not isinstance(policy.model, PeftModel):
+        return ()
+    names = policy.model.peft_config[policy.model.active_adapter].target_modules
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:

@@ -110,6 +110,8 @@ class VLLMEngine:
         return [
             *(options.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(weights.model)),
             *(f"--{name}={value}" for name, value in given.items()),
+            # Without this vLLM 0.32 adapts the head too, and fails when asked for log-probs of a prompt.
+            *(["--lora-target-modules", *setting.lora_modules] if setting.lora_modules else []),
             *(f"--{name}" for name, wanted in flags.items() if wanted),
             *options.arguments,
         ]

@@ -112,6 +112,7 @@ class Server:
     def ask_all(self, path: str, bodies: Sequence[Body], each: Callable[[Any], None]) -> list[Any]:
         """All questions side by side; `each` gets the answers as they come, the result has them in order."""
         answers: list[Any] = [None] * len(bodies)
+        failures: list[Refusal | httpx2.HTTPError] = []
 
         async def work() -> None:
             limit = anyio.CapacityLimiter(self._concurrency)
@@ -119,19 +120,22 @@ class Server:
 
                 async def one(place: int) -> None:
                     async with limit:
-                        answers[place] = _answer(await client.post(path, json=bodies[place]))
-                    each(answers[place])
+                        if failures:
+                            return
+                        try:
+                            answer = _answer(await client.post(path, json=bodies[place]))
+                        except (Refusal, httpx2.HTTPError) as error:
+                            failures.append(error)
+                            return
+                    answers[place] = answer
+                    each(answer)
 
                 for place in range(len(bodies)):
                     group.start_soon(one, place)
 
-        try:
-            _run(work)
-        except BaseExceptionGroup as group:
-            first = group.exceptions[0]
-            if isinstance(first, httpx2.HTTPError):
-                raise self._failure(first) from first
-            raise first from None
+        _run(work)
+        for first in failures:
+            raise self._failure(first) if isinstance(first, httpx2.HTTPError) else first
         return answers
 
     def _client(self) -> httpx2.AsyncClient:

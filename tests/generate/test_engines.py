@@ -124,7 +124,7 @@ def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer
 
     with serve(answer) as server:
         made = OpenAI(**{k: v for k, v in options(server.url).items() if k != "name"})
-        engine = made.open(Setting(Chat(tokenizer), "float32", None, False, Path("unused")))
+        engine = made.open(Setting(Chat(tokenizer), "float32", None, (), False, Path("unused")))
         engine.serve(Weights(Path("unused")), list)
         sampling = Sampling(temperature=0.5, top_k=3, max_new_tokens=9)
         found = engine.sample(requests("a", "b", "bad", "c"), sampling, seed=1)
@@ -138,6 +138,6 @@ def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer
 
 def test_a_server_that_is_gone_in_the_middle_is_one_sentence(tokenizer):
     made = OpenAI(url="http://127.0.0.1:9/v1", model="m", retries=0)
-    engine = made.open(Setting(Chat(tokenizer), "float32", None, False, Path("unused")))
+    engine = made.open(Setting(Chat(tokenizer), "float32", None, (), False, Path("unused")))
     with pytest.raises(ApiError, match="cannot be reached"):
         engine.sample(requests("a"), Sampling(), seed=0)

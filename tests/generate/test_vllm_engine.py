@@ -75,7 +75,9 @@ def opened(
     engines = []
 
     def open_engine(lora_rank: int | None = 8, **options: Any) -> VLLMEngine:
-        setting = Setting(chat, "float32", lora_rank, False, tmp_path / "engine.log")
+        setting = Setting(
+            chat, "float32", lora_rank, ("q_proj", "up_proj"), False, tmp_path / "engine.log"
+        )
         engines.append(VLLM(**options).open(setting))
         return engines[-1]
 
@@ -298,7 +300,8 @@ def test_the_command_says_what_the_recipe_says(opened, serve, model, tmp_path):
     wanted = (
         "--dtype=float32 --tensor-parallel-size=2 --data-parallel-size=3 --max-num-seqs=7 "
         "--gpu-memory-utilization=0.5 --max-lora-rank=16 --enable-lora --enforce-eager "
-        "--enable-prefix-caching --generation-config=vllm --max-model-len 512"
+        "--enable-prefix-caching --generation-config=vllm --max-model-len 512 "
+        "--lora-target-modules q_proj up_proj"
     )
     assert set(wanted.split()) <= set(said)
 

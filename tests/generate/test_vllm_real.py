@@ -61,7 +61,8 @@ def policies(place: Path) -> list[Policy]:
 @pytest.fixture(scope="module")
 def served(place: Path, policies: list[Policy]) -> Iterator[VLLMEngine]:
     chat = HFEngine(policies[0].model, policies[0].tokenizer).chat
-    setting = Setting(chat, "float32", MODEL.lora.r, False, place / "engine.log")
+    modules = tuple("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+    setting = Setting(chat, "float32", MODEL.lora.r, modules, False, place / "engine.log")
     engine = VLLM(python=PYTHON, eager=True, max_num_seqs=16).open(setting)
     yield engine
     engine.close()

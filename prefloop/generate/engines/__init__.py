@@ -35,6 +35,8 @@ class Setting:
     """Of the policy's weights: "float32" or "bfloat16"."""
     lora_rank: int | None
     """null: all weights are trained."""
+    lora_modules: tuple[str, ...]
+    """Last names of the modules that the adapter changes, such as q_proj."""
     trust_remote_code: bool
     log: Path
     """Where a program of the engine's writes what it says."""
