@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from prefloop.chat import Chat
 from prefloop.generate.engines import OutsideEngine, Probe, Setting, Weights
@@ -66,7 +66,9 @@ class Outside:
 def _adapted(policy: Policy) -> tuple[str, ...]:
     if not isinstance(policy.model, PeftModel):
         return ()
-    names = policy.model.peft_config[policy.model.active_adapter].target_modules
+    config = policy.model.peft_config[policy.model.active_adapter]
+    assert isinstance(config, LoraConfig)
+    names = config.target_modules or ()
     return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
 
