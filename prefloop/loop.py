@@ -22,6 +22,7 @@ from prefloop.errors import GuardStop
 from prefloop.evaluate.answers import ANSWER, answer_measures
 from prefloop.evaluate.health import check_guards
 from prefloop.parts import Parts
+from prefloop.publish import publish
 from prefloop.rank import NoVerdict
 from prefloop.recipe import Recipe
 from prefloop.records import (
@@ -118,7 +119,7 @@ class _Loop:
             scored = [r for r in results if r.measures.get("score") is not None and r.round >= 0]
             if scored:
                 number = max(scored, key=lambda r: r.measures["score"] or 0.0).round
-        return self.session.publish(self.rundir.round(number), results)
+        return publish(self.recipe, self.rundir, self.rundir.round(number), results)
 
     # Stages, in the order in which a round plays them.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -32,8 +31,7 @@ from prefloop.progress import Bar
 from prefloop.rank import NoVerdict, OpenJudge, Remembering, Verdict
 from prefloop.rank.similarity import Similarity
 from prefloop.recipe import Recipe, TrainOptions
-from prefloop.records import Pair, Prompt, RoundResult, read_json
-from prefloop.report.model_card import CardFacts, write_model_card
+from prefloop.records import Pair, Prompt
 from prefloop.rundir import RoundDir, RunDir, replace_folder
 from prefloop.seeds import derive_seed
 from prefloop.spool import Spool
@@ -41,7 +39,7 @@ from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
-from prefloop.train.sources import EMBEDDED, quiet
+from prefloop.train.sources import quiet
 from prefloop.train.trainer import Job, Trainer, read_metrics
 
 OPTIMIZER = "optimizer.safetensors"
@@ -201,6 +199,9 @@ class Session:
             return None
         if not judge.needs_policy:
             return self._lasting_judge
+        if judge.needs_moved_policy:
+            # It compares log-probs with the initial policy's, which are computed here: so must both be.
+            policy = self.engine_at(self._place)
         if id(policy) not in self._judges:
             self._judges[id(policy)] = judge.open(policy, self.prompt_set, self.initial_engine)
         # Its weights change under it, so what it said is remembered no longer than for one chunk.
@@ -362,36 +363,6 @@ class Session:
     @staticmethod
     def _window(policy: Policy) -> int | None:
         return getattr(policy.model.config, "max_position_embeddings", None)
-
-    # The end.
-
-    def publish(self, here: RoundDir, results: Sequence[RoundResult]) -> Path:
-        """Copy a round's policy, with a card made from the run, to RUN/policy."""
-        final = self.rundir.path / "policy"
-        temporary = self.rundir.path / ".policy"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(here.policy, temporary)
-        embedded = EMBEDDED.get(self.recipe.model.source.removeprefix("embedded:"))
-        base = embedded.hub_id if embedded else None
-        if self.recipe.sft is not None and self.recipe.model.tuning == "lora":
-            # The adapter fits the fine-tuned model of round 0, not the one it came from.
-            base = "rounds/start/policy"
-        rounds = self.rundir.rounds()
-        rejects = sum((folder.reasons() for folder in rounds), Counter[str]())
-        write_model_card(
-            temporary,
-            CardFacts(
-                recipe=self.recipe.model_dump(mode="json"),
-                results=results,
-                environment=read_json(self.rundir.path / "environment.json"),
-                pairs=sum(folder.count("pairs") for folder in rounds),
-                rejects=rejects,
-                base_model=base,
-                license=embedded.license if embedded else None,
-            ),
-        )
-        replace_folder(temporary, final)
-        return final
 
 
 def _sft_loss(logps: GroupLogps, progress: float) -> LossOutput:
