@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import prefloop.loop
 import prefloop.rundir
 import prefloop.train.checkpoint
 from prefloop.chat import Chat
@@ -30,7 +31,6 @@ from prefloop.loop import Outcome, run
 from prefloop.recipe import Recipe, load_recipe
 from prefloop.records import Candidates, Pair
 from prefloop.rundir import Journal, RunDir, read_run
-from prefloop.session import Session
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.packing import TokenGroup
@@ -476,7 +476,7 @@ class Interrupter:
         self._around(Journal, "append", lambda self, records: self._main)
         self._around(Trainer, "_step", lambda self, job, ref, chosen, n, steps: job.folder / str(n))
         self._around(Policy, "save", lambda self, folder: folder)
-        self._around(Session, "publish", lambda self, here, results: here.policy)
+        self._around(prefloop.loop, "publish", lambda recipe, run, here, results: here.policy)
         self._around(prefloop.rundir, "replace_folder", lambda temporary, final: final)
         save: Any = prefloop.train.checkpoint
         self._around(save, "save_checkpoint", lambda folder, *_, **p: folder / str(p["step"]))
