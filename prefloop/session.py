@@ -210,7 +210,8 @@ class Session:
     @cached_property
     def _lasting_judge(self) -> OpenJudge:
         assert self.recipe.judge is not None
-        return Remembering(self.recipe.judge.open(None, self.prompt_set))
+        with quiet():
+            return Remembering(self.recipe.judge.open(None, self.prompt_set))
 
     def score_answers(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
         """The judge's scores of single answers; without a judge, similarity to the targets there are."""
