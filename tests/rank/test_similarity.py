@@ -156,7 +156,7 @@ def test_minilm_sees_meaning_where_chrf_sees_letters() -> None:
         [_prompt("A man is eating food")], [["Someone eats a meal", "A man is heating wood"]]
     )
     assert isinstance(verdict, tuple)
-    assert verdict[0] == pytest.approx(0.76, abs=0.01)
+    assert verdict[0] == pytest.approx(0.75, abs=0.01)
     assert verdict[0] > verdict[1]
 
 
