@@ -302,15 +302,20 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     `overrides` are "section.key=value" with the value written as YAML. Raises RecipeError.
     """
     path = _recipe_path(path_or_name)
-    values = {"name": path.stem, **read_yaml(path, needs="method")}
+    return read_recipe(path, Recipe, overrides, needs="method")
+
+
+def read_recipe(path: Path, kind: type[M], overrides: Sequence[str], *, needs: str) -> M:
+    """A file as a recipe of one kind, overridden; RecipeError names file and overrides. `needs`: a section."""
+    values = {"name": path.stem, **read_yaml(path, needs=needs)}
     source = str(path)
     for override in overrides:
         values = overridden(values, override)
         source += f" with --set {override}"
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{source}: {sentence(error, Recipe)}") from None
+        raise RecipeError(f"{source}: {sentence(error, kind)}") from None
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from prefloop.errors import RecipeError
 from prefloop.plugins import nearest
-from prefloop.recipe import Section, read_yaml
+from prefloop.recipe import Section, read_recipe
 from prefloop.train.reward_options import RewardModelOptions, RewardTrainOptions
-from prefloop.validation import build, sentence
-from prefloop.yaml_text import dump_yaml, overridden
+from prefloop.validation import build
+from prefloop.yaml_text import dump_yaml
 
 FOLDER = Path("rewards")
 """Where trained reward models lie: rewards/NAME."""
@@ -73,17 +73,7 @@ def load_reward_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Rewa
             known = sorted(shipped)
             raise RecipeError(f"no reward recipe {path_or_name!r}; {nearest(path_or_name, known)}")
         path = shipped[path_or_name]
-    values = {"name": path.stem, **read_yaml(path, needs="data")}
-    source = str(path)
-    for override in overrides:
-        values = overridden(values, override)
-        source += f" with --set {override}"
-    try:
-        return RewardRecipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {sentence(error, RewardRecipe)}") from None
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from None
+    return read_recipe(path, RewardRecipe, overrides, needs="data")
 
 
 def shipped_reward_recipes() -> dict[str, Path]:
