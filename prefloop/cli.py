@@ -257,7 +257,7 @@ def schema(
     out: Annotated[Path | None, typer.Option("--out", help="Write to this file.")] = None,
 ) -> None:
     """JSON schema of recipes, for editors: every option of every method and judge."""
-    from prefloop.recipe import json_schema
+    from prefloop.recipe_schema import json_schema
 
     text = json.dumps(json_schema(), indent=2, ensure_ascii=False)
     if out is None:

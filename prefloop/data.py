@@ -14,10 +14,12 @@ from typing import Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefloop.errors import DataError
+from prefloop.preferences import ANSWERS, preference
 from prefloop.records import Message, Prompt
 from prefloop.rows import EMBEDDED, Row, open_rows
 from prefloop.seeds import derive_seed
 from prefloop.spool import Spool
+from prefloop.turns import conversation, filled_text
 
 Part: TypeAlias = Literal["train", "eval"]
 CountTokens: TypeAlias = Callable[[str], int]
@@ -27,7 +29,8 @@ class DataOptions(BaseModel):
     """The recipe's section `data`.
 
     A source is a file (.jsonl, .json, .csv, .parquet), a folder (written by `save_to_disk`, or holding
-    data files), a data set on the Hugging Face hub ("owner/name"), or "embedded:instructions".
+    data files), a data set on the Hugging Face hub ("owner/name"), or "embedded:instructions". Where a
+    method trains on labelled pairs, rows with `chosen` and `rejected` are read as `read_preferences` does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -58,7 +61,7 @@ class DataOptions(BaseModel):
     max_prompt_tokens: int = Field(default=512, ge=1)
     """Prompts with more tokens (all turns, without the chat template's own) are dropped and counted."""
     max_response_tokens: int = Field(default=512, ge=1)
-    """Rows whose target has more tokens are dropped and counted, where the method trains on targets."""
+    """Rows whose target, or labelled answer, has more tokens are dropped and counted, where the method trains on them."""
     limit: int | None = Field(default=None, ge=1)
     """Read only the first so many usable rows of `train`, in the file's order; null reads all."""
 
@@ -83,25 +86,37 @@ def load_data(
     options: DataOptions,
     *,
     needs_target: bool,
+    needs_pairs: bool = False,
     seed: int,
     count_tokens: CountTokens | None,
     folder: Path | None = None,
 ) -> LoadedData:
     """All prompts of a run, kept in a nameless file of `folder`. Without `count_tokens` no length is checked.
 
+    With `needs_pairs` every training row is a labelled pair; evaluation rows may be.
     With `holdout`, copies of a held-out conversation leave the training prompts too and are counted.
     Raises DataError where a row is malformed or no row fits the length limits.
     """
     dropped: Counter[str] = Counter()
 
     def read(source: str, part: Part, limit: int | None = None) -> Spool:
+        def drop(reason: str) -> None:
+            dropped[reason if part == "train" else f"eval: {reason}"] += 1
+
         def fits(prompt: Prompt) -> bool:
             reason = _too_long(prompt, options, needs_target, count_tokens)
             if reason:
-                dropped[reason if part == "train" else f"eval: {reason}"] += 1
+                drop(reason)
             return reason is None
 
-        rows = read_prompts(source, options, part=part, needs_target=needs_target)
+        rows = read_prompts(
+            source,
+            options,
+            part=part,
+            needs_target=needs_target,
+            needs_pairs=needs_pairs,
+            drop=drop,
+        )
         prompts = Spool(islice(filter(fits, rows), limit), folder)
         if not prompts:
             raise DataError(f"every row of {source} is too long; raise data.max_*_tokens")
@@ -121,19 +136,36 @@ def load_data(
 
 
 def read_prompts(
-    source: str, options: DataOptions, *, part: Part = "train", needs_target: bool = False
+    source: str,
+    options: DataOptions,
+    *,
+    part: Part = "train",
+    needs_target: bool = False,
+    needs_pairs: bool = False,
+    drop: Callable[[str], None] = lambda reason: None,
 ) -> Iterator[Prompt]:
     """Stream the prompts of one source; DataError names the file and line of the first bad row.
 
-    `part` says which split of a data set is meant: `options.split` or `options.eval_split`.
+    `part` says which split of a data set is meant: `options.split` or `options.eval_split`. With
+    `needs_pairs`, `drop` is told why a labelled row cannot be used.
     """
+    if needs_pairs and part == "train" and source == EMBEDDED:
+        raise DataError(
+            f"{EMBEDDED} has no labelled pairs, which this method trains on; name a file with prompt, "
+            "chosen and rejected in data.train"
+        )
     split = options.split if part == "train" else options.eval_split
     stem, rows = open_rows(source, part, options.subset, split)
     if source == EMBEDDED:
         options = DataOptions()
     first_use: dict[str, int] = {}
     for number, (where, row) in enumerate(rows, start=1):
-        prompt = _prompt(where, row, options, f"{stem}-{number}")
+        labelled = needs_pairs and (part == "train" or any(name in row for name in ANSWERS[0]))
+        read = _labelled if labelled else _prompt
+        prompt = read(where, row, options, f"{stem}-{number}")
+        if isinstance(prompt, str):
+            drop(prompt)
+            continue
         if needs_target and prompt.target is None:
             raise DataError(
                 f"{where} has no target response, which this run needs for every prompt; name its "
@@ -196,7 +228,8 @@ def _too_long(
         return None
     if sum(count(turn.content) for turn in prompt.messages) > options.max_prompt_tokens:
         return "prompt too long"
-    if needs_target and prompt.target and count(prompt.target) > options.max_response_tokens:
+    answers = (prompt.target if needs_target else None, prompt.chosen, prompt.rejected)
+    if any(answer and count(answer) > options.max_response_tokens for answer in answers):
         return "response too long"
     return None
 
@@ -221,11 +254,36 @@ def _prompt(where: str, row: Row, options: DataOptions, default_id: str) -> Prom
     answered = turns[-1].role == "assistant"
     answer = turns.pop().content if answered else _cell(row, options.response_field)
     target = None if answer is None else filled_text(where, options.response_field or "", answer)
+    identity = _identity(where, row, options, default_id)
+    return Prompt(id=identity, messages=tuple(turns), target=target)
+
+
+def _labelled(where: str, row: Row, options: DataOptions, default_id: str) -> Prompt | str:
+    """A labelled pair as a prompt with its two answers, or why it is none."""
+    found = preference(where, row, default_id, default_id, None)
+    if isinstance(found, str):
+        return found
+    if found.tie:
+        return "tie"
+    answer = _cell(row, options.response_field)
+    return Prompt(
+        id=_identity(where, row, options, default_id),
+        messages=found.messages,
+        # Where the data have no answer of their own, the chosen one is what a model should say.
+        target=found.target or found.chosen
+        if answer is None
+        else filled_text(where, options.response_field or "", answer),
+        chosen=found.chosen,
+        rejected=found.rejected,
+    )
+
+
+def _identity(where: str, row: Row, options: DataOptions, default: str) -> str:
     given = _cell(row, options.id_field)
-    identity = default_id if given is None else given
+    identity = default if given is None else given
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise DataError(f"{where}: {options.id_field!r} must be a text or a whole number")
-    return Prompt(id=str(identity), messages=tuple(turns), target=target)
+    return str(identity)
 
 
 def _turns(where: str, row: Row, options: DataOptions) -> list[Message]:
@@ -246,47 +304,6 @@ def _turns(where: str, row: Row, options: DataOptions) -> list[Message]:
 
 def _cell(row: Row, field: str | None) -> object:
     return row.get(field) if field else None
-
-
-def conversation(
-    where: str, field: str, value: object, *, answer_only: bool = False
-) -> list[Message]:
-    """Check that turns are {role, content}: a system turn if any, then user and assistant in turn.
-
-    `answer_only` takes a lone assistant turn. Raises DataError with `where` and `field`.
-    """
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {field!r} must be a filled list of {{role, content}} turns")
-    turns: list[Message] = []
-    for number, turn in enumerate(value):
-        name = f"{field}[{number}]"
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise DataError(f'{where}: {name} must be an object with "role" and "content"')
-        lone = answer_only and len(value) == 1
-        expected = "assistant" if lone or (turns and turns[-1].role == "user") else "user"
-        role = turn["role"]
-        if role != expected and (role != "system" or number):
-            raise DataError(
-                f"{where}: {name} has the role {role!r} where {expected!r} must stand; let user and "
-                "assistant alternate, after one system turn at most"
-            )
-        turns.append(
-            Message(role=role, content=filled_text(where, f"{name}.content", turn["content"]))
-        )
-    if turns[-1].role == "system":
-        raise DataError(f"{where}: {field!r} holds a system turn only; add the user's")
-    return turns
-
-
-def filled_text(where: str, field: str, value: object) -> str:
-    """The value as a text that is not empty; DataError with `where` and `field` where it is none."""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {field!r} is {type(value).__name__}, not text; convert it")
-    if not value.strip():
-        raise DataError(f"{where}: {field!r} is empty; fill it in or remove the row")
-    if value.encode(errors="ignore").decode() != value:
-        raise DataError(f"{where}: {field!r} holds half of a surrogate pair; remove it")
-    return value
 
 
 def _missing(where: str, row: Row, options: DataOptions) -> str:

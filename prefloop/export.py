@@ -32,8 +32,8 @@ def export_pairs(
     Columns: `prompt` (the turns), `chosen` and `rejected` (one assistant turn each), `target` (null
     where the method has none), `margin`, `round`, `prompt_id`. A folder gets `pairs.jsonl` or
     `pairs.parquet`. The file appears whole or not at all, and replaces an older one.
-    Raises DataError where there are no pairs or the name fits no format, RunFolderError where the
-    file cannot be written.
+    Raises DataError where there are no pairs, or answers without another beside them, or the name fits
+    no format; RunFolderError where the file cannot be written.
     """
     path = _destination(Path(folder_or_file), format)
     try:
@@ -49,7 +49,12 @@ def export_pairs(
 
 
 def as_row(pair: Pair) -> Row:
-    """One pair as a row of the data set."""
+    """One pair as a row of the data set. Raises DataError where there is nothing to prefer it to."""
+    if not pair.rejected:
+        raise DataError(
+            "the method of this run trains on single answers, so there are no pairs to export; "
+            "take the targets from the data themselves"
+        )
     return {
         "prompt": [{"role": turn.role, "content": turn.content} for turn in pair.prompt],
         "chosen": [{"role": "assistant", "content": pair.chosen}],

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from prefloop.data import conversation, filled_text
 from prefloop.errors import DataError
 from prefloop.records import Message, Prompt, Record
 from prefloop.rows import Row, open_rows
+from prefloop.turns import conversation, filled_text
 
-_ANSWERS = (("chosen", "rejected"), ("response_1", "response_2"))
+ANSWERS = (("chosen", "rejected"), ("response_1", "response_2"))
+"""The columns that hold a labelled pair's answers."""
 
 
 class Preference(Record):
@@ -66,7 +67,7 @@ def read_preferences(source: str, *, margin_field: str | None = None) -> Labelle
     dropped: Counter[str] = Counter()
     pairs = []
     for number, (where, row) in enumerate(rows, start=1):
-        found = _preference(where, row, f"{stem}-{number}", Path(stem).name, margin_field)
+        found = preference(where, row, f"{stem}-{number}", Path(stem).name, margin_field)
         if isinstance(found, str):
             dropped[found] += 1
         else:
@@ -95,11 +96,11 @@ def split_by_prompt(
     return train, held_out
 
 
-def _preference(
+def preference(
     where: str, row: Row, default_id: str, source: str, margin_field: str | None
 ) -> Preference | str:
-    """The row's pair, or why it has none."""
-    names = next((names for names in _ANSWERS if all(n in row for n in names)), None)
+    """The row's pair, or why it has none. Raises DataError with `where` for a malformed row."""
+    names = next((names for names in ANSWERS if all(n in row for n in names)), None)
     if names is None:
         found = ", ".join(repr(str(name)[:40]) for name in row) or "none"
         raise DataError(

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     FieldSerializationInfo,
     ValidationError,
-    create_model,
     field_serializer,
     field_validator,
     model_validator,
@@ -39,7 +37,7 @@ from prefloop.methods import Method
 from prefloop.plugins import find, name_of, names, nearest
 from prefloop.rank import Judge
 from prefloop.recipe_check import check
-from prefloop.records import Sampling
+from prefloop.records import Sampling, as_tuple
 from prefloop.train.sources import ModelOptions
 from prefloop.validation import build, model_in, sentence
 from prefloop.yaml_text import dump_yaml, overridden, parse_yaml, shown
@@ -83,6 +81,14 @@ class LoopOptions(Section):
     """Train on the previous round's pairs as well (IAL Algorithm 1: D'_t and D'_{t-1})."""
     carry_optimizer: bool = False
     """One optimiser and one schedule for the whole run (AROP), not a new one each round (IAL)."""
+    lr_factors: Annotated[
+        tuple[Annotated[float, Field(gt=0.0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
+    ] = (1.0,)
+    """What train.lr is multiplied by in each round; the last number holds for all that follow."""
+
+    def rate_factor(self, round: int) -> float:
+        """What train.lr is multiplied by in this round."""
+        return self.lr_factors[min(round, len(self.lr_factors) - 1)]
 
 
 class SftOptions(Section):
@@ -325,23 +331,6 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe file, with the options of every method and judge of this package."""
-    methods = _alternatives(prefloop.methods, Method, "method")
-    judges = _alternatives(prefloop.rank, Judge, "judge")
-    engines = _alternatives(prefloop.generate.engines, EngineOptions, "engine")
-    full = create_model(
-        "Recipe",
-        __base__=Recipe,
-        method=(methods, ...),
-        judge=(judges | None, None),
-        engine=(engines, InProcess()),
-    )
-    schema = full.model_json_schema()
-    schema["required"].remove("name")  # load_recipe takes the file's stem
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
 def _recipe_path(path_or_name: str) -> Path:
     path = Path(path_or_name)
     if path.is_file():
@@ -384,12 +373,3 @@ def build_plugin(package: ModuleType, value: object, base: type[M], what: str) -
         )
     options = {key: option for key, option in value.items() if key != "name"}
     return build(find(package, name, base, what), options, what)
-
-
-def _alternatives(package: ModuleType, base: type[M], what: str) -> Any:
-    sections = []
-    for name in names(package):
-        kind = find(package, name, base, what)
-        fields: dict[str, Any] = {"name": (Literal[name], ...)}
-        sections.append(create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields))
-    return reduce(or_, sections)

@@ -131,7 +131,9 @@ def _check_data(recipe: Recipe) -> Iterator[str]:
     if _on_the_hub(data.train):
         yield f"data.train {data.train} is not here: it will be looked up on the Hugging Face Hub"
     else:
-        prompts = read_prompts(data.train, data, needs_target=needs_target)
+        prompts = read_prompts(
+            data.train, data, needs_target=needs_target, needs_pairs=recipe.method.needs_pairs
+        )
         found = sum(1 for _ in islice(prompts, min(size + data.holdout, sys.maxsize)))
         usable = min(found, data.limit or found) - data.holdout
         if usable < size:
@@ -147,7 +149,13 @@ def _check_data(recipe: Recipe) -> Iterator[str]:
     if data.eval is not None and _on_the_hub(data.eval):
         yield f"data.eval {data.eval} is not here: it will be looked up on the Hugging Face Hub"
     elif data.eval is not None:
-        prompts = read_prompts(data.eval, data, part="eval", needs_target=needs_target)
+        prompts = read_prompts(
+            data.eval,
+            data,
+            part="eval",
+            needs_target=needs_target,
+            needs_pairs=recipe.method.needs_pairs,
+        )
         deque(islice(prompts, recipe.evaluate.prompts), maxlen=0)
 
 

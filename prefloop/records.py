@@ -17,7 +17,7 @@ Finish = Literal["stop", "length"]
 _Text = Annotated[str, Field(min_length=1)]
 
 
-def _tuple(value: object) -> object:
+def as_tuple(value: object) -> object:
     """A list passes for a tuple, also where strict validation no longer knows that it came from JSON."""
     return tuple(value) if isinstance(value, list) else value
 
@@ -43,6 +43,10 @@ class Prompt(Record):
     """The turns so far; the last one is the user's."""
     target: str | None = None
     """The data set's own answer (y_t), where it has one."""
+    chosen: str | None = None
+    """The better answer of a labelled pair, where the data hold one and the method trains on it."""
+    rejected: str | None = None
+    """The worse answer of that pair."""
 
     @property
     def text(self) -> str:
@@ -74,14 +78,17 @@ class Candidates(Record):
 
 
 class Pair(Record):
-    """One training example: chosen over rejected, with the target where the method trains on triples."""
+    """One training example: chosen over rejected, with a third answer where the method trains on triples."""
 
     prompt_id: str
     round: int
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
+    """Empty where the method trains on single answers (sft)."""
     target: str | None = None
+    sample: str | None = None
+    """The policy's own answer beside a pair that is not made of such answers (SPAC's y)."""
     margin: float = 0.0
     """AROP's M: what the implicit reward difference must exceed; 0 elsewhere."""
     origin: dict[str, str] = {}
@@ -121,7 +128,7 @@ class Sampling(Record):
     """Sample among the k likeliest tokens; 0 switches it off."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Leave out tokens less likely than this share of the likeliest one's probability; 0 switches it off."""
-    stop: Annotated[tuple[_Text, ...], BeforeValidator(_tuple)] = ()
+    stop: Annotated[tuple[_Text, ...], BeforeValidator(as_tuple)] = ()
     """Texts that end an answer; the answer is what comes before."""
     max_new_tokens: int = Field(default=256, ge=1)
     """An answer that reaches this length is marked finish="length"."""

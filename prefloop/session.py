@@ -74,6 +74,7 @@ class Session:
             needs_target=self.recipe.method.needs_target
             or self.recipe.sft is not None
             or (self.recipe.judge is not None and self.recipe.judge.needs_target),
+            needs_pairs=self.recipe.method.needs_pairs,
             seed=self.recipe.seed,
             count_tokens=chat.count,
             folder=self.rundir.path,
@@ -242,7 +243,8 @@ class Session:
         if self.recipe.launch is not None:
             return self._launched(here, "train")
         self.outside.rest()
-        policy, method, loop = self.policy_before(here), self.recipe.method, self.recipe.loop
+        policy, loop = self.policy_before(here), self.recipe.loop
+        method = self.recipe.method.in_round(here.number)
         pairs = self.training_pairs(here)
         if self._engine is not None:
             self._engine.release()
@@ -259,7 +261,8 @@ class Session:
                 loss=method.loss,
                 folder=here.train,
                 seed=derive_seed(self.recipe.seed, here.number, "train"),
-                reference=method.reference,
+                reference=method.reference if method.needs_reference else None,
+                rate=loop.rate_factor(here.number),
                 first_step=sum(r.steps() for r in self.rundir.rounds() if r.number < here.number),
                 span=(here.number / loop.rounds, (here.number + 1) / loop.rounds)
                 if loop.carry_optimizer

@@ -24,10 +24,10 @@ from prefloop.recipe import (
     Recipe,
     SftOptions,
     TrainOptions,
-    json_schema,
     load_recipe,
     shipped_recipes,
 )
+from prefloop.recipe_schema import json_schema
 
 IAL_RECIPE = "method: {name: ial}\njudge: {name: similarity}\n"
 METHODS = ", ".join(names(prefloop.methods))

@@ -50,10 +50,6 @@ class Method(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    needs_target: ClassVar[bool] = False
-    """Whether every prompt must come with a target response."""
-    needs_judge: ClassVar[bool] = False
-    """Whether `rank` asks the recipe's judge."""
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     """The responses of a pair that the trainer scores, in order."""
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -80,6 +76,32 @@ class Method(BaseModel):
             if isinstance(field.default, BaseModel) and isinstance(values.get(name), Mapping)
         }
         return {**values, **parts}
+
+    # A method overrides these by a property, or, where no option decides, by a ClassVar.
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether every prompt must come with a target response."""
+        return False
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether every prompt must come with a labelled pair of answers."""
+        return False
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether `rank` asks the recipe's judge."""
+        return False
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss looks at the reference's log-probs; without, they are not computed."""
+        return True
+
+    def in_round(self, round: int) -> Method:
+        """The method with the options that hold in this round, for its loss."""
+        return self
 
     @property
     def asks_logprobs(self) -> str | None:

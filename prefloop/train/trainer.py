@@ -61,6 +61,8 @@ class Job:
     seed: int
     reference: str | None = None
     """"initial" or "round_start": whose log-probs the loss gets; None where it needs none."""
+    rate: float = 1.0
+    """What the options' learning rate is multiplied by."""
     first_step: int = 0
     """Optimiser steps of the run before this job, for trackers that count on."""
     span: tuple[float, float] = (0.0, 1.0)
@@ -227,7 +229,7 @@ class Trainer:
         low, high = job.span
         # The middle of the step: with few steps, neither the first nor the last is wasted at zero.
         place = (number + 0.5) / steps
-        rate = learning_rate(self.options, low + (high - low) * place)
+        rate = job.rate * learning_rate(self.options, low + (high - low) * place)
         sums: dict[str, float] = {}
         with self._training():
             passes = self._passes(job, chosen)

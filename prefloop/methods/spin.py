@@ -1,0 +1,99 @@
+"""SPIN: the data's answer against the policy's own, until the two cannot be told apart.
+
+Source: Chen et al. 2024, "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models"
+(arXiv:2401.01335), Algorithm 1; the values are those of its experiments with zephyr-7b-sft-full, and
+of the baseline in "Introspective Adversarial Learning", section 4.2, where that differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from prefloop.gates import Gates
+from prefloop.methods import Actors, Method, Reference
+from prefloop.offline_pairs import pair_metrics, pair_of
+from prefloop.records import (
+    Candidates,
+    Pair,
+    Prompt,
+    Reject,
+    Request,
+    Response,
+    Sampling,
+    as_tuple,
+)
+from prefloop.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from prefloop.train.losses import GroupLogps, LossOutput
+
+_Beta = Annotated[float, Field(gt=0.0)]
+_Betas = Annotated[tuple[_Beta, ...], Field(min_length=1)]
+
+
+class SPIN(Method):
+    """Self-Play Fine-Tuning: the target over the policy's own answer, from the round's start."""
+
+    needs_target: ClassVar[bool] = True
+    defaults: ClassVar = {
+        "loop": {"rounds": 4, "mix_previous": True, "lr_factors": [1.0, 1.0, 0.2, 0.2]},
+        "train": {
+            "epochs": 2,
+            "lr": 5e-7,
+            "optimizer": "rmsprop",
+            "schedule": "linear",
+            "warmup": 0.1,
+            "batch_size": 64,
+        },
+    }
+
+    reference: Reference = "round_start"
+    """Algorithm 1: the opponent, and the reference, is the policy at the round's start."""
+    beta: Annotated[_Beta | _Betas, BeforeValidator(as_tuple)] = (0.1, 0.1, 0.1, 5.0)
+    """The paper's lambda, by round, or one for all; the last holds for all that follow. Its section 6.1 takes 5.0 in iteration 3; IAL section 4.2 keeps 0.1."""
+    sampling: Sampling = Sampling(temperature=1.0)
+    """How the policy answers: the loss stands on samples of the policy as it is, at temperature 1; IAL's runs have 0.7."""
+    gates: Gates = Gates(cut_off=False, meta_talk=False)
+    """A sample that the length limit cut off is trained on, as in the paper's code."""
+
+    def in_round(self, round: int) -> SPIN:
+        """With this round's beta alone."""
+        if isinstance(self.beta, float):
+            return self
+        return self.model_copy(update={"beta": self.beta[min(round, len(self.beta) - 1)]})
+
+    def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
+        """One answer of the policy beside the data's."""
+        asks = [Request(messages=prompt.messages) for prompt in prompts]
+        seed = derive_seed(actors.seed, "sample")
+        samples = actors.policy.sample(asks, self.sampling, seed=seed, label="opponent")
+        for prompt, sample in zip(prompts, samples, strict=True):
+            target = Response(text=prompt.target or "")
+            yield Candidates(prompt=prompt, responses={"target": target, "sample": sample})
+
+    def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+        """The target is the better one by definition."""
+        yield from groups
+
+    def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
+        """The target over the policy's own answer."""
+        for group in ranked:
+            yield self.gates.reject(group, "target", "sample") or pair_of(
+                group, "target", "sample", round
+            )
+
+    def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
+        """DPO of target over sample, -log sigma(beta (r(y_t) - r(y))), of B pairs."""
+        from prefloop.train import losses  # here, because it brings torch
+
+        beta = self.beta if isinstance(self.beta, float) else self.beta[0]
+        r_c, r_r = (logps.ratio(role) for role in self.roles)
+        return losses.LossOutput(losses.dpo(r_c, r_r, beta=beta), pair_metrics(r_c, r_r, beta))
+
+    def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
+        """log 2."""
+        return math.log(2)
