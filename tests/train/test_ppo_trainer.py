@@ -172,7 +172,7 @@ def test_what_scored_above_the_mean_becomes_likelier_and_the_rest_less_so(
 def test_values_come_to_explain_the_returns(model_folder, tmp_path):
     """The same answers round after round, nothing but values learned: most of the variance is foreseen."""
     trained = policy(model_folder)
-    options = OPTIONS.model_copy(update={"epochs": 10})
+    options = OPTIONS.model_copy(update={"epochs": 6})
     trainer = PPOTrainer(trained, options)
     method = PPO(value_clip=None, value_coef=1.0, kl_coef=0.0, lam=1.0, ratio_clip=1e-6)
     found = []
