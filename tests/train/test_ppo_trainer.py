@@ -2,8 +2,10 @@
 
 import json
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from prefloop.train.models import LoraOptions, ModelOptions, Policy
 from prefloop.train.ppo import TokenLogps
 from prefloop.train.ppo_trainer import CRITIC, ROLLOUT, PPOTrainer, ValueHead
 from prefloop.train.trainer import Job, Trainer
+from tests.train.test_ranks import PROCESSES, child
 
 OPTIONS = TrainOptions(epochs=2, lr=1e-2, batch_size=4, micro_batch_size=2, schedule="constant")
 ANSWERS = [
@@ -277,6 +280,37 @@ def test_a_second_round_killed_at_any_step_ends_in_the_same_weights_and_metrics(
         assert same(weights(unbroken), weights(resumed))
         moments = (t.placement.optimizer_state() for t in (unbroken, resumed))
         assert same(*moments)
+
+
+# Several processes.
+
+
+def train_alone(source: Path, folder: Path) -> None:
+    """One process's part, of as many as the environment says."""
+    torch.set_num_threads(1)
+    trained = policy(source)
+    # Eight answers in steps of seven: in every second step one of two ranks has nothing to do.
+    options = OPTIONS.model_copy(update={"batch_size": 7, "micro_batch_size": 1})
+    PPOTrainer(trained, options).run(job(trained, folder))
+
+
+def test_two_processes_train_as_one(model_folder, tmp_path):
+    train_alone(model_folder, tmp_path / "one")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    call = partial(train_alone, model_folder, tmp_path / "two")
+    ranks = [PROCESSES.Process(target=child, args=(rank, 2, port, {}, call)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for row, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
+    one, two = (load_file(tmp_path / name / CRITIC) for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4)
 
 
 # What must not be trained on, and what cannot be.
