@@ -35,6 +35,11 @@ def check(recipe: Recipe) -> list[str]:
             f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
             f"add a section judge with a name ({', '.join(names(prefloop.rank))})"
         )
+    if recipe.method.trains == "tokens" and recipe.loop.mix_previous:
+        raise RecipeError(
+            "loop.mix_previous adds answers of an earlier policy, and method "
+            f"{name_of(prefloop.methods, recipe.method)!r} learns from the round's own alone; set it to false"
+        )
     if recipe.launch is not None:
         _check_launcher(recipe.launch.words())
     judge = recipe.judge

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,7 +25,7 @@ from prefloop.generate.probe import probe
 from prefloop.generate.templates import PromptSet
 from prefloop.launch import Stage, run_processes
 from prefloop.memory import keep_freed_memory
-from prefloop.methods import Actors
+from prefloop.methods import Actors, Trains
 from prefloop.outside import Outside, initial_source
 from prefloop.progress import Bar
 from prefloop.rank import NoVerdict, OpenJudge, Remembering, Verdict
@@ -39,10 +39,13 @@ from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
+from prefloop.train.ppo import TokenMethod
+from prefloop.train.ppo_trainer import PPOTrainer
 from prefloop.train.sources import quiet
 from prefloop.train.trainer import Job, Trainer, read_metrics
 
 OPTIMIZER = "optimizer.safetensors"
+_TRAINERS = {"groups": Trainer, "tokens": PPOTrainer}
 
 
 class Session:
@@ -225,11 +228,14 @@ class Session:
 
     # Training.
 
-    def trainer(self, options: TrainOptions) -> Trainer:
+    def trainer(self, options: TrainOptions, trains: Trains = "groups") -> Trainer:
         """The trainer of the policy in memory."""
-        if self._trainer is None or self._trainer.options != options:
+        kind = _TRAINERS[trains]
+        old = self._trainer
+        if old is None or old.options != options or type(old) is not kind:
             assert self._policy is not None
-            self._trainer = Trainer(self._policy, options, self.recipe.track, str(self.rundir.path))
+            self._trainer = kind(self._policy, options, self.recipe.track, str(self.rundir.path))
+        assert self._trainer is not None
         return self._trainer
 
     def training_pairs(self, here: RoundDir) -> list[Pair]:
@@ -248,7 +254,7 @@ class Session:
         pairs = self.training_pairs(here)
         if self._engine is not None:
             self._engine.release()
-        trainer = self.trainer(self.recipe.train)
+        trainer = self.trainer(self.recipe.train, method.trains)
         if not loop.carry_optimizer:
             trainer.renew_optimizer()
         elif here.number > 0:
@@ -270,6 +276,8 @@ class Session:
                 loss_at_start=(lambda chosen: method.loss_at_start([pairs[i] for i in chosen]))
                 if equal_to_reference
                 else (lambda chosen: None),
+                tokens=cast(TokenMethod, method) if method.trains == "tokens" else None,
+                before=self.rundir.round(here.number - 1).train if here.number else None,
             )
         )
         if loop.carry_optimizer:

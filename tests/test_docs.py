@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import typer.main
 
 import prefloop.methods
@@ -19,7 +18,7 @@ from prefloop.plugins import find, names
 from prefloop.recipe import load_recipe, shipped_recipes
 from prefloop.report.console import MEASURES
 from prefloop.reward_recipe import load_reward_recipe
-from prefloop.train.losses import GroupLogps
+from tests.contract.test_methods import loss_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -146,9 +145,7 @@ def test_the_recipe_reference_explains_every_option() -> None:
 def test_every_method_has_a_page_and_its_training_measures_are_explained(name: str) -> None:
     assert (ROOT / f"docs/methods/{name}.md").is_file()
     kind: type[Method] = find(prefloop.methods, name, Method, "method")
-    zeros = {role: torch.zeros(2) for role in kind.roles}
-    ones = {role: torch.ones(2) for role in kind.roles}
-    output = kind().loss(GroupLogps(zeros, zeros, ones, torch.zeros(2)), 0.0)
+    output, _ = loss_of(kind(), 0.0)
     explained = (ROOT / "docs/metrics.md").read_text("utf-8")
     assert output.metrics
     assert [key for key in output.metrics if f"`train_{key}`" not in explained] == []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Reference = Literal["initial", "round_start"]
 Generator = Literal["current", "frozen"]
 Layout = Literal["single", "turns"]
+Trains = Literal["groups", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Method(BaseModel):
 
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     """The responses of a pair that the trainer scores, in order."""
+    trains: ClassVar[Trains] = "groups"
+    """What its loss sees: groups of answers with summed log-probs (`loss`), or the tokens of the round's own answers (prefloop.train.ppo.TokenMethod)."""
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """The paper's schedule as defaults of the recipe's sections `loop` and `train`."""
 

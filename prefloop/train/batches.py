@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefloop.chat import Chat
 from prefloop.errors import TrainingError
 from prefloop.records import Pair
 from prefloop.seeds import derive_seed
 from prefloop.train.packing import TokenGroup, build_tree
+
+if TYPE_CHECKING:
+    from prefloop.recipe import TrainOptions
 
 
 class Example(NamedTuple):
@@ -19,6 +23,8 @@ class Example(NamedTuple):
     id: str
     group: TokenGroup
     margin: float = 0.0
+    score: float = 0.0
+    """The judge's score of the first role's response; 0 where no judge gave one."""
 
     @property
     def tokens(self) -> int:
@@ -52,7 +58,8 @@ def encode_pairs(
                 f"pair {pair.id} has {group.longest} tokens and the model's window {window}; "
                 "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
             )
-        examples.append(Example(pair.id, group, pair.margin))
+        score = pair.scores.get(roles[0], 0.0)
+        examples.append(Example(pair.id, group, pair.margin, score))
     return examples
 
 
@@ -70,6 +77,15 @@ def schedule(count: int, *, epochs: int, batch_size: int, seed: int) -> list[lis
         random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
         steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return steps
+
+
+def learning_rate(options: TrainOptions, progress: float) -> float:
+    """Learning rate at `progress` in (0, 1) of the schedule: warm-up from 0, then line, cosine or constant."""
+    if progress < options.warmup:
+        return options.lr * progress / options.warmup
+    rest = (1 - progress) / (1 - options.warmup)
+    factors = {"linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest), "constant": 1.0}
+    return options.lr * factors[options.schedule]
 
 
 def shares(sizes: Sequence[int], ranks: int) -> list[list[int]]:

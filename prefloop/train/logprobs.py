@@ -30,7 +30,7 @@ from prefloop.train.packing import Row, TokenGroup, pack
 from prefloop.train.tree_attention import subtree_ends
 
 GroupLogprobs = list[list[Tensor]]
-"""By group, by completion: (L,) float32 token log-probs in nats."""
+"""By group, by completion: (L,) float32 token log-probs in nats; with a value head (L, 2), values beside them."""
 
 KNOWN = frozenset(
     {
@@ -53,20 +53,28 @@ LOGITS_AT_ONCE = 2**24
 
 
 def group_logprobs(
-    model: nn.Module, groups: Sequence[TokenGroup], *, packing: bool, token_budget: int
+    model: nn.Module,
+    groups: Sequence[TokenGroup],
+    *,
+    packing: bool,
+    token_budget: int,
+    value_head: nn.Module | None = None,
 ) -> GroupLogprobs:
     """Differentiable log-probs of every completion of every group.
 
     `packing` is a wish: a model that cannot be packed exactly (`supports_packing` says why) is padded.
     `token_budget` bounds a packed row, in tokens; each row is one forward pass.
+    `value_head`, from (N, H) float32 states to (N,), is asked about the states that predict the tokens.
     """
     longest = max((group.longest for group in groups), default=0)
     if packing and supports_packing(model, longest=longest) is None:
-        return packed_logprobs(model, pack(groups, token_budget))
-    return padded_logprobs(model, groups)
+        return packed_logprobs(model, pack(groups, token_budget), value_head)
+    return padded_logprobs(model, groups, value_head)
 
 
-def padded_logprobs(model: nn.Module, groups: Sequence[TokenGroup]) -> GroupLogprobs:
+def padded_logprobs(
+    model: nn.Module, groups: Sequence[TokenGroup], value_head: nn.Module | None = None
+) -> GroupLogprobs:
     """Log-probs with each completion a sequence of its own, all in one right-padded batch."""
     sequences = [(g.prompt, completion) for g in groups for completion in g.completions]
     if not groups:
@@ -89,12 +97,15 @@ def padded_logprobs(model: nn.Module, groups: Sequence[TokenGroup]) -> GroupLogp
         {"input_ids": ids_BT, "attention_mask": real_BT},
         (batch_N, time_N),
         ids_BT[batch_N, time_N + 1],
+        value_head,
     )
     by_sequence = iter(torch.split(logps_N, [len(completion) for _, completion in sequences]))
     return [[next(by_sequence) for _ in group.completions] for group in groups]
 
 
-def packed_logprobs(model: nn.Module, rows: Sequence[Row]) -> GroupLogprobs:
+def packed_logprobs(
+    model: nn.Module, rows: Sequence[Row], value_head: nn.Module | None = None
+) -> GroupLogprobs:
     """Log-probs of the groups that `pack` laid out, in the order in which it got them.
 
     Raises ModelError where the model has no known way to attend along a tree. Call `supports_packing`
@@ -113,6 +124,7 @@ def packed_logprobs(model: nn.Module, rows: Sequence[Row]) -> GroupLogprobs:
             },
             (torch.zeros_like(row.predictors), row.predictors),
             row.targets,
+            value_head,
         )
         for slot in row.slots:
             logps_L = logps_N[slot.scored.to(logps_N.device)]
@@ -199,8 +211,12 @@ def _target_logps(
     inputs: dict[str, Tensor | BlockMask],
     predictors: tuple[Tensor, Tensor],
     targets_N: Tensor,
+    value_head: nn.Module | None,
 ) -> Tensor:
-    """(N,) log-prob of each target from the hidden state at its predictor, a (batch, time) index pair."""
+    """(N,) log-prob of each target from the hidden state at its predictor, a (batch, time) index pair.
+
+    With a value head (N, 2): log-probs, and the head's values of those states.
+    """
     device = next(model.parameters()).device
     on_device: dict[str, Any] = {name: tensor.to(device) for name, tensor in inputs.items()}
     on_device["use_cache"] = False
@@ -209,23 +225,36 @@ def _target_logps(
     if _has_plain_head(model):
         base = _unwrapped(model)
         hidden_BTH = base.get_decoder()(**on_device).last_hidden_state
-        index = tuple(axis.to(hidden_BTH.device) for axis in predictors)
-        return _in_chunks(base.get_output_embeddings(), hidden_BTH[index], targets_N)
-    logits_NV = _whole_logits(model, on_device, predictors)
-    return _in_chunks(nn.Identity(), logits_NV, targets_N)
+        logps_N = _in_chunks(base.get_output_embeddings(), _at(hidden_BTH, predictors), targets_N)
+    else:
+        on_device["output_hidden_states"] = value_head is not None
+        logits_NV, hidden_BTH = _whole_logits(model, on_device, predictors)
+        logps_N = _in_chunks(nn.Identity(), logits_NV, targets_N)
+    if value_head is None:
+        return logps_N
+    return torch.stack([logps_N, value_head(_at(hidden_BTH, predictors).float())], dim=-1)
+
+
+def _at(values_BTX: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
+    batch_N, time_N = (axis.to(values_BTX.device) for axis in places)
+    return values_BTX[batch_N, time_N]
 
 
 def _whole_logits(
     model: nn.Module, inputs: dict[str, Any], predictors: tuple[Tensor, Tensor]
-) -> Tensor:
-    """(N, V) logits by the model's own forward, which knows its head and its wrapper's hooks."""
+) -> tuple[Tensor, Tensor]:
+    """(N, V) logits by the model's own forward, which knows its head and its wrapper's hooks.
+
+    And, where they are asked for, the last layer's (B, T, H) states; else nothing of use.
+    """
     batch_N, time_N = predictors
     kept = torch.unique(time_N)
     if "logits_to_keep" in inspect.signature(type(_unwrapped(model)).forward).parameters:
         inputs = inputs | {"logits_to_keep": kept.to(inputs["input_ids"].device)}
         time_N = torch.searchsorted(kept, time_N)
-    logits: Tensor = model(**inputs).logits
-    return logits[batch_N.to(logits.device), time_N.to(logits.device)]
+    output = model(**inputs)
+    logits_NV: Tensor = _at(output.logits, (batch_N, time_N))
+    return logits_NV, output.hidden_states[-1] if output.hidden_states else logits_NV
 
 
 def _in_chunks(head: nn.Module, states_NX: Tensor, targets_N: Tensor) -> Tensor:

@@ -28,11 +28,13 @@ from prefloop.memory import instead_of_running_out
 from prefloop.progress import Bar
 from prefloop.seeds import derive_seed
 from prefloop.train import checkpoint
-from prefloop.train.batches import Example, Pass, plan, schedule
+from prefloop.train.alarms import demand_finite, demand_known_start
+from prefloop.train.batches import Example, Pass, learning_rate, plan, schedule
 from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.models import Policy
 from prefloop.train.placement import lay_out
+from prefloop.train.ppo import TokenMethod
 from prefloop.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LossFunction = Callable[[GroupLogps, float], LossOutput]
 
-# bf16 log-probs of a few hundred tokens carry about this much noise once multiplied by beta = 0.1.
-_START_TOLERANCE = 0.1
 # While one rank writes a large checkpoint the others wait; who dies is noticed by the launcher at once.
 _PATIENCE = timedelta(hours=2)
 
@@ -69,15 +69,10 @@ class Job:
     """The part of the learning-rate schedule that this job walks through."""
     loss_at_start: Callable[[Sequence[int]], float | None] = lambda indices: None
     """Known mean loss of these examples while policy and reference are equal."""
-
-
-def learning_rate(options: TrainOptions, progress: float) -> float:
-    """Learning rate at `progress` in (0, 1) of the schedule: warm-up from 0, then line, cosine or constant."""
-    if progress < options.warmup:
-        return options.lr * progress / options.warmup
-    rest = (1 - progress) / (1 - options.warmup)
-    factors = {"linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest), "constant": 1.0}
-    return options.lr * factors[options.schedule]
+    tokens: TokenMethod | None = None
+    """What a trainer of tokens asks in place of `loss`."""
+    before: Path | None = None
+    """Folder of the previous round's job, for trainers that carry more than weights; None in the first one."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -112,8 +107,12 @@ class Trainer:
         if trackers:
             self.accelerator.init_trackers("prefloop")
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
-        self.placement = lay_out(policy.model, self.ranks, self._new_optimizer, device)
+        self.placement = lay_out(self._trained(), self.ranks, self._new_optimizer, device)
         self._logged_packing = False
+
+    def _trained(self) -> nn.Module:
+        """What is laid out, and whose trainable weights the optimiser gets."""
+        return self.policy.model
 
     def _new_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         decay = self.options.weight_decay
@@ -234,19 +233,17 @@ class Trainer:
         with self._training():
             passes = self._passes(job, chosen)
             for left, (indices, counts) in zip(reversed(range(len(passes))), passes, strict=True):
-                logps = self._logps(job, indices, reference)
-                with torch.set_grad_enabled(True):
-                    output = job.loss(logps, place)
+                output = self._losses(job, indices, reference, place)
                 if not counts:
                     self.placement.backward(output.loss_B.sum() * 0.0, last=left == 0)
                     continue
-                self._demand_finite(job, indices, output.loss_B, logps)
                 self.placement.backward(output.loss_B.sum() / len(chosen), last=left == 0)
                 for name, values_B in {"loss": output.loss_B, **output.metrics}.items():
                     sums[name] = sums.get(name, 0.0) + values_B.detach().float().sum().item()
         means = self.ranks.means(sums, len(chosen))
         if number == 0:
-            self._demand_known_start(job, chosen, means["loss"])
+            expected = self._loss_at_start(job, chosen, reference)
+            demand_known_start(job.folder, expected, means["loss"])
         norm = self.placement.update(rate, self.options.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingError(
@@ -255,6 +252,22 @@ class Trainer:
             )
         tokens = sum(job.examples[i].tokens for i in chosen)
         return {"step": number, **means, "lr": rate, "grad_norm": norm, "tokens": tokens}
+
+    def _losses(
+        self, job: Job, indices: Sequence[int], reference: dict[str, Tensor], place: float
+    ) -> LossOutput:
+        """The method's loss of one micro-batch at `place` of the round, all of it finite."""
+        logps = self._logps(job, indices, reference)
+        with torch.set_grad_enabled(True):
+            output = job.loss(logps, place)
+        numbers = {"policy": logps.policy, "reference": logps.reference}
+        demand_finite(job.folder, [job.examples[i].id for i in indices], output.loss_B, numbers)
+        return output
+
+    def _loss_at_start(
+        self, job: Job, chosen: Sequence[int], reference: dict[str, Tensor]
+    ) -> float | None:
+        return job.loss_at_start(chosen)
 
     def _passes(self, job: Job, chosen: Sequence[int]) -> list[Pass]:
         """This rank's micro-batches of the examples `chosen`, each with whether it counts."""
@@ -363,31 +376,3 @@ class Trainer:
         why_not = supports_packing(self.policy.model, longest=longest)
         if why_not is not None:
             log.warning("training without packing: %s", why_not)
-
-    def _demand_finite(
-        self, job: Job, indices: Sequence[int], loss_B: Tensor, logps: GroupLogps
-    ) -> None:
-        bad = [n for n, finite in enumerate(torch.isfinite(loss_B).tolist()) if not finite]
-        if not bad:
-            return
-        path = job.folder / "nonfinite.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            for n in bad:
-                values = {role: logps.policy[role][n].item() for role in job.roles}
-                refs = {role: logps.reference[role][n].item() for role in job.roles}
-                row = {"pair": job.examples[indices[n]].id, "loss": loss_B[n].item()}
-                file.write(json.dumps({**row, "policy": values, "reference": refs}) + "\n")
-        names = ", ".join(job.examples[indices[n]].id for n in bad)
-        raise TrainingError(
-            f"the loss of {names} is not finite (their log-probs are in {path}); "
-            "lower train.lr or remove these prompts"
-        )
-
-    def _demand_known_start(self, job: Job, chosen: Sequence[int], loss: float) -> None:
-        expected = job.loss_at_start(chosen)
-        if expected is not None and abs(loss - expected) > _START_TOLERANCE * max(1.0, expected):
-            raise TrainingError(
-                f"the first loss is {loss:.4f} where policy and reference, being equal, give "
-                f"{expected:.4f}; the reference's log-probs in {job.folder} are not of this policy, "
-                "delete that folder to compute them again"
-            )

@@ -1,0 +1,226 @@
+"""The trainer of tokens: PPO on a round's answers, with a value head beside the policy.
+
+Before the first step every answer's tokens get their log-probs under policy and reference, and their values,
+kept in rollout.safetensors; the method makes advantages and returns of them. Steps, schedule, micro-batches and
+resume are those of every trainer. The value head is one more trainable weight, so checkpoints and optimiser
+hold it; critic.safetensors hands it, with what the method remembers, to the next round.
+
+Shapes: N answers of the round, B of a micro-batch, T tokens of an answer (right-padded), S scored tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from prefloop.errors import RunFolderError, TrainingError
+from prefloop.progress import Bar
+from prefloop.train import checkpoint
+from prefloop.train.alarms import demand_finite
+from prefloop.train.logprobs import GroupLogprobs, group_logprobs
+from prefloop.train.losses import LossOutput
+from prefloop.train.placement import is_sharded
+from prefloop.train.ppo import Memory, Rollout, TokenLogps, TokenMethod
+from prefloop.train.trainer import Job, Trainer
+
+CRITIC = "critic.safetensors"
+ROLLOUT = "rollout.safetensors"
+
+
+class ValueHead(nn.Module):
+    """A linear map from a hidden state to the value of being there; 0 everywhere at first."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states_SH: Tensor) -> Tensor:
+        """(S,) values, in float32 under any autocast."""
+        with torch.autocast(states_SH.device.type, enabled=False):
+            values_S: Tensor = self.linear(states_SH.float())[:, 0]
+        return values_S
+
+
+class ActorCritic(nn.Module):
+    """Policy and value head as one module, so that one placement, optimiser and checkpoint hold both."""
+
+    def __init__(self, policy: nn.Module, value_head: ValueHead) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value_head = value_head
+
+
+class PPOTrainer(Trainer):
+    """Trains a policy and its value head on the tokens of a round's answers."""
+
+    def _trained(self) -> nn.Module:
+        if is_sharded():
+            raise TrainingError(
+                "a method that trains on tokens keeps a value head beside whole weights; launch it without "
+                "sharding"
+            )
+        config: Any = self.policy.model.config
+        self.value_head = ValueHead(config.get_text_config().hidden_size).to(self.policy.device)
+        return ActorCritic(self.policy.model, self.value_head)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Train on the job's answers; what the next round goes on with is left in the job's folder."""
+        self._memory = self._recall(job)
+        facts = super().run(job)
+        if self.ranks.first:
+            fields = dataclasses.asdict(self._memory).items()
+            numbers = {name: torch.tensor(number, dtype=torch.float64) for name, number in fields}
+            head = {f"value_head.{k}": v.cpu() for k, v in self.value_head.state_dict().items()}
+            checkpoint.save_tensors(job.folder / CRITIC, numbers | head)
+        return facts
+
+    def _recall(self, job: Job) -> Memory:
+        """The memory, and the value head's weights, as the previous round left them; new ones in the first."""
+        if job.before is None:
+            for weight in self.value_head.parameters():
+                nn.init.zeros_(weight)
+            return _asked(job).first_memory()
+        path = job.before / CRITIC
+        if not path.is_file():
+            raise RunFolderError(
+                f"{path} is missing, which holds the value head after that round; delete that round's folder and "
+                "all later ones to play them again"
+            )
+        found = load_file(path)
+        self.value_head.load_state_dict(
+            {name: found[f"value_head.{name}"] for name in self.value_head.state_dict()}
+        )
+        names = [field.name for field in dataclasses.fields(Memory)]
+        return Memory(**{name: found[name].item() for name in names})
+
+    def _reference(self, job: Job) -> dict[str, Tensor]:
+        """What holds for all N answers before the first step, (N, T) each; scores are (N,)."""
+        path = job.folder / ROLLOUT
+        # Asked by all before any of them can have written it: they meet in between.
+        found = load_file(path) if path.exists() else self._roll_out(job, path)
+        sizes_N = torch.tensor([len(example.group.completions[0]) for example in job.examples])
+        rollout = Rollout(
+            **found,
+            mask_NT=torch.arange(int(sizes_N.max())) < sizes_N[:, None],
+            scores_N=torch.tensor([example.score for example in job.examples]),
+        )
+        targets, self._memory = _asked(job).targets(rollout, self._memory)
+        self._facts = targets.facts
+        self._mean_length = sizes_N.double().mean().item()
+        return {
+            "old_policy_BT": rollout.logps_NT,
+            "old_values_BT": rollout.values_NT,
+            "reference_BT": rollout.reference_NT,
+            "advantages_BT": targets.advantages_NT,
+            "returns_BT": targets.returns_NT,
+            "mask_BT": rollout.mask_NT,
+            "scores_B": rollout.scores_N,
+        }
+
+    def _roll_out(self, job: Job, path: Path) -> dict[str, Tensor]:
+        """Log-probs under policy and reference, and values, of every token; kept on disk."""
+        self._say_how_it_packs(job)
+        passes = self._passes(job, range(len(job.examples)))
+        longest = max(len(example.group.completions[0]) for example in job.examples)
+        names, device = ("logps_NT", "values_NT", "reference_NT"), self.policy.device
+        found = {name: torch.zeros(len(job.examples), longest, device=device) for name in names}
+        with torch.inference_mode(), Bar("rollout", 2 * len(job.examples)) as bar:
+            for inside in (nullcontext, self._at_start):
+                with inside():
+                    for indices, _ in passes:
+                        logps_BT, values_BT = self._tokens(job, indices)
+                        here = (indices, slice(logps_BT.shape[1]))
+                        if inside is nullcontext:
+                            found["logps_NT"][here], found["values_NT"][here] = logps_BT, values_BT
+                        else:
+                            found["reference_NT"][here] = logps_BT
+                        bar.advance(len(indices))
+        for tensor in found.values():
+            self.ranks.add(tensor)
+        rollout = {name: tensor.cpu() for name, tensor in found.items()}
+        if self.ranks.first:
+            checkpoint.save_tensors(path, rollout)
+        return rollout
+
+    def _tokens(self, job: Job, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Log-probs and values of these answers' tokens, (B, T) each."""
+
+        def compute(model: nn.Module) -> GroupLogprobs:
+            assert isinstance(model, ActorCritic)
+            with self._precision():
+                return group_logprobs(
+                    model.policy,
+                    [job.examples[index].group for index in indices],
+                    packing=self.options.packing,
+                    token_budget=self.options.token_budget,
+                    value_head=model.value_head,
+                )
+
+        answers = [completions[0] for completions in self.placement.forward(compute)]
+        logps_BT, values_BT = pad_sequence(answers, batch_first=True).unbind(dim=-1)
+        return logps_BT, values_BT
+
+    def _losses(
+        self, job: Job, indices: Sequence[int], reference: dict[str, Tensor], place: float
+    ) -> LossOutput:
+        """The method's loss of one micro-batch at `place` of the round, all of it finite."""
+        policy_BT, values_BT = self._tokens(job, indices)
+        tokens = self._of(indices, reference, policy_BT, values_BT)
+        output = _asked(job).token_loss(tokens, place)
+        sums_B = {"log_prob": policy_BT.sum(dim=1), "value": values_BT.sum(dim=1)}
+        ids = [job.examples[index].id for index in indices]
+        demand_finite(job.folder, ids, output.loss_B, {"sum": sums_B})
+        facts = {name: torch.full((len(ids),), fact) for name, fact in self._facts.items()}
+        return LossOutput(output.loss_B, {**output.metrics, **facts})
+
+    def _of(
+        self,
+        indices: Sequence[int],
+        reference: dict[str, Tensor],
+        policy_BT: Tensor | None = None,
+        values_BT: Tensor | None = None,
+    ) -> TokenLogps:
+        """These answers, as they are now, or else as they were before the first step."""
+        old = {
+            name: tensor_N[list(indices)].to(self.policy.device)
+            for name, tensor_N in reference.items()
+        }
+        longest = int(old["mask_BT"].sum(dim=1).max())
+        old |= {name: old[name][:, :longest] for name in old if name.endswith("_BT")}
+        return TokenLogps(
+            policy_BT=old["old_policy_BT"] if policy_BT is None else policy_BT,
+            values_BT=old["old_values_BT"] if values_BT is None else values_BT,
+            mean_length=self._mean_length,
+            **old,
+        )
+
+    def _loss_at_start(
+        self, job: Job, chosen: Sequence[int], reference: dict[str, Tensor]
+    ) -> float | None:
+        """With the log-probs and values kept: every ratio is 1."""
+        output = _asked(job).token_loss(self._of(chosen, reference), 0.0)
+        return output.loss_B.mean().item()
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Without dropout: its noise in the ratio would look like a change of the policy."""
+        with super()._training():
+            for module in self.policy.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.eval()
+            yield
+
+
+def _asked(job: Job) -> TokenMethod:
+    assert job.tokens is not None, "a trainer of tokens needs to be told of a method's"
+    return job.tokens
