@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from prefloop.evaluate.kept import answers_of, digest, held_out_prompts, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.stats import Estimate, bootstrap_mean
+from prefloop.evaluate.stats import bootstrap_mean, ratio
 from prefloop.records import Prompt, Request, Response, Sampling
-
-_RESAMPLES = 2000
 
 
 class Divergence(Measure):
@@ -84,19 +81,3 @@ def _score(rows: Sequence[tuple[Prompt, Response]], subject: Subject) -> list[It
         gap = sum(mine.logprobs[:drawn]) - sum(theirs.logprobs[:drawn])
         items.append(Item(id=prompt.id, values={"kl_answer": gap}, texts={"tokens": str(drawn)}))
     return items
-
-
-def ratio(sums: Sequence[float], sizes: Sequence[float], *, seed: int) -> Estimate | None:
-    """Sum over size of all N prompts, with a 95 % bootstrap interval over prompts; None where the size is 0."""
-    sums_N, sizes_N = np.asarray(sums, dtype=float), np.asarray(sizes, dtype=float)
-    if not sizes_N.sum():
-        return None
-    generator = np.random.default_rng(seed)
-    found = []
-    for _ in range(_RESAMPLES):
-        drawn = generator.integers(len(sums_N), size=len(sums_N))
-        if size := sizes_N[drawn].sum():
-            found.append(sums_N[drawn].sum() / size)
-    low, high = np.quantile(found, [0.025, 0.975])
-    value = float(sums_N.sum() / sizes_N.sum())
-    return Estimate(value, min(float(low), value), max(float(high), value), len(sums_N))
