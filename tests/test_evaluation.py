@@ -257,7 +257,7 @@ def test_acs_is_what_the_policies_own_log_probs_say(shell: Shell, model_folder: 
 def test_a_model_that_is_no_runs_policy_is_measured_without_a_start(
     shell: Shell, model_folder: Path
 ) -> None:
-    words = (str(model_folder), "--data", "rows.jsonl", "--limit", "3", *QUICK)
+    words = (str(model_folder), "--data", "rows.jsonl", "--limit", "3", *QUICK[:4])
     code, out, err = shell(*words, "--judge", "similarity", "--set", "win_rate.opponent=targets")
     assert code == 0, err
     part = json.loads(Path("evaluations/evaluation.json").read_text())["subjects"]

@@ -136,6 +136,6 @@ def test_a_ratio_covers_the_truth_as_often_as_it_says():
         sizes = generator.integers(1, 40, size=60).astype(float)
         sums = sizes * 0.3 + generator.normal(size=60) * np.sqrt(sizes)
         found = ratio(sums.tolist(), sizes.tolist(), seed=trial, resamples=500)
-            held += found.low <= 0.3 <= found.high
+        held += found.low <= 0.3 <= found.high
     assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.02)
     assert ratio([0.0], [0.0], seed=0) is None
