@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def evaluate(options: Options, say: Say) -> dict[str, Any]:
         defaults = {"held_out": prompts} | ({"limit": options.limit} if options.limit else {})
         chosen = choose(options.suite, options.measures, options.overrides, defaults)
         able, unable = _checked(chosen)
-        judge = ChosenJudge.of(options.judge, options.policy, sources)
+        judge = ChosenJudge.of(options.judge, options.policy, sources, prompts)
         report: dict[str, Any] = {
             "prefloop": __version__,
             "suite": options.suite,
@@ -199,6 +200,8 @@ class _One:
             "seconds": seconds,
         }
         write_atomically(place / "outcome.json", json.dumps(row, allow_nan=False) + "\n")
+        # What it kept on its way may be what the result leaves out.
+        shutil.rmtree(subject.folder)
         self.say(f"{self.name}  {one.name}  {seconds:.1f} s")
         return {**row, "kept_from_before": False}
 

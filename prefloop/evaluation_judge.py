@@ -9,8 +9,8 @@ from typing import Any
 
 import prefloop.rank
 from prefloop.causal_lm import open_engine
-from prefloop.errors import RecipeError
-from prefloop.evaluate.kept import digest
+from prefloop.errors import DataError, RecipeError
+from prefloop.evaluate.kept import digest, held_out_prompts
 from prefloop.evaluation_subjects import Source, contents
 from prefloop.generate.templates import PromptSet
 from prefloop.judge_check import parse_judge
@@ -29,10 +29,15 @@ class ChosenJudge:
         self.policy = policy
 
     @classmethod
-    def of(cls, text: str | None, policy: str | None, sources: Sequence[Source]) -> ChosenJudge:
-        """The judge that `text` names, or the one that the runs share. Raises RecipeError, JudgeError."""
+    def of(
+        cls, text: str | None, policy: str | None, sources: Sequence[Source], prompts: str
+    ) -> ChosenJudge:
+        """The judge that `text` names, or the one that the runs share. Raises PrefloopError.
+
+        A judge that compares with targets needs `prompts`, the source of prompts, to have some.
+        """
         if text is None:
-            return cls._shared(sources)
+            return cls._shared(sources, prompts)
         told, judge = parse_judge(text)
         if judge.needs_policy and policy is None:
             raise RecipeError(
@@ -40,15 +45,22 @@ class ChosenJudge:
                 "asks with --policy"
             )
         judge.check()
+        if judge.needs_target and (bare := _without_target(prompts)):
+            raise DataError(
+                f"judge {told} compares with responses, and {bare} prompts of {prompts} have none; name prompts that "
+                "have, or another judge"
+            )
         asks = f", asking {policy}" * (judge.needs_policy)
         return cls(judge, f"{told}{asks}", policy if judge.needs_policy else None)
 
     @classmethod
-    def _shared(cls, sources: Sequence[Source]) -> ChosenJudge:
+    def _shared(cls, sources: Sequence[Source], prompts: str) -> ChosenJudge:
         recipes = [recipe for source in sources if (recipe := source.recipe) is not None]
         judges = [recipe.judge for recipe in recipes]
         first = judges[0] if judges else None
         if first is None or first.needs_policy or any(judge != first for judge in judges):
+            return cls(None, None, None)
+        if first.needs_target and _without_target(prompts):
             return cls(None, None, None)
         return cls(first, f"{name_of(prefloop.rank, first)}, the run's own", None)
 
@@ -74,6 +86,10 @@ class ChosenJudge:
     def opened(self) -> OpenJudge | None:
         """At work, when it is first asked; None where there is none."""
         return None if self.judge is None else _Late(self)
+
+
+def _without_target(prompts: str) -> int:
+    return sum(prompt.target is None for prompt in held_out_prompts(prompts, None))
 
 
 class _Late:

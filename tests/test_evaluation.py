@@ -129,6 +129,7 @@ def test_the_quick_suite_of_a_run_says_what_it_measured_and_what_it_skipped(shel
     for name in ("json", "md", "tex"):
         assert Path(f"evaluations/evaluation.{name}").stat().st_size > 100
     assert json.loads(Path("evaluations/evaluation.json").read_text()) == report
+    assert list(Path("evaluations").rglob("on-its-way")) == []
 
 
 def test_margin_and_real_reward_of_every_step_are_in_the_report(shell: Shell, made: Path) -> None:
@@ -346,6 +347,15 @@ def test_a_wrong_input_is_one_sentence(
     shell: Shell, words: tuple[str, ...], saying: tuple[str, ...]
 ) -> None:
     shell.refuses(*words, saying=saying)
+
+
+def test_a_judge_that_compares_with_responses_needs_prompts_that_have_some(shell: Shell) -> None:
+    write("bare.jsonl", [{"prompt": "question 1"}])
+    words = ("runs/r", "--data", "bare.jsonl")
+    shell.refuses(*words, "--judge", "similarity", saying=("compares with responses", "bare.jsonl"))
+    report = shell.report(*words, "--suite", "quick", "--limit", "1")
+    assert report["judge"] is None
+    assert "--judge" in report["subjects"]["r"]["skipped"]["win_rate"]
 
 
 def test_asking_a_model_for_what_only_a_run_has_is_an_error(

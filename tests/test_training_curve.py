@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from prefloop.curves import curves, steps_to_share, win_rate_curve
@@ -15,7 +16,7 @@ from prefloop.errors import RecipeError
 from prefloop.launch import LaunchOptions
 from prefloop.loop import run
 from prefloop.recipe import Recipe
-from prefloop.records import CurvePoint
+from prefloop.records import CurvePoint, Prompt
 from prefloop.report.summary import show_curve, show_run
 from prefloop.rundir import read_run
 from prefloop.train.trainer import Trainer
@@ -32,6 +33,12 @@ OPEN = {
 AROP = {"name": "arop", "sampling": SHORT, "gates": OPEN}
 
 
+def draws_and_counts(prompt: Prompt, responses: list[str]) -> list[float]:
+    """A judge that draws from the random numbers that training draws from, and does not use them."""
+    torch.rand(3)
+    return [float(len(set(text))) for text in responses]
+
+
 def recipe(model_folder: Path, **changes: Any) -> Recipe:
     """Two rounds of three and six steps, with dropout, so that training draws random numbers."""
     sections: dict[str, Any] = {
@@ -43,7 +50,7 @@ def recipe(model_folder: Path, **changes: Any) -> Recipe:
             "lora": {"dropout": 0.1},
         },
         "method": {"name": "ial", "sampling": SHORT, "advice": SHORT, "gates": {"cut_off": False}},
-        "judge": {"name": "similarity"},
+        "judge": {"name": "python", "function": f"{__name__}:draws_and_counts"},
         "loop": {"rounds": 2, "prompts_per_round": 6},
         "generate": {"chunk_size": 3},
         "train": {"epochs": 1, "lr": 1e-2, "batch_size": 2, "micro_batch_size": 2, "save_every": 2},
@@ -146,7 +153,26 @@ def test_a_killed_training_goes_on_to_the_same_curve(
     assert what_counts(folder) == what_counts(unbroken)
 
 
-def test_every_third_step_counts_over_the_rounds(
+def test_a_point_that_was_being_measured_is_not_lost(
+    unbroken: Path, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: TrainingCurve, step: int) -> CurvePoint:
+        if step == 5:
+            raise KeyboardInterrupt
+        return right(self, step)
+
+    right, folder = TrainingCurve._point, tmp_path / "killed"
+    # With a checkpoint at each step: one of step 5 would leave its point out for ever.
+    often = recipe(model_folder, train={"save_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingCurve, "_point", killed)
+        with pytest.raises(KeyboardInterrupt):
+            play(often, folder)
+    play(often, folder)
+    assert win_rate_curve(read_run(folder)) == win_rate_curve(read_run(unbroken))
+
+
+def test_every_fourth_step_counts_over_the_rounds(
     unbroken: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     folder = play(recipe(model_folder, evaluate={"every_steps": 4}), tmp_path / "fourth")

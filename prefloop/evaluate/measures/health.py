@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from prefloop.evaluate.health import distinct_2, stop_rate
+from prefloop.evaluate.health import distinct_2
 from prefloop.evaluate.kept import answers_of, held_out_prompts
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
@@ -53,13 +53,11 @@ class Health(Measure):
         )
         lengths = [float(len(answer.token_ids)) for answer in answers]
         ended = [float(answer.finish == "stop") for answer in answers]
-        share = stop_rate(answers)
         estimates = {
             "mean_length": bootstrap_mean(lengths, seed=subject.seed),
             "distinct_2": distinct_2_estimate(answers),
             "stop_rate": wilson(int(sum(ended)), len(ended)),
         }
-        assert share is not None
         return Outcome(
             estimates={name: found for name, found in estimates.items() if found is not None},
             items=tuple(
