@@ -37,6 +37,8 @@ from prefloop.rows import EMBEDDED
 from prefloop.rundir import environment, write_atomically
 
 Say = Callable[[str], None]
+LIMITS = ("limit", "items", "prompt_limit")
+"""How measures call the option that shortens them."""
 LEVEL = 0.05
 """A difference whose adjusted p is not below it is marked as not significant."""
 
@@ -68,7 +70,8 @@ def evaluate(options: Options, say: Say) -> dict[str, Any]:
         raise RecipeError(f"{twice} is named twice; name each subject once")
     with _locked(options.out):
         prompts, told = _prompts(options, sources)
-        defaults = {"held_out": prompts} | ({"limit": options.limit} if options.limit else {})
+        limits = dict.fromkeys(LIMITS, options.limit) if options.limit else {}
+        defaults = {"held_out": prompts, **limits}
         chosen = choose(options.suite, options.measures, options.overrides, defaults)
         able, unable = _checked(chosen)
         judge = ChosenJudge.of(options.judge, options.policy, sources, prompts)
