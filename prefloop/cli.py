@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from prefloop import __version__
+from prefloop.cli_evaluate import evaluate
 from prefloop.cli_judge import judge_app, reward_app
 from prefloop.errors import DataError, PrefloopError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command("evaluate")(evaluate)
 app.add_typer(judge_app, name="judge")
 app.add_typer(reward_app, name="reward")
 
@@ -52,6 +54,7 @@ class Kind(StrEnum):
     methods = "methods"
     judges = "judges"
     engines = "engines"
+    measures = "measures"
     recipes = "recipes"
     reward_recipes = "reward-recipes"
     models = "models"
@@ -235,11 +238,12 @@ def list_(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, name to line.")] = False,
 ) -> None:
-    """List methods, judges, engines, recipes, reward recipes or embedded models, with a line on each."""
+    """List methods, judges, engines, measures, recipes, reward recipes or embedded models, with a line on each."""
     listing = {
         Kind.methods: _methods,
         Kind.judges: _judges,
         Kind.engines: _engines,
+        Kind.measures: _measures,
         Kind.recipes: _recipes,
         Kind.reward_recipes: _reward_recipes,
         Kind.models: _models,
@@ -292,6 +296,12 @@ def _engines() -> dict[str, str]:
         name: _first_line(find(package, name, package.EngineOptions, "engine"))
         for name in names(package)
     }
+
+
+def _measures() -> dict[str, str]:
+    from prefloop.evaluation_measures import find_measure, measure_names
+
+    return {name: _first_line(find_measure(name)) for name in measure_names()}
 
 
 def _recipes() -> dict[str, str]:

@@ -25,6 +25,7 @@ from prefloop.parts import Parts
 from prefloop.publish import publish
 from prefloop.rank import NoVerdict
 from prefloop.recipe import Recipe
+from prefloop.recipe_check import check_curve
 from prefloop.records import (
     Candidates,
     Prompt,
@@ -56,6 +57,7 @@ class Outcome:
 
 def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
     """Play all rounds that are not played yet; continuing a killed run is the same call."""
+    check_curve(recipe)
     with open_run(folder, recipe.dump()) as rundir:
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)

@@ -151,6 +151,8 @@ class EvaluateOptions(Section):
     """How they are answered; null takes the method's sampling."""
     every_round: bool = True
     """Measure after each round, not only at the start and after the last."""
+    every_steps: int = Field(default=0, ge=0)
+    """Also measure the win rate against the start every so many optimiser steps; 0 does not."""
     introspection: bool = True
     """Play the whole method on these prompts too, for its own measures (R_i, identical rate ...)."""
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 def check(recipe: Recipe) -> list[str]:
     """Notes that need no change; RecipeError or DataError where something would stop the run."""
     PromptSet(recipe.method.prompt_set)
+    check_curve(recipe)
     if recipe.method.needs_judge and recipe.judge is None:
         raise RecipeError(
             f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
@@ -59,6 +60,21 @@ def check(recipe: Recipe) -> list[str]:
     # Last, because it may ask a server.
     _check_engine(recipe)
     return notes
+
+
+def check_curve(recipe: Recipe) -> None:
+    """Raise RecipeError where the recipe asks for a curve that it cannot have."""
+    if not recipe.evaluate.every_steps:
+        return
+    if recipe.launch is not None:
+        raise RecipeError(
+            "evaluate.every_steps measures the policy that this process trains, and under launch others train "
+            "it; set evaluate.every_steps: 0, or leave launch out"
+        )
+    if recipe.judge is None:
+        raise RecipeError(
+            "evaluate.every_steps needs a judge to compare answers with; add a section judge, or set it to 0"
+        )
 
 
 def _check_engine(recipe: Recipe) -> None:

@@ -169,6 +169,23 @@ class RoundResult(Record):
     measures: dict[str, float | None]
 
 
+class CurvePoint(Record):
+    """The win rate against the start in the middle of a round's training."""
+
+    round: int
+    step: int
+    """Optimiser steps of the whole run so far; those of supervised fine-tuning do not count."""
+    win_rate: float | None
+    """None where the judge had no verdict on any prompt."""
+    low: float | None
+    """95 % bootstrap interval over prompts."""
+    high: float | None
+    score: float | None
+    """The judge's mean score."""
+    prompts: int
+    """With a verdict on both sides."""
+
+
 R = TypeVar("R", bound=Record)
 
 

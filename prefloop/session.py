@@ -43,6 +43,7 @@ from prefloop.train.ppo import TokenMethod
 from prefloop.train.ppo_trainer import PPOTrainer
 from prefloop.train.sources import quiet
 from prefloop.train.trainer import Job, Trainer, read_metrics
+from prefloop.training_curve import TrainingCurve
 
 OPTIMIZER = "optimizer.safetensors"
 _TRAINERS = {"groups": Trainer, "tokens": PPOTrainer}
@@ -121,6 +122,11 @@ class Session:
         """Let go of the policy and of all that holds it."""
         self._policy = self._engine = self._trainer = None
         self._judges.clear()
+
+    @property
+    def place(self) -> Path | None:
+        """The place of the policy in memory, and while it is trained the one that it is on its way to."""
+        return self._place
 
     def policy_after(self, here: RoundDir) -> Policy:
         """The policy at the end of a round; of `start`, the initial one."""
@@ -259,17 +265,21 @@ class Session:
             trainer.renew_optimizer()
         elif here.number > 0:
             trainer.load_optimizer(self.rundir.round(here.number - 1).train / OPTIMIZER)
+        first_step = sum(r.steps() for r in self.rundir.rounds() if r.number < here.number)
         equal_to_reference = method.reference == "round_start" or here.number == 0
+        examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
+        # From here on what memory holds is on its way to that place.
+        self._place = here.policy
         facts = trainer.run(
             Job(
-                examples=encode_pairs(self._chat, pairs, method.roles, self._window(policy)),
+                examples=examples,
                 roles=method.roles,
                 loss=method.loss,
                 folder=here.train,
                 seed=derive_seed(self.recipe.seed, here.number, "train"),
                 reference=method.reference if method.needs_reference else None,
                 rate=loop.rate_factor(here.number),
-                first_step=sum(r.steps() for r in self.rundir.rounds() if r.number < here.number),
+                first_step=first_step,
                 span=(here.number / loop.rounds, (here.number + 1) / loop.rounds)
                 if loop.carry_optimizer
                 else (0.0, 1.0),
@@ -278,13 +288,13 @@ class Session:
                 else (lambda chosen: None),
                 tokens=cast(TokenMethod, method) if method.trains == "tokens" else None,
                 before=self.rundir.round(here.number - 1).train if here.number else None,
+                after_step=TrainingCurve(self, here, first_step),
             )
         )
         if loop.carry_optimizer:
             trainer.save_optimizer(here.train / OPTIMIZER)
         if whole := trainer.whole_policy():
             whole.save(here.policy)
-        self._place = here.policy
         return facts
 
     def _launched(self, here: RoundDir, stage: str) -> dict[str, Any]:

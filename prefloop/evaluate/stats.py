@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefloop.errors import DataError
 
@@ -69,15 +70,37 @@ def clustered_mean(
     for value, name in zip(values, clusters, strict=True):
         sums_N[names[name]] += value
         sizes_N[names[name]] += 1
+    found = ratio(sums_N, sizes_N, seed=seed, level=level, resamples=resamples)
+    assert found is not None
+    return replace(found, count=len(values))
+
+
+def ratio(
+    sums: Sequence[float] | NDArray[np.float64],
+    sizes: Sequence[float] | NDArray[np.float64],
+    *,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = 2000,
+) -> Estimate | None:
+    """All sums over all sizes of N units, with a percentile bootstrap interval over units; None for no size.
+
+    A mean over parts of units, such as nats a token over answers: long units weigh more. Sizes are not negative.
+    """
+    sums_N, sizes_N = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    count = len(sums_N)
+    if not sizes_N.sum():
+        return None
     generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // len(names))
+    rows = max(1, _BLOCK // count)
     means = []
     for start in range(0, resamples, rows):
-        drawn = generator.integers(len(names), size=(min(rows, resamples - start), len(names)))
-        means.append(sums_N[drawn].sum(axis=1) / sizes_N[drawn].sum(axis=1))
+        drawn = generator.integers(count, size=(min(rows, resamples - start), count))
+        sizes_S = sizes_N[drawn].sum(axis=1)
+        means.append(sums_N[drawn].sum(axis=1)[sizes_S > 0] / sizes_S[sizes_S > 0])
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     mean = float(sums_N.sum() / sizes_N.sum())
-    return Estimate(mean, min(float(low), mean), max(float(high), mean), len(values))
+    return Estimate(mean, min(float(low), mean), max(float(high), mean), count)
 
 
 def paired_difference(

@@ -54,3 +54,14 @@ def win_rate(
         losses=outcomes.count(0.0),
         skipped=len(scores) - len(outcomes),
     )
+
+
+def steps_to(curve: Sequence[tuple[int, float]], share: float) -> int | None:
+    """The first optimiser step at which a win rate reaches `share` of its run's highest (AROP, Table 1).
+
+    `curve` holds (step, win rate); None where it is empty. It can be no finer than the steps it was taken at.
+    """
+    if not curve:
+        return None
+    bound = share * max(rate for _, rate in curve)
+    return min(step for step, rate in curve if rate >= bound)

@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from prefloop.curves import SHARE, steps_to_share, win_rate_curve
 from prefloop.errors import RunFolderError
-from prefloop.records import Pair, RoundResult
+from prefloop.records import CurvePoint, Pair, RoundResult
 from prefloop.report.console import MEASURES, show_pair, show_rounds
+from prefloop.report.plain_table import show_table
 from prefloop.rundir import RunDir, read_run
 
 if TYPE_CHECKING:
     from prefloop.loop import Outcome
 
 _SHOWN_PAIRS = 3
+_SHOWN_POINTS = 12
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:
     """The table, three pairs of the last round, where the policy lies, and what can be done with it."""
     run = RunDir(outcome.folder)
     _show_results(outcome.results, console)
+    show_curve(win_rate_curve(run), console)
     _show_pairs(run.pairs()[-1][1][:_SHOWN_PAIRS], console)
     lines = [
         f"policy   {outcome.policy}",
@@ -47,6 +51,7 @@ def show_run(folder: Path, console: Console, *, pair: str | None, count: int) ->
         _show_pairs(chosen, console)
         return
     _show_results(run.results(), console)
+    show_curve(win_rate_curve(run), console)
     # The newest pairs tell most about where the policy is.
     _show_pairs(list(reversed(pairs))[:count], console)
 
@@ -61,6 +66,34 @@ def _show_results(results: list[RoundResult], console: Console) -> None:
     ]
     console.print()
     show_rounds(known, console)
+
+
+def show_curve(points: list[CurvePoint], console: Console) -> None:
+    """Print the win rate during training, at most twelve points of it, and when it reached 90 % of its highest."""
+    if not points:
+        return
+    # The last one always, the others as evenly as they can lie.
+    gap = -(-len(points) // _SHOWN_POINTS)
+    shown = list(reversed(points[::-1][::gap]))
+    rows = [
+        [
+            str(point.step),
+            str(point.round),
+            *(
+                _three_digits(value)
+                for value in (point.win_rate, point.low, point.high, point.score)
+            ),
+        ]
+        for point in shown
+    ]
+    console.print()
+    show_table(("step", "round", "win_rate", "95 % from", "to", "score"), rows, console)
+    if (step := steps_to_share(points)) is not None:
+        console.print(Text(f"steps to {SHARE:.0%} of the highest win rate: {step}"))
+
+
+def _three_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _show_pairs(pairs: list[Pair], console: Console) -> None:

@@ -73,6 +73,8 @@ class Job:
     """What a trainer of tokens asks in place of `loss`."""
     before: Path | None = None
     """Folder of the previous round's job, for trainers that carry more than weights; None in the first one."""
+    after_step: Callable[[int], None] = lambda steps: None
+    """Called with the number of this job's steps that are done, before a checkpoint of them is written."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -181,6 +183,7 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
                 self.accelerator.log(row, step=job.first_step + number)
                 bar.advance(1, amount=row["tokens"])
+                job.after_step(number + 1)
                 if self._is_due(number + 1, len(steps)):
                     self._save(job.folder, number + 1, metrics)
         if not self.ranks.first:

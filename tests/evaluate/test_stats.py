@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from prefloop.errors import DataError
-from prefloop.evaluate.stats import bootstrap_mean, paired_difference, wilson
+from prefloop.evaluate.stats import bootstrap_mean, clustered_mean, paired_difference, ratio, wilson
 
 
 def test_wilson_matches_newcombe_1998_table_1():
@@ -70,3 +70,72 @@ def test_pairing_removes_what_both_sides_share():
 def test_paired_difference_refuses_unequal_sides():
     with pytest.raises(DataError, match="2 values against 1"):
         paired_difference([1.0, 2.0], [1.0], seed=0)
+
+
+# Coverage: how often an interval that says 95 % holds the truth.
+
+TRIALS = 400
+# Three standard errors of a share of 95 % over so many trials.
+SLACK = 3 * (0.95 * 0.05 / TRIALS) ** 0.5
+
+
+def test_bootstrap_covers_a_mean_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    held = 0
+    for trial in range(TRIALS):
+        found = bootstrap_mean(generator.gamma(2.0, size=100), seed=trial, resamples=500)
+        held += found.low <= 2.0 <= found.high
+    # A percentile interval of skewed values is a little too narrow.
+    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.01)
+
+
+def test_bootstrap_covers_a_win_rate_with_ties_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    held = 0
+    for trial in range(TRIALS):
+        points = generator.choice([0.0, 0.5, 1.0], p=[0.3, 0.2, 0.5], size=80)
+        found = bootstrap_mean(points, seed=trial, resamples=500)
+        held += found.low <= 0.6 <= found.high
+    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.01)
+
+
+def test_paired_bootstrap_covers_a_difference_as_often_as_it_says():
+    generator = np.random.default_rng(2)
+    held = 0
+    for trial in range(TRIALS):
+        hard = generator.normal(0.0, 3.0, size=60)
+        first, second = hard + generator.normal(0.4, 1.0, size=60), hard
+        found = paired_difference(first, second, seed=trial, resamples=500)
+        held += found.low <= 0.4 <= found.high
+    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.01)
+
+
+def test_resampling_clusters_covers_where_resampling_values_does_not():
+    generator = np.random.default_rng(3)
+    clusters = [str(n // 5) for n in range(200)]
+    held = alone = 0
+    for trial in range(TRIALS // 2):
+        values = np.repeat(generator.normal(1.0, 1.0, size=40), 5) + generator.normal(size=200) / 5
+        found = clustered_mean(values.tolist(), clusters, seed=trial, resamples=500)
+        held += found.low <= 1.0 <= found.high
+        naive = bootstrap_mean(values, seed=trial, resamples=500)
+        alone += naive.low <= 1.0 <= naive.high
+    assert held / (TRIALS // 2) > 0.88
+    assert alone / (TRIALS // 2) < 0.75
+
+
+def test_one_value_has_an_interval_without_width():
+    for found in (bootstrap_mean([0.5], seed=0), clustered_mean([0.5], ["a"], seed=0)):
+        assert (found.value, found.low, found.high, found.count) == (0.5, 0.5, 0.5, 1)
+
+
+def test_a_ratio_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    held = 0
+    for trial in range(TRIALS):
+        sizes = generator.integers(1, 40, size=60).astype(float)
+        sums = sizes * 0.3 + generator.normal(size=60) * np.sqrt(sizes)
+        found = ratio(sums.tolist(), sizes.tolist(), seed=trial, resamples=500)
+        held += found.low <= 0.3 <= found.high
+    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.02)
+    assert ratio([0.0], [0.0], seed=0) is None

@@ -3,7 +3,7 @@
 import pytest
 
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.winrate import win_rate
+from prefloop.evaluate.winrate import steps_to, win_rate
 
 
 def test_ties_count_one_half():
@@ -37,3 +37,11 @@ def test_unequal_sides_are_refused():
 def test_a_nan_score_is_an_error_and_not_a_tie():
     with pytest.raises(JudgeError, match="prompt 1 with NaN"):
         win_rate([1.0, float("nan")], [0.0, 0.0], seed=0)
+
+
+def test_steps_to_ninety_percent_of_the_highest_win_rate():
+    curve = [(2, 0.5), (4, 0.53), (6, 0.56), (8, 0.6), (10, 0.52)]
+    assert steps_to(curve, 0.9) == 6
+    assert steps_to(curve, 1.0) == 8
+    assert steps_to([(5, 0.3)], 0.9) == 5
+    assert steps_to([], 0.9) is None

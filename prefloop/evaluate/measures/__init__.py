@@ -37,6 +37,8 @@ class Subject:
     folder: Path
     """Where the measure may keep what it has done so far, so that a killed evaluation goes on; it exists."""
     seed: int
+    answers: Path | None = None
+    """Where measures share the answers that they draw with the same sampling; None: each keeps its own."""
 
 
 class Item(Record):
@@ -47,6 +49,8 @@ class Item(Record):
     """By metric; two subjects are compared on the items that both have."""
     group: str = ""
     """Task, category or attack, for tables by part."""
+    cluster: str = ""
+    """Equal for items that are not independent, such as answers to one prompt; "": it stands alone."""
     texts: dict[str, str] = Field(default_factory=dict)
     """What was seen (answer, verdict ...), for the person who looks; left out where it must not be stored."""
 
@@ -72,11 +76,21 @@ class Measure(BaseModel):
     better: ClassVar[Mapping[str, Better]] = {}
     """By metric, which way is better; metrics that are not named: higher."""
     needs_judge: ClassVar[bool] = False
+    asks_judge: ClassVar[bool] = False
+    """Whether it may ask the judge all the same; measures that declare neither get none, and outlast its change."""
     needs_initial: ClassVar[bool] = False
     """Whether it compares with the model from which training started."""
 
     def check(self) -> None:
         """Raise a PrefloopError for what would stop `run` and can be told without a model."""
+
+    def lacks(self, subject: Subject) -> str | None:
+        """What this subject lacks for being measured so, with the remedy; None where it lacks nothing."""
+        if self.needs_judge and subject.judge is None:
+            return "it needs a judge: name one with --judge"
+        if self.needs_initial and subject.initial is None:
+            return f"{subject.name} is no run's policy: name the model that it started from with --initial"
+        return None
 
     def run(self, subject: Subject) -> Outcome:
         """Measure one subject. The same subject, options and seed give the same outcome."""

@@ -1,0 +1,89 @@
+"""The win rate at equal lengths: what would be left if both sides' answers were as long.
+
+After AlpacaEval 2 (Dubois et al. 2024, arXiv:2404.04475), for two models and without its term for how
+difficult each instruction is, which needs many models: P(win) = sigma(a + b z), where z = tanh(d / s), d is the
+difference of lengths of a prompt's two answers and s the standard deviation of d. Reported is sigma(a),
+the prediction at equal lengths.
+
+Shapes: N prompts, S resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefloop.evaluate.stats import Estimate
+
+Floats: TypeAlias = NDArray[np.float64]
+
+_RIDGE = 1.0
+"""Precision of b's prior: where only the longer answers win, b would grow without end."""
+_STEPS = 50
+_LARGEST = 15.0
+"""a is held to this: where all is won, no finite a is likeliest, and sigma(15) is 1 to six digits."""
+_BLOCK = 2**20
+
+
+def length_controlled(
+    points: Sequence[float],
+    lengths: Sequence[float],
+    *,
+    seed: int,
+    level: float = 0.95,
+    resamples: int = 1000,
+) -> Estimate | None:
+    """sigma(a) with a percentile bootstrap interval over prompts; None where there is no prompt.
+
+    `points` are 1 for a win, 0 for a loss, 1/2 for a tie; `lengths` is own length minus the opponent's, in
+    any unit. Fitted by maximum likelihood with a normal prior N(0, 1) on b, so that it exists where wins and
+    lengths go together perfectly. Where lengths never differ, or do not vary, it is the plain win rate.
+    """
+    points_N, lengths_N = np.asarray(points, dtype=float), np.asarray(lengths, dtype=float)
+    assert points_N.shape == lengths_N.shape
+    count = len(points_N)
+    if not count:
+        return None
+    spread = float(lengths_N.std())
+    z_N = np.tanh(lengths_N / spread) if spread > 0 else np.zeros(count)
+    value = _at_equal_lengths(np.ones((1, count)), points_N, z_N)[0]
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // count)
+    found = []
+    for start in range(0, resamples, rows):
+        size = min(rows, resamples - start)
+        weights_SN = generator.multinomial(count, np.full(count, 1 / count), size=size)
+        found.append(_at_equal_lengths(weights_SN.astype(float), points_N, z_N))
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(
+        float(value), min(float(low), float(value)), max(float(high), float(value)), count
+    )
+
+
+def _at_equal_lengths(weights_SN: Floats, points_N: Floats, z_N: Floats) -> Floats:
+    """sigma(a) of each row of weights, by Newton's method on both coefficients of all rows at once."""
+    a_S, b_S = np.zeros(len(weights_SN)), np.zeros(len(weights_SN))
+    for _ in range(_STEPS):
+        p_SN = _sigma(a_S[:, None] + b_S[:, None] * z_N)
+        gap_SN = weights_SN * (points_N - p_SN)
+        curve_SN = weights_SN * p_SN * (1 - p_SN)
+        slope_a, slope_b = gap_SN.sum(axis=1), (gap_SN * z_N).sum(axis=1) - _RIDGE * b_S
+        # A little on the diagonal: where all is won the curvature in a goes to 0.
+        aa = curve_SN.sum(axis=1) + 1e-9
+        ab = (curve_SN * z_N).sum(axis=1)
+        bb = (curve_SN * z_N**2).sum(axis=1) + _RIDGE
+        scale = aa * bb - ab**2
+        step_a = np.clip((bb * slope_a - ab * slope_b) / scale, -1, 1)
+        step_b = np.clip((aa * slope_b - ab * slope_a) / scale, -1, 1)
+        a_S = np.clip(a_S + step_a, -_LARGEST, _LARGEST)
+        b_S = b_S + step_b
+        if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
+            break
+    return _sigma(a_S)
+
+
+def _sigma(values: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-values)), dtype=np.float64)

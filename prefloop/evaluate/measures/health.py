@@ -1,0 +1,105 @@
+"""Signs of collapse in answers to held-out prompts: how long they are, how varied, whether they end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from prefloop.evaluate.health import distinct_2
+from prefloop.evaluate.kept import answers_of, held_out_prompts
+from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
+from prefloop.records import Response, Sampling
+
+
+class Health(Measure):
+    """Length of answers, distinct-2, and the share of answers that end by themselves."""
+
+    suites: ClassVar[tuple[Suite, ...]] = ("quick",)
+    better: ClassVar[Mapping[str, Better]] = {
+        "mean_length": "neither",
+        "distinct_2": "higher",
+        "stop_rate": "higher",
+    }
+
+    held_out: str | None = None
+    """Source of the prompts; null takes those of --data, or of the run."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many prompts; null: all."""
+    sampling: Sampling = Sampling()
+    """How answers are drawn."""
+    chunk: int = Field(default=32, ge=1)
+    """Prompts answered at a time; what a kill can cost."""
+
+    def check(self) -> None:
+        """DataError where there are no prompts."""
+        held_out_prompts(self.held_out, self.limit)
+
+    def run(self, subject: Subject) -> Outcome:
+        """Answer, and count."""
+        prompts = held_out_prompts(self.held_out, self.limit)
+        answers = answers_of(
+            subject.engine,
+            prompts,
+            self.sampling,
+            seed=subject.seed,
+            folder=subject.answers or subject.folder,
+            chunk=self.chunk,
+        )
+        lengths = [float(len(answer.token_ids)) for answer in answers]
+        ended = [float(answer.finish == "stop") for answer in answers]
+        estimates = {
+            "mean_length": bootstrap_mean(lengths, seed=subject.seed),
+            "distinct_2": distinct_2_estimate(answers),
+            "stop_rate": wilson(int(sum(ended)), len(ended)),
+        }
+        return Outcome(
+            estimates={name: found for name, found in estimates.items() if found is not None},
+            items=tuple(
+                Item(
+                    id=prompt.id,
+                    values={"mean_length": length, "stop_rate": stopped},
+                    texts={"prompt": prompt.text, "answer": answer.text},
+                )
+                for prompt, answer, length, stopped in zip(
+                    prompts, answers, lengths, ended, strict=True
+                )
+            ),
+            facts={
+                "prompts": len(prompts),
+                "sampling": self.sampling.model_dump(mode="json"),
+                "empty": sum(not answer.text.strip() for answer in answers),
+            },
+        )
+
+
+def distinct_2_estimate(answers: Sequence[Response]) -> Estimate | None:
+    """Distinct-2 of all answers together, with a 95 % jackknife interval; None where no answer has two words.
+
+    A bootstrap would be wrong here: an answer drawn twice adds no new bigram. Source: Efron and Tibshirani
+    (1993), chapter 11, leaving out one answer at a time. N answers.
+    """
+    value = distinct_2(answer.text for answer in answers)
+    if value is None:
+        return None
+    own = [Counter(pairwise(answer.text.split())) for answer in answers]
+    whole = sum(own, Counter[tuple[str, str]]())
+    bigrams, distinct = whole.total(), len(whole)
+    without_N = np.array(
+        [
+            (distinct - sum(whole[bigram] == n for bigram, n in counts.items()))
+            / (bigrams - counts.total())
+            for counts in own
+            if counts.total() < bigrams
+        ]
+    )
+    count = len(without_N)
+    half = 0.0
+    if count > 1:
+        half = float(1.96 * np.sqrt((count - 1) * without_N.var()))
+    return Estimate(value, max(0.0, value - half), min(1.0, value + half), len(answers))

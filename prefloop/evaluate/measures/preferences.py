@@ -1,0 +1,99 @@
+"""ACS and pairwise accuracy: how far training moved the policy towards the better of two given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import ClassVar
+
+from pydantic import Field
+
+from prefloop.errors import DataError
+from prefloop.evaluate.kept import digest, kept
+from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.stats import clustered_mean
+from prefloop.preferences import Preference, read_preferences
+from prefloop.records import Request
+from prefloop.seeds import derive_seed
+
+
+class Preferences(Measure):
+    """ACS, the mean implicit reward difference on given pairs, and the share of pairs where it is above 0.
+
+    R = beta (r(chosen) - r(rejected)), r(y) = log pi(y|x) - log pi_initial(y|x) summed over the answer's
+    tokens, in nats (AROP section 5.1). It asks nobody's opinion and draws no answer. At the initial policy R is 0.
+    """
+
+    suites: ClassVar[tuple[Suite, ...]] = ("quick",)
+    better: ClassVar[Mapping[str, Better]] = {"acs": "higher", "pair_accuracy": "higher"}
+    needs_initial: ClassVar[bool] = True
+
+    data: str | None = None
+    """Labelled pairs that were not trained on, as `prefloop judge check` reads them; ties are left out."""
+    limit: int | None = Field(default=None, ge=1)
+    """So many pairs, drawn by `draw`; null: all."""
+    draw: int = 0
+    """Seed of that draw; not the evaluation's, so that all subjects meet the same pairs."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Inverse temperature of the implicit reward."""
+    chunk: int = Field(default=32, ge=1)
+    """Pairs scored at a time; what a kill can cost."""
+
+    def check(self) -> None:
+        """DataError where no pairs are named, or the file holds none."""
+        self._pairs()
+
+    def run(self, subject: Subject) -> Outcome:
+        """Both answers of each pair under both models."""
+        assert subject.initial is not None
+        pairs = self._pairs()
+        asked = digest([(pair.key, pair.chosen, pair.rejected) for pair in pairs], self.beta)
+
+        def work(part: Sequence[Preference], number: int) -> list[Item]:
+            return self._score(part, subject)
+
+        items = kept(subject.folder / asked, pairs, Item, work, chunk=self.chunk)
+        clusters = [item.cluster for item in items]
+        estimates = {
+            metric: clustered_mean(
+                [item.values[metric] for item in items], clusters, seed=subject.seed
+            )
+            for metric in ("acs", "pair_accuracy")
+        }
+        return Outcome(
+            estimates={name: found for name, found in estimates.items() if found is not None},
+            items=tuple(items),
+            facts={"pairs": len(pairs), "beta": self.beta, "prompts": len(set(clusters))},
+        )
+
+    def _pairs(self) -> list[Preference]:
+        if self.data is None:
+            raise DataError("it has no pairs: name a file of labelled pairs in its option data")
+        pairs = [pair for pair in read_preferences(self.data).pairs if not pair.tie]
+        if not pairs:
+            raise DataError(f"{self.data} holds ties only; name a file of pairs with a better one")
+        if self.limit is None or self.limit >= len(pairs):
+            return pairs
+        places = Random(derive_seed(self.draw, "preferences")).sample(range(len(pairs)), self.limit)
+        return [pairs[place] for place in sorted(places)]
+
+    def _score(self, pairs: Sequence[Preference], subject: Subject) -> list[Item]:
+        assert subject.initial is not None
+        asks = [Request(messages=pair.messages) for pair in pairs] * 2
+        texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+        now = [sum(scored.logprobs) for scored in subject.engine.score(asks, texts)]
+        before = [sum(scored.logprobs) for scored in subject.initial.score(asks, texts)]
+        ratios = [a - b for a, b in zip(now, before, strict=True)]
+        items = []
+        for place, pair in enumerate(pairs):
+            reward = self.beta * (ratios[place] - ratios[place + len(pairs)])
+            right = 1.0 if reward > 0 else 0.5 if reward == 0 else 0.0
+            items.append(
+                Item(
+                    id=pair.id,
+                    group=pair.source,
+                    cluster=pair.key,
+                    values={"acs": reward, "pair_accuracy": right},
+                )
+            )
+        return items

@@ -1,0 +1,217 @@
+"""Win rate against a fixed opponent, by any judge, in both orders, and at equal lengths."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from prefloop.data import DataOptions, read_prompts
+from prefloop.errors import DataError, JudgeError
+from prefloop.evaluate.kept import answers_of, digest, held_out_prompts, kept
+from prefloop.evaluate.length_control import length_controlled
+from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
+from prefloop.records import Prompt, Record, Sampling
+from prefloop.rows import READERS
+
+START, TARGETS = "start", "targets"
+
+
+class _Row(Record):
+    """One prompt with both sides' answers."""
+
+    prompt: Prompt
+    own: str
+    other: str
+
+
+class WinRate(Measure):
+    """Share of prompts where the answer beats a fixed opponent's by the judge; ties count one half.
+
+    AROP section 5.1. The judge sees both answers in both orders unless told otherwise; a prompt's points are the mean
+    of the two. `lc_win_rate` is the rate that a logistic fit predicts at equal lengths (characters).
+    """
+
+    suites: ClassVar[tuple[Suite, ...]] = ("quick",)
+    better: ClassVar[Mapping[str, Better]] = {
+        "win_rate": "higher",
+        "lc_win_rate": "higher",
+        "length_difference": "neither",
+        "no_verdict": "lower",
+        "order_changes": "lower",
+    }
+    needs_judge: ClassVar[bool] = True
+
+    held_out: str | None = None
+    """Source of the prompts; null takes those of --data, or of the run."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many prompts; null: all."""
+    opponent: str = Field(default=START, min_length=1)
+    """"start", the model from which training started; "targets", the prompts' own responses; a file of rows with
+    prompt and response, matched by prompt; or a model: a folder, Hub id or embedded:NAME."""
+    sampling: Sampling = Sampling()
+    """How answers are drawn, the opponent's too where it is a model."""
+    both_orders: bool = True
+    """Ask the judge twice, with the answers exchanged; needless for a judge that scores answers one by one."""
+    chunk: int = Field(default=32, ge=1)
+    """Prompts answered and judged at a time; what a kill can cost."""
+
+    def check(self) -> None:
+        """DataError where there are no prompts, or the opponent's stored answers do not fit them."""
+        prompts = held_out_prompts(self.held_out, self.limit)
+        if self._stored:
+            self._stored_answers(prompts)
+
+    def lacks(self, subject: Subject) -> str | None:
+        """A judge, or the start that it is to be compared with."""
+        if self.opponent == START and subject.initial is None:
+            return (
+                f"{subject.name} is no run's policy, so it has no start to win against: name the model that "
+                "it started from with --initial, or set the option opponent"
+            )
+        return super().lacks(subject)
+
+    def run(self, subject: Subject) -> Outcome:
+        """Answer, let the opponent answer, and ask the judge."""
+        prompts = held_out_prompts(self.held_out, self.limit)
+        own = self._drawn(subject.engine, prompts, subject, subject.answers or subject.folder)
+        others = self._opponents(prompts, subject)
+        rows = [
+            _Row(prompt=prompt, own=mine, other=other)
+            for prompt, mine, other in zip(prompts, own, others, strict=True)
+        ]
+
+        def work(part: Sequence[_Row], number: int) -> list[Item]:
+            return self._judged(part, subject)
+
+        asked = digest(rows, self.both_orders)
+        items = kept(subject.folder / asked, rows, Item, work, chunk=self.chunk)
+        reasons = Counter(item.texts["no_verdict"] for item in items if "no_verdict" in item.texts)
+        judged = [item for item in items if "win_rate" in item.values]
+        if not judged:
+            reason = reasons.most_common(1)[0][0]
+            raise JudgeError(
+                f"win_rate: the judge has no verdict on any of the {len(items)} prompts ({reason}); "
+                "choose another judge, or look at the answers"
+            )
+        return Outcome(
+            estimates=self._estimates(judged, len(items), subject.seed),
+            items=tuple(items),
+            facts={
+                "prompts": len(prompts),
+                "opponent": self.opponent,
+                "sampling": self.sampling.model_dump(mode="json"),
+                "both_orders": self.both_orders,
+                "no_verdict": dict(reasons),
+                "ties": sum(item.values["win_rate"] == 0.5 for item in judged),
+            },
+        )
+
+    def _estimates(self, judged: Sequence[Item], asked: int, seed: int) -> dict[str, Estimate]:
+        points = [item.values["win_rate"] for item in judged]
+        lengths = [item.values["length_difference"] for item in judged]
+        found: dict[str, Estimate | None] = {
+            "win_rate": bootstrap_mean(points, seed=seed),
+            "lc_win_rate": length_controlled(points, lengths, seed=seed),
+            "length_difference": bootstrap_mean(lengths, seed=seed),
+            "no_verdict": wilson(asked - len(judged), asked),
+        }
+        if self.both_orders:
+            changes = [item.values["order_changes"] for item in judged]
+            found["order_changes"] = wilson(int(sum(changes)), len(changes))
+        return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+    # The opponent.
+
+    @property
+    def _stored(self) -> bool:
+        path = Path(self.opponent).expanduser()
+        return self.opponent == TARGETS or (path.suffix.lower() in READERS and path.is_file())
+
+    def _opponents(self, prompts: Sequence[Prompt], subject: Subject) -> list[str]:
+        if self._stored:
+            return self._stored_answers(prompts)
+        if self.opponent == START:
+            assert subject.initial is not None
+            return self._drawn(subject.initial, prompts, subject, subject.folder / "opponent")
+        from prefloop.causal_lm import open_engine
+
+        engine = open_engine(self.opponent)
+        return self._drawn(engine, prompts, subject, subject.folder / "opponent")
+
+    def _drawn(
+        self, engine: Any, prompts: Sequence[Prompt], subject: Subject, folder: Path
+    ) -> list[str]:
+        answers = answers_of(
+            engine, prompts, self.sampling, seed=subject.seed, folder=folder, chunk=self.chunk
+        )
+        return [answer.text for answer in answers]
+
+    def _stored_answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        if self.opponent == TARGETS:
+            found = [prompt.target for prompt in prompts]
+            if not all(found):
+                raise DataError(
+                    f"opponent targets: {found.count(None)} of {len(found)} prompts have no response; "
+                    "name prompts that have one, or another opponent"
+                )
+            return [text or "" for text in found]
+        stored = {
+            _key(prompt): prompt.target
+            for prompt in read_prompts(self.opponent, DataOptions(), part="eval")
+            if prompt.target
+        }
+        missing = [prompt for prompt in prompts if _key(prompt) not in stored]
+        if missing:
+            raise DataError(
+                f"opponent {self.opponent}: no response to {len(missing)} of {len(prompts)} prompts, such as "
+                f"{missing[0].id!r}; give it a row with prompt and response for each"
+            )
+        return [stored[_key(prompt)] or "" for prompt in prompts]
+
+    # The judge.
+
+    def _judged(self, rows: Sequence[_Row], subject: Subject) -> list[Item]:
+        assert subject.judge is not None
+        places = [place for place, row in enumerate(rows) if row.own != row.other]
+        prompts = [rows[place].prompt for place in places]
+        orders = [[(rows[place].own, rows[place].other) for place in places]]
+        if self.both_orders:
+            orders.append([(other, own) for own, other in orders[0]])
+        verdicts = [subject.judge.score(prompts, groups) for groups in orders] if places else []
+        found: dict[int, list[Any]] = {
+            place: [column[number] for column in verdicts] for number, place in enumerate(places)
+        }
+        return [self._item(row, found.get(place)) for place, row in enumerate(rows)]
+
+    def _item(self, row: _Row, verdicts: list[Any] | None) -> Item:
+        """`verdicts`: own first, then own last; None where both answers are the same text, which is a tie."""
+        texts = {"prompt": row.prompt.text, "answer": row.own, "opponent": row.other}
+        lost = next((v.reason for v in verdicts or () if not isinstance(v, tuple)), None)
+        if lost is not None:
+            return Item(id=row.prompt.id, values={}, texts={**texts, "no_verdict": lost})
+        points = [
+            _points(verdict[turned] - verdict[1 - turned])
+            for turned, verdict in enumerate(verdicts or ())
+        ] or [0.5]
+        values = {
+            "win_rate": sum(points) / len(points),
+            "length_difference": float(len(row.own) - len(row.other)),
+        }
+        if self.both_orders:
+            values["order_changes"] = float(len(set(points)) > 1)
+        return Item(id=row.prompt.id, values=values, texts=texts)
+
+
+def _points(difference: float) -> float:
+    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
+
+
+def _key(prompt: Prompt) -> str:
+    return "\x1e".join(
+        f"{turn.role}\x1f{' '.join(turn.content.split())}" for turn in prompt.messages
+    )

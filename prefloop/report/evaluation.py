@@ -1,0 +1,209 @@
+"""Tables of an evaluation: on a console, as Markdown, and as rows for LaTeX.
+
+Reads the mapping that `prefloop evaluate --json` prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from prefloop.report.plain_table import show_table
+
+Report = Mapping[str, Any]
+_ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
+NOT_SIGNIFICANT = "n.s."
+CAVEAT = (
+    "Intervals are 95 %, each on its own. A difference is marked n.s. where its p value (sign-flip test over "
+    "items), adjusted for all differences of this table (Holm), is not below 0.05. Intervals cover the choice of "
+    "items, not the randomness of training."
+)
+
+
+def show_evaluation(report: Report, console: Console) -> None:
+    """Print measures by subject, then differences from the first subject, then what was skipped and why."""
+    console.print(Text(_subtitle(report)), soft_wrap=True)
+    console.print()
+    head, rows = measure_table(report)
+    show_table(head, rows, console)
+    if report["comparisons"]:
+        console.print()
+        show_table(*difference_table(report), console)
+        console.print()
+        console.print(Text(CAVEAT), soft_wrap=True)
+    lines = [*_steps(report), *_skipped(report)]
+    if lines:
+        console.print()
+        console.print(Text("\n".join(lines)), soft_wrap=True)
+
+
+def write_tables(report: Report, folder: Path) -> None:
+    """Write evaluation.md and evaluation.tex."""
+    (folder / "evaluation.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "evaluation.tex").write_text(latex(report), encoding="utf-8")
+
+
+def measure_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: a row a metric; of each subject value and interval; items and seconds of the first."""
+    subjects = report["subjects"]
+    head = ["measure", "metric", *subjects, "items", "seconds"]
+    rows = []
+    for measure, metric in _metrics(report):
+        found = [_estimate(subjects[name], measure, metric) for name in subjects]
+        counts = [estimate["count"] for estimate in found if estimate]
+        better = next(
+            part["measures"][measure]["better"].get(metric, "higher")
+            for part in subjects.values()
+            if measure in part["measures"]
+        )
+        taken = [
+            part["measures"][measure] for part in subjects.values() if measure in part["measures"]
+        ]
+        rows.append(
+            [
+                measure,
+                f"{metric} {_ARROWS[better]}".rstrip(),
+                *map(with_interval, found),
+                " / ".join(map(str, sorted(set(counts)))),
+                f"{sum(row['seconds'] for row in taken):.1f}",
+            ]
+        )
+    return head, _once(rows)
+
+
+def difference_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: each subject minus the first, on the items that both have."""
+    first = next(iter(report["subjects"]))
+    head = ["difference", "metric", f"minus {first}", "items", "p (Holm)", ""]
+    rows = [
+        [
+            row["subject"],
+            row["metric"],
+            with_interval(row["difference"], signed=True),
+            str(row["difference"]["count"]),
+            f"{row['p_holm']:.3f}",
+            "" if row["significant"] else NOT_SIGNIFICANT,
+        ]
+        for row in report["comparisons"]
+    ]
+    return head, rows
+
+
+def markdown(report: Report) -> str:
+    """The tables as GitHub reads them."""
+    blocks = ["# Evaluation", _subtitle(report), _markdown_table(*measure_table(report))]
+    if report["comparisons"]:
+        blocks += [_markdown_table(*difference_table(report)), CAVEAT]
+    blocks += [f"- {line}" for line in (*_steps(report), *_skipped(report))]
+    return "\n\n".join(blocks) + "\n"
+
+
+def latex(report: Report) -> str:
+    """Rows of a booktabs table: a metric a row, a subject a column, intervals small beside the values."""
+    subjects = report["subjects"]
+    lines = [
+        f"% prefloop {report['prefloop']}; {_subtitle(report)}",
+        f"% \\begin{{tabular}}{{l{'r' * len(subjects)}}}",
+        " & ".join(["", *map(_tex, subjects)]) + r" \\ \midrule",
+    ]
+    for measure, metric in _metrics(report):
+        cells = []
+        for name in subjects:
+            found = _estimate(subjects[name], measure, metric)
+            mark = "" if _significant(report, name, measure, metric) else r"$^{\mathrm{n.s.}}$"
+            cells.append(
+                "--"
+                if found is None
+                else f"{_number(found['value'], found)}{mark} {{\\footnotesize "
+                f"[{_number(found['low'], found)}, {_number(found['high'], found)}]}}"
+            )
+        lines.append(" & ".join([_tex(metric), *cells]) + r" \\")
+    return "\n".join(lines).replace("\u2013", "--") + "\n"
+
+
+def with_interval(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """ "0.612 (0.551 to 0.668)", or "-" where there is no value."""
+    if estimate is None:
+        return "-"
+    value, low, high = (
+        _number(estimate[key], estimate, signed=signed) for key in ("value", "low", "high")
+    )
+    return f"{value} ({low} to {high})"
+
+
+def _number(value: float, estimate: Mapping[str, Any], *, signed: bool = False) -> str:
+    """With as many digits as suit the estimate's size."""
+    size = max(abs(estimate["low"]), abs(estimate["high"]))
+    digits = 1 if size >= 100 else 2 if size >= 10 else 3
+    return format(value, f"{'+' if signed else ''}.{digits}f")
+
+
+def _metrics(report: Report) -> Iterator[tuple[str, str]]:
+    """Measure and metric of every row, in the order in which they were taken."""
+    found: dict[tuple[str, str], None] = {}
+    for part in report["subjects"].values():
+        for measure, row in part["measures"].items():
+            found |= dict.fromkeys((measure, metric) for metric in row["estimates"])
+    order = list(dict.fromkeys(measure for measure, _ in found))
+    return iter(sorted(found, key=lambda pair: order.index(pair[0])))
+
+
+def _estimate(part: Report, measure: str, metric: str) -> Mapping[str, Any] | None:
+    row = part["measures"].get(measure)
+    return row["estimates"].get(metric) if row else None
+
+
+def _significant(report: Report, name: str, measure: str, metric: str) -> bool:
+    """False only where the subject was compared in it and the difference may be chance."""
+    return all(
+        row["significant"]
+        for row in report["comparisons"]
+        if (row["subject"], row["measure"], row["metric"]) == (name, measure, metric)
+    )
+
+
+def _subtitle(report: Report) -> str:
+    judge = report["judge"] or "none"
+    return f"prompts: {report['prompts']}    judge: {judge}    seed: {report['seed']}"
+
+
+def _steps(report: Report) -> list[str]:
+    return [
+        f"{name}: steps to 90 % of its highest win rate in training: {part['curves']['steps_to_90']}"
+        for name, part in report["subjects"].items()
+        if part["curves"] and part["curves"]["steps_to_90"] is not None
+    ]
+
+
+def _skipped(report: Report) -> list[str]:
+    return [
+        f"skipped {measure} of {name}: {reason}"
+        for name, part in report["subjects"].items()
+        for measure, reason in part["skipped"].items()
+    ]
+
+
+def _once(rows: Sequence[list[str]]) -> list[list[str]]:
+    """A measure's name and seconds stand in its first row only."""
+    seen: set[str] = set()
+    found = []
+    for row in rows:
+        found.append(["", *row[1:-1], ""] if row[0] in seen else row)
+        seen.add(row[0])
+    return found
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
+
+
+def _tex(text: str) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
