@@ -41,6 +41,8 @@ class Jailbreak(Measure):
 
     suites: ClassVar[tuple[Suite, ...]] = ("safety",)
     better: ClassVar[Mapping[str, Better]] = {JSR: "lower", JSR_PLAIN: "lower", BROKEN: "lower"}
+    asks_judge: ClassVar[bool] = True
+    """With `judged_by: judge`."""
 
     templates: str | None = None
     """File with rows {"id", "template"}; a template holds [INSERT PROMPT HERE]. Needs `prompts`."""
