@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,20 +86,43 @@ def test_scores_without_a_range_are_not_called_mt_bench(data: str, tmp_path: Pat
         )
 
 
+class Listening(FakeEngine):
+    """Notes the temperature and seed of each call, by the first word of the conversation."""
+
+    def __init__(self) -> None:
+        super().__init__(echo)
+        self.seen: list[tuple[str, float, int]] = []
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = ""
+    ) -> list[Response]:
+        category = requests[0].messages[0].content.split()[0]
+        self.seen.append((category, sampling.temperature, seed))
+        return super().sample(requests, sampling, seed=seed, label=label)
+
+
+def listened(data: str, folder: Path, seed: int) -> list[tuple[str, float, int]]:
+    engine = Listening()
+    one = subject(folder, None, ListJudge(lambda p, a: 3.0))
+    MtBench(data=data, chunk=2).run(replace(one, engine=engine, seed=seed))
+    return engine.seen
+
+
 def test_each_category_is_drawn_at_fastchats_temperature(data: str, tmp_path: Path) -> None:
-    seen: dict[str, float] = {}
+    calls = listened(data, tmp_path / "work", 0)
+    assert {(category, temperature) for category, temperature, _ in calls} == {
+        ("writing", 0.7),
+        ("math", 0.0),
+    }
 
-    class Listening(FakeEngine):
-        def sample(
-            self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = ""
-        ) -> list[Response]:
-            for request in requests:
-                seen[request.messages[0].content.split()[0]] = sampling.temperature
-            return super().sample(requests, sampling, seed=seed, label=label)
 
-    one = subject(tmp_path / "work", None, ListJudge(lambda p, a: 3.0))
-    MtBench(data=data).run(type(one)(**{**vars(one), "engine": Listening(echo)}))
-    assert seen == {"writing": 0.7, "math": 0.0}
+def test_every_chunk_and_turn_has_its_own_seed_from_the_evaluations(
+    data: str, tmp_path: Path
+) -> None:
+    first = [seed for *_, seed in listened(data, tmp_path / "zero", 0)]
+    other = [seed for *_, seed in listened(data, tmp_path / "one", 1)]
+    assert len(first) == 2 * 2 * 2  # categories, chunks, turns
+    assert len({*first, *other}) == len(first) + len(other)
 
 
 def test_a_killed_measure_goes_on_and_ends_in_the_same_outcome(data: str, tmp_path: Path) -> None:
