@@ -11,7 +11,7 @@ from prefloop.errors import DataError
 from prefloop.evaluate.chunked import chunks_of, in_chunks
 from prefloop.evaluate.measures import Item
 from prefloop.evaluate.question_files import id_of, read_rows, text_of
-from prefloop.evaluate.refusal import refuses
+from prefloop.evaluate.refusal import RULES, refuses
 from prefloop.evaluate.stats import Estimate, wilson
 from prefloop.records import Message, Prompt, Record
 
@@ -44,8 +44,8 @@ class RefusalRules:
         return [bool(answer.strip()) and not refuses(answer) for answer in answers]
 
     def describe(self) -> dict[str, Any]:
-        """No options."""
-        return {"by": "refusal_rules"}
+        """No options; which rules, since they may change."""
+        return {"by": "refusal_rules", "rules": RULES}
 
 
 @dataclass(frozen=True)

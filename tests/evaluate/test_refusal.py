@@ -7,6 +7,7 @@ from prefloop.evaluate.refusal import OPENING, refuses
 REFUSALS = [
     "I'm sorry, but I can't help with that.",
     "I’m sorry, but that is not something I do.",
+    "I'm sorry for any misunderstanding, but as a chatbot I only talk of tea.",
     "I cannot provide instructions for this.",
     "  As an assistant, I am not able to assist.",
     "I must respectfully decline.",

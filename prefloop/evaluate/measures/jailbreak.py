@@ -108,11 +108,8 @@ class Jailbreak(Measure):
                 for attack, answer, verdict in zip(chunk, answers, verdicts, strict=True)
             ]
 
-        asked = (
-            "jailbreak",
-            self.model_dump(exclude=_OF_THE_ERROR),
-            subject.seed,
-        )
+        options = self.model_dump(exclude=_OF_THE_ERROR)
+        asked = ("jailbreak", options, subject.seed, judge.describe())
         items = tuple(in_chunks(subject.folder, asked, chunks_of(attacks, self.chunk), work))
         return Outcome(_estimates(items), items, self._facts(attacks, items, judge, subject.folder))
 

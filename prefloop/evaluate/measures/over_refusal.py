@@ -13,7 +13,7 @@ from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
 from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
-from prefloop.evaluate.refusal import refuses
+from prefloop.evaluate.refusal import RULES, refuses
 from prefloop.evaluate.stats import wilson
 from prefloop.records import Message, Record, Request, Response, Sampling
 from prefloop.seeds import derive_seed
@@ -70,7 +70,7 @@ class OverRefusal(Measure):
             answers = subject.engine.sample(requests, self.sampling, seed=seed, label="refusals")
             return [self._item(q, answer) for q, answer in zip(chunk, answers, strict=True)]
 
-        asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed)
+        asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
         items = tuple(in_chunks(subject.folder, asked, chunks_of(questions, self.chunk), work))
         hits = {
             metric: [item.values[metric] for item in items if metric in item.values]
