@@ -1,0 +1,142 @@
+"""IFEval: instructions that a program can check; no judge (Zhou et al. 2023, arXiv:2311.07911)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import Field
+
+from prefloop.errors import DataError
+from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
+from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
+from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
+from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
+from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
+from prefloop.records import Message, Record, Request, Sampling
+from prefloop.rows import Located
+from prefloop.seeds import derive_seed
+
+MODES = ("strict", "loose")
+
+
+class _Question(Record):
+    id: str
+    prompt: str
+    instructions: tuple[str, ...]
+    kwargs: tuple[dict[str, Any], ...]
+
+
+class Ifeval(Measure):
+    """Shares of prompts with all instructions followed, and of instructions followed; strict and loose.
+
+    Sampling is greedy with 1,280 new tokens, as in lm-evaluation-harness's task `ifeval`; its checkers judge.
+    """
+
+    data: str | None = None
+    """File with rows {"prompt", "instruction_id_list", "kwargs"}, as google's input_data.jsonl; `google/IFEval`
+    on the Hub has them too (split train)."""
+    limit: int | None = Field(default=None, ge=1)
+    """So many prompts, drawn by `draw`; null: all."""
+    draw: int = 0
+    """Seed of that draw; not the evaluation's own, so that all models meet the same prompts."""
+    sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=1280)
+    """How answers are drawn. Fewer new tokens fail instructions on length that the model might keep."""
+    chunk: int = Field(default=16, ge=1)
+    """Prompts asked at a time; what a kill can cost."""
+
+    def check(self) -> None:
+        """DataError for the file and for missing packages."""
+        demand_packages()
+        self._questions()
+
+    def run(self, subject: Subject) -> Outcome:
+        """Ask, and check each answer by its rules."""
+        rules = InstructionRules()
+        questions = self._questions()
+        for question in questions:
+            rules.demand(
+                f"prompt {question.id}", question.prompt, question.instructions, question.kwargs
+            )
+
+        def work(number: int, chunk: Sequence[_Question]) -> list[Item]:
+            requests = [Request(messages=(Message(role="user", content=q.prompt),)) for q in chunk]
+            seed = derive_seed(subject.seed, "ifeval", number)
+            answers = subject.engine.sample(requests, self.sampling, seed=seed, label="ifeval")
+            return [
+                _item(rules, question, answer.text, answer.finish)
+                for question, answer in zip(chunk, answers, strict=True)
+            ]
+
+        asked = ("ifeval", self.model_dump(), subject.seed, version("lm_eval"))
+        items = tuple(in_chunks(subject.folder, asked, chunks_of(questions, self.chunk), work))
+        facts = {
+            "prompts": len(questions),
+            "instructions": sum(len(question.instructions) for question in questions),
+            "data": digest(questions),
+            "checkers": f"lm_eval {version('lm_eval')}",
+            "by_instruction": _by_instruction(questions, items),
+            "cut_off": sum(item.texts["finish"] == "length" for item in items),
+            "sampling": self.sampling.model_dump(mode="json"),
+        }
+        return Outcome(_estimates(items, subject.seed), items, facts)
+
+    def _questions(self) -> list[_Question]:
+        if self.data is None:
+            raise DataError(
+                "ifeval.data names no file; name IFEval's input_data.jsonl, or google/IFEval on the Hub"
+            )
+        rows = [_question(row) for row in read_rows(self.data, "ifeval.data", split="train")]
+        return drawn(rows, self.limit, self.draw, "ifeval")
+
+
+def _question(row: Located) -> _Question:
+    prompt = text_of(row, "prompt")
+    names, kwargs = row[1].get("instruction_id_list"), row[1].get("kwargs")
+    if not isinstance(names, list) or not names or not isinstance(kwargs, list):
+        raise DataError(
+            f"{row[0]} has no lists instruction_id_list and kwargs; IFEval's rows have both"
+        )
+    given = tuple(dict(options or {}) for options in kwargs)
+    return _Question(
+        id=id_of(row, prompt), prompt=prompt, instructions=tuple(map(str, names)), kwargs=given
+    )
+
+
+def _item(rules: InstructionRules, question: _Question, answer: str, finish: str) -> Item:
+    followed = rules.check(question.prompt, question.instructions, question.kwargs, answer)
+    values, texts = {}, {"asked": question.prompt, "answer": answer, "finish": finish}
+    for mode, flags in zip(MODES, (followed.strict, followed.loose), strict=True):
+        values[f"ifeval_prompt_{mode}"] = float(all(flags))
+        values[f"ifeval_instruction_{mode}"] = sum(flags) / len(flags)
+        texts[mode] = "".join("01"[flag] for flag in flags)
+    group = question.instructions[0].partition(":")[0]
+    return Item(id=question.id, values=values, group=group, texts=texts)
+
+
+def _estimates(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
+    """Instructions of one prompt are not independent, so their interval resamples prompts."""
+    found: dict[str, Estimate | None] = {}
+    for mode in MODES:
+        prompts = [item.values[f"ifeval_prompt_{mode}"] for item in items]
+        found[f"ifeval_prompt_{mode}"] = wilson(int(sum(prompts)), len(prompts))
+        flags = [(float(flag), item.id) for item in items for flag in item.texts[mode]]
+        found[f"ifeval_instruction_{mode}"] = clustered_mean(
+            [flag for flag, _ in flags], [name for _, name in flags], seed=seed
+        )
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def _by_instruction(
+    questions: Sequence[_Question], items: Sequence[Item]
+) -> Mapping[str, dict[str, int]]:
+    """How many of each kind there were, and how many were followed."""
+    found: dict[str, dict[str, int]] = {}
+    for question, item in zip(questions, items, strict=True):
+        for place, name in enumerate(question.instructions):
+            row = found.setdefault(name, {"count": 0, **dict.fromkeys(MODES, 0)})
+            row["count"] += 1
+            for mode in MODES:
+                row[mode] += int(item.texts[mode][place])
+    return dict(sorted(found.items()))

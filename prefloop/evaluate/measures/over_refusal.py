@@ -1,0 +1,127 @@
+"""Refusals of harmless prompts that look dangerous, beside refusals of those that are (XSTest)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from prefloop.errors import DataError
+from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
+from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
+from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
+from prefloop.evaluate.refusal import RULES, refuses
+from prefloop.evaluate.stats import wilson
+from prefloop.records import Message, Record, Request, Response, Sampling
+from prefloop.seeds import derive_seed
+
+SAFE, UNSAFE = "safe", "unsafe"
+METRICS = {SAFE: "over_refusal", UNSAFE: "refusal"}
+
+
+class _Question(Record):
+    id: str
+    prompt: str
+    kind: str
+    label: Literal["safe", "unsafe"]
+
+
+class OverRefusal(Measure):
+    """The share of safe prompts that are refused, and of unsafe contrasts: refusing everything does not win.
+
+    XSTest (Röttger et al. 2024, arXiv:2308.01263), with refusals told by rules (prefloop/evaluate/refusal.py).
+    """
+
+    suites: ClassVar[tuple[Suite, ...]] = ("safety",)
+    better: ClassVar[Mapping[str, Better]] = {METRICS[SAFE]: "lower", METRICS[UNSAFE]: "higher"}
+
+    prompts: str | None = None
+    """File with rows {"id", "prompt", "type", "label": "safe" or "unsafe"}, as XSTest's."""
+    limit: int | None = Field(default=None, ge=1)
+    """So many prompts of each label, drawn by `draw`; null: all."""
+    draw: int = 0
+    """Seed of that draw; not the evaluation's own, so that all models meet the same prompts."""
+    labelled: str | None = None
+    """File with rows {"prompt", "completion", "label"} in XSTest's labels, on which the rules' own error is
+    measured; null: the error is not known, and the result says so."""
+    sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=150)
+    """How answers are drawn; greedy, as in XSTest. A refusal shows in the first sentences."""
+    store_text: bool = False
+    """Keep the answers in the result. Those to unsafe prompts may be harmful."""
+    chunk: int = Field(default=32, ge=1)
+    """Prompts asked at a time; what a kill can cost."""
+
+    def check(self) -> None:
+        """DataError for the files."""
+        self._questions()
+        if self.labelled is not None:
+            read_labelled(self.labelled)
+
+    def run(self, subject: Subject) -> Outcome:
+        """Ask and count refusals."""
+        questions = self._questions()
+
+        def work(number: int, chunk: Sequence[_Question]) -> list[Item]:
+            requests = [Request(messages=(Message(role="user", content=q.prompt),)) for q in chunk]
+            seed = derive_seed(subject.seed, "over_refusal", number)
+            answers = subject.engine.sample(requests, self.sampling, seed=seed, label="refusals")
+            return [self._item(q, answer) for q, answer in zip(chunk, answers, strict=True)]
+
+        asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
+        items = tuple(in_chunks(subject.folder, asked, chunks_of(questions, self.chunk), work))
+        hits = {
+            metric: [item.values[metric] for item in items if metric in item.values]
+            for metric in METRICS.values()
+        }
+        shares = {metric: wilson(int(sum(found)), len(found)) for metric, found in hits.items()}
+        facts = {
+            "prompts": len(questions),
+            "data": digest(questions),
+            "judge": RefusalRules().describe(),
+            "judge_error": None
+            if self.labelled is None
+            else judge_error(RefusalRules(), read_labelled(self.labelled), subject.folder),
+            "empty": sum(item.texts["characters"] == "0" for item in items),
+            "cut_off": sum(item.texts["finish"] == "length" for item in items),
+            "sampling": self.sampling.model_dump(mode="json"),
+        }
+        return Outcome({name: e for name, e in shares.items() if e is not None}, items, facts)
+
+    def _questions(self) -> list[_Question]:
+        if self.prompts is None:
+            raise DataError(
+                "over_refusal.prompts names no file; name one with safe and unsafe prompts "
+                "(none comes with prefloop, docs/safety.md says where XSTest's is)"
+            )
+        found: dict[str, list[_Question]] = {SAFE: [], UNSAFE: []}
+        for row in read_rows(self.prompts, "over_refusal.prompts"):
+            prompt, label = text_of(row, "prompt"), text_of(row, "label")
+            if label not in found:
+                raise DataError(f"{row[0]} has the label {label!r}; write {SAFE} or {UNSAFE}")
+            kind = str(row[1].get("type") or label)
+            found[label].append(
+                _Question.model_validate(
+                    {"id": id_of(row, prompt), "prompt": prompt, "kind": kind, "label": label}
+                )
+            )
+        if not found[SAFE]:
+            raise DataError(
+                f"{self.prompts} has no prompt labelled {SAFE}; over-refusal needs some"
+            )
+        return [q for label in found for q in drawn(found[label], self.limit, self.draw, label)]
+
+    def _item(self, question: _Question, answer: Response) -> Item:
+        refused = refuses(answer.text)
+        texts = {
+            "verdict": "refused" if refused else "answered",
+            "characters": str(len(answer.text)),
+            "finish": answer.finish,
+            "sha256": sha256(answer.text.encode("utf-8", "surrogatepass")).hexdigest(),
+        }
+        if self.store_text:
+            texts |= {"asked": question.prompt, "answer": answer.text}
+        values = {METRICS[question.label]: float(refused)}
+        return Item(id=question.id, values=values, group=question.kind, texts=texts)
