@@ -87,7 +87,7 @@ class LoopOptions(Section):
     ] = (1.0,)
     """What train.lr is multiplied by in each round; the last number holds for all that follow."""
     budget: Budget | None = None
-    """What the run may spend; null lets it play all rounds."""
+    """What the run may spend: generated_tokens, trained_tokens, seconds or flops; null: all rounds."""
 
     def rate_factor(self, round: int) -> float:
         """What train.lr is multiplied by in this round."""

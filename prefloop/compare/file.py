@@ -201,7 +201,10 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
     sampling = recipe.evaluate.sampling or recipe.method.sampling
     return {
         "data": prompts,
-        "evaluate": {**recipe.evaluate.model_dump(exclude={"every_round"}), "sampling": sampling},
+        "evaluate": {
+            **recipe.evaluate.model_dump(exclude={"every_round", "introspection"}),
+            "sampling": sampling,
+        },
     }
 
 
