@@ -36,7 +36,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     policy = {
         **{key: told[key] for key in ("seed", "model", "data", "engine", "generate", "launch")},
         # They decide which rows of the data are read, and how.
-        "needs": [needs_target, getattr(method, "needs_pairs", False)],
+        "needs": [needs_target, method.needs_pairs],
         "sft": recipe.sft_train.model_dump(mode="json") if recipe.sft_train else None,
     }
     sampling = recipe.evaluate.sampling or method.sampling

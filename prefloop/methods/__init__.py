@@ -59,7 +59,7 @@ class Method(BaseModel):
     """The paper's schedule as defaults of the recipe's sections `loop` and `train`."""
 
     first_read: ClassVar[Mapping[str, Literal["rank", "pair", "loss"]]] = {}
-    """Options that `generate` does not look at: the first of rank, pair and loss that does. What is not
+    """Options that `generate` does not look at, with the first of rank, pair and loss that does. What is not
     named counts as read by `generate`. Runs that differ only in later options share their text
     (prefloop compare); `reference` is the trainer's and need not be named."""
 

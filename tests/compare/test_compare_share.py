@@ -28,7 +28,7 @@ def base(model: Path) -> dict[str, Any]:
         "generate": {"chunk_size": 2},
         "loop": {"rounds": 1, "prompts_per_round": 4},
         "sft": {"batch_size": 4, "lr": 1e-3},
-        "train": {"epochs": 1, "lr": 1e-3, "batch_size": 4, "micro_batch_size": 2},
+        "train": {"epochs": 2, "lr": 1e-3, "batch_size": 4, "micro_batch_size": 2},
         "evaluate": {"prompts": 2, "sampling": SHORT, "every_round": False},
         "guard": {"min_stop_rate": 0.0},
     }
@@ -76,7 +76,7 @@ def played(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     comparison = Comparison(
         base=base(model_folder),
         seeds=(0,),
-        variants={"ial": {}, "gamma-1": {"method.gamma": 1.0}, "drafts": {"method.advisor": False}},
+        variants={"ial": {}, "eta-1": {"method.eta": 1.0}, "drafts": {"method.advisor": False}},
     )
     found, _ = cells(comparison, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -124,10 +124,10 @@ def test_a_cell_with_shared_work_equals_the_same_cell_run_alone(
 
 
 def test_the_variants_do_differ(played):
-    first, gamma = (what_counts(cell.folder) for cell in played[:2])
+    first, eta = (what_counts(cell.folder) for cell in played[:2])
     ranked, weights = "rounds/0000/ranked.jsonl", "rounds/0000/policy/adapter_model.safetensors"
-    assert first[ranked] == gamma[ranked]
-    assert first[weights] != gamma[weights]
+    assert first[ranked] == eta[ranked]
+    assert first[weights] != eta[weights]
 
 
 def keys(model: str = "m", **changes: Any) -> dict[str, str]:
@@ -217,7 +217,7 @@ def test_rejects_of_later_stages_are_not_taken_over(model_folder, tmp_path, monk
     found, _ = cells(comparison, tmp_path)
     failed = play(found, jobs=1, say=lambda line: None, start=Ended)
     assert list(failed) == ["gated seed 0"]
-    assert "made 0 pairs of 4 prompts (4 identical answers)" in failed["gated seed 0"]
+    assert "made 0 pairs of 4 prompts (4 identical)" in failed["gated seed 0"]
     assert (found[0].folder / "rounds/0000/rejects.jsonl").read_text().count("\n") == 4
     assert (found[1].folder / "rounds/0000/rejects.jsonl").read_text() == ""
     assert ("0000", "ranked", "gated") in shared(found[1].folder)

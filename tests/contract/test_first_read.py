@@ -13,7 +13,13 @@ from prefloop.rank.similarity import Similarity
 from prefloop.records import Candidates, Message, Prompt
 
 PROMPTS = [
-    Prompt(id=f"p{n}", messages=(Message(role="user", content=f"Say {n}."),), target=f"It is {n}.")
+    Prompt(
+        id=f"p{n}",
+        messages=(Message(role="user", content=f"Say {n}."),),
+        target=f"It is {n}.",
+        chosen=f"It is just {n}.",
+        rejected=f"Not {n}.",
+    )
     for n in range(3)
 ]
 
