@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from prefloop import __version__
+from prefloop.cli_compare import compare
 from prefloop.cli_evaluate import evaluate
 from prefloop.cli_judge import judge_app, reward_app
 from prefloop.errors import DataError, PrefloopError
@@ -70,7 +71,7 @@ class Format(StrEnum):
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 for success, 2 for an error that is the user's to mend, 130 for Ctrl-C, 143 for SIGTERM.
+    Exit codes: 0 for success, 1 where a cell of a comparison failed, 2 for an error that is the user's to mend, 130 for Ctrl-C, 143 for SIGTERM.
     """
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -145,6 +146,9 @@ def run(
     _log_to_stderr()
     console = Console(highlight=False)
     show_outcome(play(loaded, out or Path("runs") / loaded.name, console), console)
+
+
+app.command()(compare)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from prefloop.budget import spent
 from prefloop.errors import GuardStop
 from prefloop.evaluate.answers import ANSWER, answer_measures
 from prefloop.evaluate.health import check_guards
@@ -102,21 +103,31 @@ class _Loop:
         if self.recipe.sft is not None:
             self._supervise(start)
         results = [self._evaluate(start)]
-        last = self.recipe.loop.rounds - 1
         for number in range(self.recipe.loop.rounds):
             here = self.rundir.round(number)
             self._generate(here)
             self._rank(here)
             self._pair(here)
             self._train(here)
-            if self.recipe.evaluate.every_round or number == last:
+            last = number == self.recipe.loop.rounds - 1 or self._has_spent_its_budget(here)
+            if self.recipe.evaluate.every_round or last:
                 results.append(self._evaluate(here))
                 self._guard(results)
+            if last:
+                break
         return results
+
+    def _has_spent_its_budget(self, here: RoundDir) -> bool:
+        budget = self.recipe.loop.budget
+        if budget is None:
+            return False
+        used = spent(self.rundir, self.recipe).share_of(budget)
+        self.rundir.event("budget", round=here.number, used=round(used, 3))
+        return used >= 1
 
     def finish(self, results: Sequence[RoundResult]) -> Path:
         """Put the recommended policy, with its card, where people look for it."""
-        number = self.recipe.loop.rounds - 1
+        number = results[-1].round
         if self.recipe.guard.action == "best_round":
             scored = [r for r in results if r.measures.get("score") is not None and r.round >= 0]
             if scored:
@@ -264,25 +275,28 @@ class _Loop:
         place = "held-out" if stage in ("answers", "introspection") else here.number
         chunks = enumerate(_chunks(flow, self.recipe.generate.chunk_size))
 
-        def make(number: int, chunk: list[Any]) -> list[Record]:
-            return list(work(chunk, derive_seed(self.recipe.seed, place, stage, number)))
+        def make(number: int, chunk: list[Any]) -> tuple[list[Record], dict[str, int]]:
+            self.session.counts.clear()
+            made = list(work(chunk, derive_seed(self.recipe.seed, place, stage, number)))
+            return made, dict(self.session.counts)
 
         if self.share is not None:
             for number, chunk in islice(chunks, self.share[0], None, self.share[1]):
                 if not parts.has(number):
-                    parts.write(number, make(number, chunk))
+                    parts.write(number, *make(number, chunk))
             return
         journal = Journal(here.path, stage)
         if stage != "pairs" and not parts.complete:
             self.session.share(here, stage)
             parts.finish()
         for number, chunk in islice(chunks, journal.chunks, None):
-            journal.append(parts.read(number) if parts.has(number) else make(number, chunk))
+            journal.append(*(parts.read(number) if parts.has(number) else make(number, chunk)))
         made, reasons = here.count(stage), here.reasons()
         here.finish(
             stage,
             records=made,
             rejects=dict(reasons),
+            **journal.counts,
             output=here.digest(stage),
             seconds=watch.seconds,
         )

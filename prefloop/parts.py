@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from prefloop.records import Candidates, Pair, Record, Reject
@@ -32,19 +33,20 @@ class Parts:
         """Whether the chunk is there, whole."""
         return self._path(chunk).exists()
 
-    def write(self, chunk: int, records: Iterable[Record]) -> None:
-        """Leave a chunk for the run to take."""
+    def write(self, chunk: int, records: Iterable[Record], counts: Mapping[str, int]) -> None:
+        """Leave a chunk, and what it cost, for the run to take."""
         self._folder.mkdir(exist_ok=True)
         lines = [f"{type(record).__name__} {record.model_dump_json()}\n" for record in records]
-        write_atomically(self._path(chunk), "".join(lines))
+        write_atomically(self._path(chunk), "".join([f"{json.dumps(counts)}\n", *lines]))
 
-    def read(self, chunk: int) -> list[Record]:
-        """The records of a chunk."""
+    def read(self, chunk: int) -> tuple[list[Record], dict[str, int]]:
+        """The records of a chunk, and what it cost."""
+        counts, *lines = self._path(chunk).read_text(encoding="utf-8").splitlines()
         found = []
-        for line in self._path(chunk).read_text(encoding="utf-8").splitlines():
+        for line in lines:
             kind, _, record = line.partition(" ")
             found.append(_KINDS[kind].model_validate_json(record))
-        return found
+        return found, json.loads(counts)
 
     def drop(self) -> None:
         """Remove what is left, once all is in the stage's file."""

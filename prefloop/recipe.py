@@ -28,6 +28,7 @@ from pydantic import (
 import prefloop.generate.engines
 import prefloop.methods
 import prefloop.rank
+from prefloop.budget import Budget
 from prefloop.data import DataOptions
 from prefloop.errors import RecipeError
 from prefloop.generate.engines import EngineOptions
@@ -85,6 +86,8 @@ class LoopOptions(Section):
         tuple[Annotated[float, Field(gt=0.0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
     ] = (1.0,)
     """What train.lr is multiplied by in each round; the last number holds for all that follow."""
+    budget: Budget | None = None
+    """What the run may spend: generated_tokens, trained_tokens, seconds or flops; null: all rounds."""
 
     def rate_factor(self, round: int) -> float:
         """What train.lr is multiplied by in this round."""

@@ -12,11 +12,12 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import file_digest
@@ -55,6 +56,7 @@ class Journal:
         self._note = folder / f"{stage}.progress.json"
         self._main = folder / f"{stage}.jsonl"
         self._files = (self._main, folder / REJECTS)
+        note: dict[str, Any]
         if self._note.exists():
             note = read_json(self._note)
         else:
@@ -63,8 +65,9 @@ class Journal:
             write_atomically(self._note, json.dumps(note))
         try:
             self.chunks = int(str(note["chunks"]))
+            self.counts: Counter[str] = Counter(note.get("counts"))
             sizes = [int(str(note[path.name])) for path in self._files]
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(
                 f"{self._note} is damaged ({note}); delete {folder} to redo the round"
             ) from error
@@ -77,8 +80,11 @@ class Journal:
             path.touch()
             os.truncate(path, wanted)
 
-    def append(self, records: Iterable[Record]) -> None:
-        """Write one chunk: rejects to the rejects, all else to the stage's file; then note it."""
+    def append(self, records: Iterable[Record], counts: Mapping[str, int] | None = None) -> None:
+        """Write one chunk: rejects to the rejects, all else to the stage's file; then note it.
+
+        `counts` of what the chunk cost are added to `self.counts`, which survives a kill.
+        """
         main, rejects = (path.open("a", encoding="utf-8") for path in self._files)
         with main, rejects:
             for record in records:
@@ -88,8 +94,10 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         self.chunks += 1
+        self.counts.update(counts or {})
         sizes = {path.name: _size(path) for path in self._files}
-        write_atomically(self._note, json.dumps({"chunks": self.chunks, **sizes}))
+        note = {"chunks": self.chunks, **sizes, "counts": self.counts}
+        write_atomically(self._note, json.dumps(note))
 
 
 class RoundDir:
@@ -116,7 +124,8 @@ class RoundDir:
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Mark a stage as done; `facts` are counts, failures, hashes and seconds."""
-        facts = {"stage": stage, **facts, "versions": installed_versions()}
+        facts = {"stage": stage, **facts, "peak_memory_mb": peak_memory_mb()}
+        facts["versions"] = installed_versions()
         write_atomically(self.path / f"{stage}.done.json", json.dumps(facts, indent=1) + "\n")
         (self.path / f"{stage}.progress.json").unlink(missing_ok=True)
 
@@ -346,6 +355,21 @@ def replace_folder(temporary: Path, final: Path) -> None:
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def peak_memory_mb() -> float:
+    """The most memory (MiB) that this process, or the largest of those that it has ended, ever held.
+
+    On a GPU what torch had allocated there comes on top.
+    """
+    sizes = [
+        resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    held = max(sizes) * (1 if sys.platform == "darwin" else 1024)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        held += torch.cuda.max_memory_allocated()
+    return round(held / 2**20, 1)
 
 
 class Stopwatch:

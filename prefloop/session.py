@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -25,6 +26,7 @@ from prefloop.generate.probe import probe
 from prefloop.generate.templates import PromptSet
 from prefloop.launch import Stage, run_processes
 from prefloop.memory import keep_freed_memory
+from prefloop.metering import Metered
 from prefloop.methods import Actors, Trains
 from prefloop.outside import Outside, initial_source
 from prefloop.progress import Bar
@@ -64,6 +66,8 @@ class Session:
         self._judges: dict[int, OpenJudge] = {}
         """Judges that ask the policy, by the id of the engine that they ask and keep."""
         self.outside = Outside(recipe, rundir)
+        self.counts: Counter[str] = Counter()
+        """What methods have asked engines for, in tokens."""
         self._place: Path | None = None
         """Folder of the policy that memory holds; None for the initial one."""
 
@@ -201,7 +205,8 @@ class Session:
 
     def _actors(self, writer: Engine, policy: Engine, here: RoundDir) -> Callable[[int], Actors]:
         judge, prompts = self._judge(policy), self.prompt_set
-        return lambda seed: Actors(writer, judge, prompts, here.number, seed)
+        counted = Metered(writer, self._chat, self.counts)
+        return lambda seed: Actors(counted, judge, prompts, here.number, seed)
 
     def _judge(self, policy: Engine) -> OpenJudge | None:
         judge = self.recipe.judge

@@ -41,6 +41,29 @@ def answer_measures(
     return measures
 
 
+def prompt_values(
+    groups: Sequence[Candidates], start: Sequence[Candidates]
+) -> dict[str, dict[str, float]]:
+    """The measures of `answer_measures` that are means over prompts: each prompt's value, by measure and id."""
+    before = {g.prompt.id: g.scores[ANSWER] for g in start if ANSWER in g.scores}
+    found: dict[str, dict[str, float]] = {
+        name: {} for name in ("score", "win_rate", "mean_length", "stop_rate")
+    }
+    for group in groups:
+        name, answer = group.prompt.id, group.responses[ANSWER]
+        found["stop_rate"][name] = float(answer.finish == "stop")
+        if answer.token_ids:
+            found["mean_length"][name] = float(len(answer.token_ids))
+        score = group.scores.get(ANSWER)
+        if score is None:
+            continue
+        found["score"][name] = score
+        if name in before:
+            old = before[name]
+            found["win_rate"][name] = 1.0 if score > old else 0.5 if score == old else 0.0
+    return found
+
+
 def _kl(groups: Sequence[Candidates]) -> float | None:
     def weighted(ratings: Mapping[str, float], tokens: int) -> float:
         return (ratings["logprob"] - ratings["logprob_initial"]) * tokens

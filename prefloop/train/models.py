@@ -122,6 +122,23 @@ class Policy:
         """Where the recipe wants the weights to be trained."""
         return _device(self.options.device)
 
+    @property
+    def multiplying_weights(self) -> int:
+        """Weights that every token is multiplied by: no adapter's, and an embedding's only where it is the head too."""
+        model: Any = self.model
+        if isinstance(self.model, PeftModel):
+            model = self.model.get_base_model()
+        sizes = {
+            id(weight): int(getattr(weight, "ds_numel", weight.numel()))
+            for name, weight in model.named_parameters()
+            if "lora_" not in name
+        }
+        head = model.get_output_embeddings()
+        table = model.get_input_embeddings().weight
+        if head is not None and head.weight is not table:
+            sizes.pop(id(table), None)
+        return sum(sizes.values())
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser is to be given, in a fixed order."""
         return [weight for weight in self.model.parameters() if weight.requires_grad]

@@ -193,6 +193,8 @@ class Trainer:
             "steps": len(rows),
             "examples": len(job.examples),
             "tokens": sum(row["tokens"] for row in rows),
+            "reference_tokens": sum(e.tokens for e in job.examples) if job.reference else 0,
+            "parameters": self.policy.multiplying_weights,
             "first_loss": rows[0]["loss"],
             "last_loss": rows[-1]["loss"],
         }

@@ -1,0 +1,1 @@
+"""Comparisons: the same recipe with variations, several seeds each, played as one and tabled together."""

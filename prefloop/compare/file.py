@@ -1,0 +1,232 @@
+"""A comparison file: one base recipe, variants of it, seeds, a budget; and the cells that these make.
+
+Whatever decides how policies are measured must be the same in all variants, so that only what is
+compared differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+import prefloop.methods
+import prefloop.rank
+from prefloop.budget import Budget
+from prefloop.errors import RecipeError
+from prefloop.methods import Method
+from prefloop.plugins import find, nearest
+from prefloop.rank import Judge
+from prefloop.recipe import Recipe, load_recipe, read_yaml, shipped_recipes
+from prefloop.validation import build
+from prefloop.yaml_text import overridden
+
+_PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
+    "method": (prefloop.methods, Method),
+    "judge": (prefloop.rank, Judge),
+}
+_JUDGED = ("score", "win_rate")
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Comparison(BaseModel):
+    """What `prefloop compare` reads."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    base: str | dict[str, Any]
+    """The recipe that variants vary: a file, the name of a shipped one, or a recipe's sections themselves."""
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(_tuple)] = (
+        Field(default=(0, 1, 2), min_length=1)
+    )
+    """Seeds that every variant is played with. From one nothing can be told about a method."""
+    variants: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    """By name, what differs from the base: "section.key" or a whole section, to its value."""
+    budget: Budget | None = None
+    """What each cell may spend, generated_tokens, trained_tokens, seconds or flops; null: all rounds."""
+    measures: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = Field(
+        default=("score", "win_rate", "kl", "mean_length", "stop_rate"), min_length=1
+    )
+    """Columns of the table: measures of the last round."""
+    rank_by: str = "score"
+    """The measure that variants are ranked by; highest first."""
+    control: str | None = None
+    """The variant that the others are compared with; the first where it is left out."""
+    note: str = ""
+    """A sentence that goes above the table, such as what the budget is, or why there is none."""
+
+    @field_validator("variants")
+    @classmethod
+    def _names_are_folder_names(cls, variants: dict[str, Any]) -> dict[str, Any]:
+        for name in variants:
+            if not re.fullmatch(r"[^\W_][\w.-]*", name):
+                raise ValueError(
+                    f"variants: {name!r} cannot name a folder; use letters, digits, '_', '-' and '.'"
+                )
+        return variants
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Comparison:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds holds a seed twice ({list(self.seeds)}); name each once")
+        if self.control is not None and self.control not in self.variants:
+            hint = nearest(self.control, list(self.variants))
+            raise ValueError(f"control {self.control!r} is no variant; {hint}")
+        if self.rank_by not in self.measures:
+            raise ValueError(
+                f"rank_by {self.rank_by!r} is not among measures ({', '.join(self.measures)}); add it"
+            )
+        return self
+
+    @property
+    def against(self) -> str:
+        """The control's name."""
+        return self.control or next(iter(self.variants))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant with one seed: an ordinary run."""
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """How lines and tables call it."""
+        return f"{self.variant} seed {self.seed}"
+
+
+def load_comparison(path: Path) -> Comparison:
+    """Read a comparison file. Raises RecipeError."""
+    if not path.is_file():
+        beside = sorted(str(other) for other in path.parent.glob("*.y*ml"))
+        raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), beside)}" if beside else ""))
+    try:
+        return build(Comparison, read_yaml(path, needs="variants"), "")
+    except RecipeError as error:
+        said = str(error)
+        raise RecipeError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+
+
+def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
+    """All cells, seed by seed, and what should be known about them. Raises RecipeError."""
+    base = _base(comparison)
+    notes, recipes = [], {}
+    for variant, changes in comparison.variants.items():
+        values, said = _varied(base, changes or {})
+        notes += [f"variant {variant}: {sentence}" for sentence in said]
+        for seed in comparison.seeds:
+            recipes[variant, seed] = _recipe(values, variant, seed, comparison.budget)
+    _demand_one_way_of_measuring(comparison, recipes)
+    if len(comparison.seeds) == 1:
+        notes.append("one seed: no difference between variants can be told from luck")
+    return [
+        Cell(variant, seed, recipes[variant, seed], folder / variant / f"seed-{seed}")
+        for seed in comparison.seeds
+        for variant in comparison.variants
+    ], notes
+
+
+def _base(comparison: Comparison) -> dict[str, Any]:
+    """The base recipe as written, so that each variant's method lays its own defaults under it."""
+    if isinstance(comparison.base, dict):
+        return comparison.base
+    load_recipe(comparison.base)  # its sentence, where there is something to say
+    path = Path(comparison.base)
+    return read_yaml(path if path.is_file() else shipped_recipes()[comparison.base], needs="method")
+
+
+def _varied(
+    base: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """The base with a variant's changes, and what of the base did not fit another method or judge."""
+    values, notes = dict(base), []
+    for section, (package, kind) in _PLUGINS.items():
+        name, old = changes.get(f"{section}.name"), values.get(section)
+        if not isinstance(name, str) or not isinstance(old, Mapping) or name == old.get("name"):
+            continue
+        known = find(package, name, kind, section).model_fields
+        dropped = [key for key in old if key != "name" and key not in known]
+        values[section] = {key: value for key, value in old.items() if key not in dropped}
+        if dropped:
+            notes.append(f"{name} has no {', '.join(dropped)}: left out of the base's {section}")
+    for key, value in changes.items():
+        if key.partition(".")[0] in ("seed", "name"):
+            raise RecipeError(f"variants: {key} is set by the comparison; leave it out")
+        values = overridden(values, f"{key}={json.dumps(value)}")
+    return values, notes
+
+
+def _recipe(values: Mapping[str, Any], variant: str, seed: int, budget: Budget | None) -> Recipe:
+    values = {**values, "name": f"{variant}-seed-{seed}", "seed": seed}
+    if (values.get("loop") or {}).get("budget") is not None:
+        raise RecipeError(
+            f"variant {variant} has a loop.budget of its own; say budget once, for all"
+        )
+    if budget is not None:
+        values["loop"] = {**(values.get("loop") or {}), "budget": budget.limits}
+    try:
+        return Recipe.model_validate(values)
+    except ValueError as error:
+        raise RecipeError(f"variant {variant}: {_said(error)}") from None
+
+
+def _said(error: ValueError) -> str:
+    from pydantic import ValidationError
+
+    from prefloop.validation import sentence
+
+    return sentence(error, Recipe) if isinstance(error, ValidationError) else str(error)
+
+
+def protocol(recipe: Recipe) -> dict[str, Any]:
+    """What decides how a policy is measured, and on which prompts."""
+    data = recipe.data
+    prompts = {"eval": data.eval, "holdout": data.holdout}
+    if data.eval is None:
+        prompts |= {"train": data.train, "limit": data.limit}
+    sampling = recipe.evaluate.sampling or recipe.method.sampling
+    return {
+        "data": prompts,
+        "evaluate": {
+            **recipe.evaluate.model_dump(exclude={"every_round", "introspection"}),
+            "sampling": sampling,
+        },
+    }
+
+
+def _demand_one_way_of_measuring(
+    comparison: Comparison, recipes: Mapping[tuple[str, int], Recipe]
+) -> None:
+    seed, control = comparison.seeds[0], comparison.against
+    wanted = recipes[control, seed]
+    for variant in comparison.variants:
+        own = recipes[variant, seed]
+        for section, values in protocol(wanted).items():
+            for key, value in protocol(own)[section].items():
+                if value == values[key]:
+                    continue
+                remedy = "; set it in the base" if key == "sampling" else ""
+                raise RecipeError(
+                    f"variants {variant} and {control} are measured differently ({section}.{key}), so "
+                    f"they cannot be compared{remedy}"
+                )
+        judged = [name for name in _JUDGED if name in comparison.measures]
+        if own.judge != wanted.judge and judged:
+            raise RecipeError(
+                f"variants {variant} and {control} have different judges, so {judged[0]} means another "
+                f"thing in each; take {' and '.join(judged)} out of measures, or give all one judge"
+            )

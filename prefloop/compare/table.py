@@ -1,0 +1,197 @@
+"""What a comparison's finished cells come to: means, costs, differences, and a ranking that knows noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from prefloop.budget import Spent, spent
+from prefloop.compare.file import Cell, Comparison
+from prefloop.evaluate.answers import prompt_values
+from prefloop.evaluate.contrasts import (
+    Contrast,
+    crossed_contrast,
+    holm,
+    not_distinguishable,
+    seed_contrast,
+    seed_mean,
+)
+from prefloop.evaluate.stats import Estimate
+from prefloop.records import Candidates
+from prefloop.rundir import RoundDir, RunDir
+
+LEVEL = 0.05
+# Below this share of common prompts the seeds were measured on different ones.
+_COMMON = 0.8
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One finished cell."""
+
+    cell: Cell
+    round: int
+    measures: Mapping[str, float | None]
+    prompts: Mapping[str, Mapping[str, float]]
+    """By measure and prompt, where the measure is a mean over prompts."""
+    cost: Spent
+
+
+def tabulate(
+    comparison: Comparison, cells: Sequence[Cell], failed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that the tables show, as JSON values."""
+    results: dict[str, dict[int, _Result]] = {name: {} for name in comparison.variants}
+    for cell in cells:
+        if (cell.folder / "policy").is_dir():
+            results[cell.variant][cell.seed] = _read(cell)
+    missing = {
+        cell.name: failed.get(cell.name, "not played")
+        for cell in cells
+        if cell.seed not in results[cell.variant]
+    }
+    played = {name: found for name, found in results.items() if found}
+    return {
+        "note": comparison.note,
+        "budget": comparison.budget.limits if comparison.budget else None,
+        "seeds": list(comparison.seeds),
+        "measures": list(comparison.measures),
+        "control": comparison.against,
+        "rank_by": comparison.rank_by,
+        "variants": {name: _variant(comparison, found) for name, found in played.items()},
+        "differences": _differences(comparison, played),
+        "ranking": _ranking(comparison.rank_by, played),
+        "missing": missing,
+    }
+
+
+def _read(cell: Cell) -> _Result:
+    run = RunDir(cell.folder)
+    result = run.results()[-1]
+    last = next(here for here in run.rounds() if here.number == result.round)
+    start = RoundDir(cell.folder / "rounds" / "start", -1)
+    return _Result(
+        cell,
+        result.round,
+        result.measures,
+        prompt_values(last.records("answers", Candidates), start.records("answers", Candidates)),
+        spent(run, cell.recipe),
+    )
+
+
+def _variant(comparison: Comparison, found: Mapping[int, _Result]) -> dict[str, Any]:
+    cells = {
+        str(seed): {
+            "folder": str(result.cell.folder),
+            "round": result.round,
+            "measures": dict(result.measures),
+            "cost": asdict(result.cost),
+        }
+        for seed, result in found.items()
+    }
+    measures = {}
+    for name in comparison.measures:
+        values = _values(name, found)
+        measures[name] = _plain(seed_mean(list(values.values()))) if values else None
+    return {"cells": cells, "measures": measures, "cost": _cost(comparison, list(found.values()))}
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    """For JSON, which knows no NaN."""
+    return {k: None if math.isnan(v) else v for k, v in asdict(estimate).items()}
+
+
+def _cost(comparison: Comparison, results: Sequence[_Result]) -> dict[str, Any]:
+    """Means over the cells; of memory the most."""
+    costs = [result.cost for result in results]
+    stages = dict.fromkeys(stage for cost in costs for stage in cost.seconds_by_stage)
+    return {
+        "generated_tokens": fmean(cost.generated_tokens for cost in costs),
+        "trained_tokens": fmean(cost.trained_tokens for cost in costs),
+        "flops": fmean(cost.flops for cost in costs),
+        "seconds": {
+            stage: fmean(cost.seconds_by_stage.get(stage, 0.0) for cost in costs)
+            for stage in stages
+        },
+        "peak_memory_mb": max(cost.peak_memory_mb for cost in costs),
+        "rounds": fmean(result.round + 1 for result in results),
+        "budget_used": fmean(cost.share_of(comparison.budget) for cost in costs)
+        if comparison.budget
+        else None,
+    }
+
+
+def _values(name: str, found: Mapping[int, _Result]) -> dict[int, float]:
+    values = {seed: result.measures.get(name) for seed, result in found.items()}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def _contrast(
+    name: str, first: Mapping[int, _Result], second: Mapping[int, _Result]
+) -> Contrast | None:
+    """First minus second, paired by seed, and by prompt where the measure is a mean over prompts."""
+    ours, theirs = _values(name, first), _values(name, second)
+    seeds = [seed for seed in ours if seed in theirs]
+    by_prompt = [
+        (first[seed].prompts.get(name, {}), second[seed].prompts.get(name, {})) for seed in seeds
+    ]
+    sides = [side for pair in by_prompt for side in pair]
+    common = set(sides[0]).intersection(*sides[1:]) if sides else set()
+    if common and len(common) >= _COMMON * max(map(len, sides)):
+        order = sorted(common)
+        differences = [[one[p] - other[p] for p in order] for one, other in by_prompt]
+        if (found := crossed_contrast(np.asarray(differences))) is not None:
+            return found
+    return seed_contrast([ours[s] for s in seeds], [theirs[s] for s in seeds])
+
+
+def _differences(
+    comparison: Comparison, played: Mapping[str, Mapping[int, _Result]]
+) -> dict[str, dict[str, Any]]:
+    """By measure and variant, what it has more than the control; p-values corrected within each measure."""
+    control = played.get(comparison.against)
+    table: dict[str, dict[str, Any]] = {}
+    for name in comparison.measures if control else ():
+        found = {
+            variant: _contrast(name, results, control)
+            for variant, results in played.items()
+            if control is not None and variant != comparison.against
+        }
+        known = {variant: one for variant, one in found.items() if one is not None}
+        corrected = holm([one.p for one in known.values()])
+        table[name] = {
+            variant: {**asdict(one), "p_holm": p, "real": p < LEVEL}
+            for (variant, one), p in zip(known.items(), corrected, strict=True)
+        }
+    return table
+
+
+def _ranking(name: str, played: Mapping[str, Mapping[int, _Result]]) -> dict[str, Any]:
+    """Variants by their mean, and the sets within which the order is noise; Holm over all pairs."""
+    means = {
+        variant: fmean(values.values())
+        for variant, found in played.items()
+        if (values := _values(name, found))
+    }
+    order = sorted(means, key=lambda variant: -means[variant])
+    contrasts = {
+        (one, other): _contrast(name, played[one], played[other])
+        for one, other in combinations(order, 2)
+    }
+    known = {pair: found for pair, found in contrasts.items() if found is not None}
+    corrected = dict(zip(known, holm([found.p for found in known.values()]), strict=True))
+    differ = {frozenset(pair): p < LEVEL for pair, p in corrected.items()}
+    return {
+        "order": [{"variant": variant, "mean": means[variant]} for variant in order],
+        "groups": [list(group) for group in not_distinguishable(order, differ)],
+        "pairs": [
+            {"first": one, "second": other, **asdict(known[one, other]), "p_holm": p}
+            for (one, other), p in corrected.items()
+        ],
+    }

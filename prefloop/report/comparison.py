@@ -1,0 +1,219 @@
+"""A comparison's tables, for a console, Markdown and LaTeX. Reads the mapping that comparison.json holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from prefloop.report.console import duration, printable
+from prefloop.report.plain_table import show_table
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_STAGES = ("generate", "rank", "pair", "train", "evaluate")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table with what is said about it."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[list[str]]
+    notes: tuple[str, ...] = ()
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Measures, ranking and cost; without a finished cell, none."""
+    if not report["variants"]:
+        return []
+    return [_measures(report), _ranking(report), _cost(report)]
+
+
+def show_comparison(report: Mapping[str, Any], console: Console) -> None:
+    """Print all tables, then what is missing."""
+    if report["note"]:
+        console.print(Text(printable(report["note"])), soft_wrap=True)
+    for table in tables(report):
+        console.print()
+        console.print(Text(table.title, style="bold"), soft_wrap=True)
+        show_table(table.head, table.rows, console)
+        for note in table.notes:
+            console.print(Text(printable(note)), soft_wrap=True)
+    for name, reason in report["missing"].items():
+        console.print(Text(printable(f"missing: {name}: {reason}")), soft_wrap=True)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """All tables as Markdown."""
+    parts = [report["note"]] if report["note"] else []
+    for table in tables(report):
+        lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        parts.append("\n\n".join([f"**{table.title}**", body, *table.notes]))
+    parts += [f"Missing: {name}: {reason}" for name, reason in report["missing"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(report: Mapping[str, Any]) -> str:
+    """All tables as LaTeX; needs \\usepackage{booktabs}."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for table in tables(report):
+        rows = [" & ".join(map(_escaped, row)) + r" \\" for row in [table.head, *table.rows]]
+        caption = " ".join([f"{table.title}.", *table.notes])
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    rf"\caption{{{_escaped(caption)}}}",
+                    rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
+                    r"\toprule",
+                    rows[0],
+                    r"\midrule",
+                    *rows[1:],
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\end{table}",
+                ]
+            )
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"[\\~^±&%$#_{}]", lambda found: _LATEX[found[0]], text)
+
+
+def _measures(report: Mapping[str, Any]) -> Table:
+    rows = []
+    for variant, found in report["variants"].items():
+        cells = [variant, str(len(found["cells"]))]
+        for name in report["measures"]:
+            difference = report["differences"].get(name, {}).get(variant)
+            star = " *" if difference and difference["real"] else ""
+            cells.append(_estimate(found["measures"][name]) + star)
+        rows.append(cells)
+    notes = ["± : half of the 95 % t-interval of the mean over seeds"]
+    if any(report["differences"].values()):
+        notes += [f"* : differs from {report['control']} (5 %, {_how(report)}, Holm over variants)"]
+    return Table(
+        "Measures after the last round",
+        ("variant", "seeds", *report["measures"]),
+        rows,
+        tuple(notes),
+    )
+
+
+def _how(report: Mapping[str, Any]) -> str:
+    pairs = report["ranking"]["pairs"]
+    by_prompt = any(pair["prompts"] for pair in pairs)
+    return (
+        "paired by seed and prompt, seeds only where a measure has no value a prompt"
+        if by_prompt
+        else "paired by seed"
+    )
+
+
+def _ranking(report: Mapping[str, Any]) -> Table:
+    ranking = report["ranking"]
+    order, groups = ranking["order"], ranking["groups"]
+    apart = {(pair["first"], pair["second"]): pair for pair in ranking["pairs"]}
+    rows = []
+    for entry in order:
+        letters = "".join(
+            _LETTERS[place % 26] for place, group in enumerate(groups) if entry["variant"] in group
+        )
+        best = apart.get((order[0]["variant"], entry["variant"]))
+        rows.append(
+            [
+                entry["variant"],
+                _number(entry["mean"]),
+                letters,
+                "-" if best is None else _number(best["difference"]),
+                "-" if best is None else f"{_number(best['low'])} to {_number(best['high'])}",
+                "-" if best is None else f"{best['p_holm']:.3f}",
+            ]
+        )
+    head = ("variant", report["rank_by"], "group", "behind the first", "95 %", "p (Holm)")
+    return Table(f"Ranking by {report['rank_by']}", head, rows, _verdict(report))
+
+
+def _verdict(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the ranking may be read as, in sentences."""
+    ranking = report["ranking"]
+    groups, seeds = ranking["groups"], [len(v["cells"]) for v in report["variants"].values()]
+    if len(ranking["order"]) < 2:
+        return ()
+    if not ranking["pairs"]:
+        return ("One seed: the order may be luck, and nothing here can tell.",)
+    notes = [f"{_how(report)}; Holm over all pairs".capitalize()]
+    if len(groups) == 1:
+        return ("No difference is larger than noise: the order means nothing.", *notes)
+    shared = [group for group in groups if len(group) > 1]
+    lines = [f"Not distinguishable: {', '.join(group)}." for group in shared]
+    if min(seeds) < 5:
+        notes.append(f"{min(seeds)} seeds: only large differences can be told from noise")
+    return (*lines, *notes)
+
+
+def _cost(report: Mapping[str, Any]) -> Table:
+    rows = []
+    stages = [
+        stage
+        for stage in _STAGES
+        if any(stage in found["cost"]["seconds"] for found in report["variants"].values())
+    ]
+    for variant, found in report["variants"].items():
+        cost = found["cost"]
+        cells = [variant, f"{cost['rounds']:g}", f"{cost['generated_tokens']:,.0f}"]
+        cells += [f"{cost['trained_tokens']:,.0f}", _number(cost["flops"] / 1e12)]
+        cells += [duration(cost["seconds"].get(stage, 0.0)) for stage in stages]
+        cells.append(f"{cost['peak_memory_mb']:,.0f}")
+        cells.append("-" if cost["budget_used"] is None else f"{100 * cost['budget_used']:.0f} %")
+        rows.append(cells)
+    head = (
+        "variant",
+        "rounds",
+        "tokens generated",
+        "trained",
+        "TFLOP",
+        *stages,
+        "peak MiB",
+        "budget",
+    )
+    budget = report["budget"]
+    said = (
+        "Budget: " + ", ".join(f"{value:,g} {name}" for name, value in budget.items())
+        if budget
+        else "No common budget: each variant played all its rounds"
+    )
+    notes = ("Means over seeds, of memory the most; shared work counts for each that uses it", said)
+    return Table("Cost", head, rows, notes)
+
+
+def _estimate(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
+        return "-"
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None:
+        return _number(value)
+    return f"{_number(value)} ± {_number((high - low) / 2)}"
+
+
+def _number(value: float) -> str:
+    """Three digits that mean something, never in powers of ten."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

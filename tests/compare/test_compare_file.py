@@ -1,0 +1,161 @@
+"""Comparison files: what they say, what they may not say, and the cells that they make."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefloop.compare.file import Comparison, cells, load_comparison
+from prefloop.errors import RecipeError
+from prefloop.methods.arop import AROP
+from prefloop.methods.ial import IAL
+
+BASE: dict[str, Any] = {
+    "method": {"name": "ial", "sampling": {"max_new_tokens": 8}, "gates": {"cut_off": False}},
+    "judge": {"name": "similarity"},
+    "loop": {"rounds": 1, "prompts_per_round": 4},
+    "evaluate": {"prompts": 4, "sampling": {"max_new_tokens": 8}},
+}
+
+
+def comparison(**values: Any) -> Comparison:
+    return Comparison.model_validate({"base": BASE, "variants": {"ial": None}, **values})
+
+
+def test_every_variant_is_played_with_every_seed_and_differs_from_the_base_in_what_it_says():
+    found, _ = cells(
+        comparison(
+            seeds=[0, 7],
+            variants={
+                "ial": None,
+                "gamma-1": {"method.gamma": 1},
+                "nll": {"method": {**BASE["method"], "penalty": "nll"}},
+            },
+        ),
+        Path("runs/x"),
+    )
+    assert [cell.name for cell in found] == [
+        *("ial seed 0", "gamma-1 seed 0", "nll seed 0"),
+        *("ial seed 7", "gamma-1 seed 7", "nll seed 7"),
+    ]
+    plain, gamma, nll = (cell.recipe for cell in found[3:])
+    assert all(isinstance(recipe.method, IAL) for recipe in (plain, gamma, nll))
+    assert [recipe.method.gamma for recipe in (plain, gamma, nll)] == [5.0, 1.0, 5.0]
+    assert nll.method.penalty == "nll"
+    assert plain.seed == gamma.seed == nll.seed == 7
+    same = {"method", "name"}
+    assert gamma.model_dump(exclude=same) == plain.model_dump(exclude=same)
+    assert found[4].folder == Path("runs/x/gamma-1/seed-7")
+
+
+def test_another_method_takes_its_own_schedule_and_the_options_of_the_base_that_it_has():
+    found, notes = cells(
+        comparison(variants={"ial": {}, "arop": {"method.name": "arop"}}, seeds=[0, 1]), Path("x")
+    )
+    ial, arop = found[0].recipe, found[1].recipe
+    assert isinstance(arop.method, AROP)
+    assert arop.method.sampling.max_new_tokens == 8
+    assert arop.method.gates.max_edit_share == 0.5
+    assert not arop.method.gates.cut_off
+    assert ial.loop.mix_previous
+    assert not arop.loop.mix_previous
+    assert notes == []
+    with_advice = {**BASE, "method": {**BASE["method"], "advice": {"max_new_tokens": 4}}}
+    variants = {"ial": {}, "arop": {"method.name": "arop"}}
+    _, notes = cells(comparison(base=with_advice, variants=variants), Path("x"))
+    assert notes == ["variant arop: arop has no advice: left out of the base's method"]
+
+
+def test_a_base_is_named_or_written_out_and_paths_are_the_working_directorys(tmp_path, monkeypatch):
+    named, _ = cells(comparison(base="quickstart-ial"), Path("x"))
+    assert named[0].recipe.loop.prompts_per_round == 24
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("method: {name: arop}\nloop: {rounds: 9}\n")
+    own, _ = cells(comparison(base="mine.yaml"), Path("x"))
+    assert own[0].recipe.loop.rounds == 9
+
+
+def test_the_budget_is_every_cells():
+    found, _ = cells(
+        comparison(budget={"generated_tokens": 500}, variants={"a": {}, "b": {"loop.rounds": 3}}),
+        Path("x"),
+    )
+    assert {str(cell.recipe.loop.budget) for cell in found} == {
+        "generated_tokens=500 trained_tokens=None seconds=None flops=None"
+    }
+
+
+def test_one_seed_is_said_to_tell_nothing():
+    _, notes = cells(comparison(seeds=[3]), Path("x"))
+    assert notes == ["one seed: no difference between variants can be told from luck"]
+
+
+def refused(**values: Any) -> str:
+    with pytest.raises((RecipeError, ValueError)) as caught:
+        cells(comparison(**values), Path("x"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"seeds": [1, 1]}, "seeds holds a seed twice"),
+        ({"control": "iall"}, "control 'iall' is no variant; did you mean 'ial'?"),
+        ({"rank_by": "kl", "measures": ["score"]}, "rank_by 'kl' is not among measures (score)"),
+        ({"variants": {"a/b": {}}}, "'a/b' cannot name a folder"),
+        ({"budget": {}}, "limits nothing"),
+        ({"variants": {"a": {"seed": 3}}}, "seed is set by the comparison"),
+        ({"variants": {"a": {"method.gama": 3}}}, "variant a: unknown key 'gama' in method"),
+        ({"variants": {"a": {"method.name": "ail"}}}, "no method 'ail'"),
+        ({"variants": {"a": {"loop.budget": {"seconds": 3}}}}, "variant a has a loop.budget"),
+        (
+            {"variants": {"a": {}, "b": {"evaluate.prompts": 2}}},
+            "variants b and a are measured differently (evaluate.prompts)",
+        ),
+        (
+            {"variants": {"a": {}, "b": {"data.holdout": 2}}},
+            "variants b and a are measured differently (data.holdout)",
+        ),
+        (
+            {
+                "base": {**BASE, "evaluate": {"prompts": 4}},
+                "variants": {"a": {}, "greedy": {"method.sampling": {"temperature": 0.0}}},
+            },
+            "measured differently (evaluate.sampling), so they cannot be compared; set it in the base",
+        ),
+        (
+            {"variants": {"a": {}, "b": {"judge": {"name": "rules", "max_words": 9}}}},
+            "variants b and a have different judges, so score means another thing",
+        ),
+        ({"base": "quickstart-iall"}, "did you mean 'quickstart-ial'?"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_a_sentence(values, says):
+    said = refused(**values)
+    assert says in said
+
+
+def test_other_judges_may_be_compared_by_what_no_judge_decides():
+    variants = {"a": {}, "b": {"judge": {"name": "rules", "max_words": 9}}}
+    found, _ = cells(comparison(variants=variants, measures=["kl"], rank_by="kl"), Path("x"))
+    assert found[0].recipe.judge != found[1].recipe.judge
+
+
+def test_a_file_is_read_and_its_mistakes_are_named(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: quickstart-ial\nvariants:\n  ial:\n  gamma-1: {method.gamma: 1}\n")
+    assert load_comparison(path).variants == {"ial": None, "gamma-1": {"method.gamma": 1}}
+    assert load_comparison(path).seeds == (0, 1, 2)
+    assert load_comparison(path).against == "ial"
+    path.write_text("base: quickstart-ial\nvariant: {a: {}}\n")
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml: unknown key 'variant'; did you mean 'variants'"
+    ):
+        load_comparison(path)
+    with pytest.raises(RecipeError, match=r"no file .*min.yaml; did you mean .*mine.yaml"):
+        load_comparison(tmp_path / "min.yaml")
+    path.write_text("base: quickstart-ial\nseeds: [-1]\nvariants: {a: {}}\n")
+    with pytest.raises(
+        RecipeError, match=r"mine.yaml: seeds\[0\] should be greater than or equal to 0"
+    ):
+        load_comparison(path)

@@ -1,0 +1,39 @@
+"""What every shipped comparison owes its users, and the one that the documentation shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import prefloop.methods
+from prefloop.compare.file import cells, load_comparison
+from prefloop.plugins import names
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "recipes/compare").glob("*.yaml"))
+
+
+def test_there_are_comparisons() -> None:
+    assert {"claims-arop", "claims-gamma"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_nothing_would_stop_it(path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    comparison = load_comparison(path)
+    assert len(comparison.seeds) >= 3
+    wanted = set(re.findall(r"method: \{?\s*name: (\w+)", path.read_text(encoding="utf-8")))
+    if missing := wanted - set(names(prefloop.methods)):
+        pytest.skip(f"needs methods that are not here: {', '.join(sorted(missing))}")
+    found, _ = cells(comparison, Path("x"))
+    for cell in found:
+        cell.recipe.check()
+
+
+def test_the_documented_one_loads(tmp_path: Path) -> None:
+    page = (ROOT / "docs/compare.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```yaml\n(# mine.yaml\n.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    found, notes = cells(load_comparison(tmp_path / "mine.yaml"), Path("runs/mine"))
+    assert len(found) == 9
+    assert notes == ["variant arop: arop has no advice: left out of the base's method"]
