@@ -13,7 +13,8 @@ RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/
 def show(
     run_folder: RunArgument,
     pair: Annotated[
-        str | None, typer.Option("--pair", help="One pair's whole chain, by its id or its prompt's.")
+        str | None,
+        typer.Option("--pair", help="One pair's whole chain, by its id or its prompt's."),
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="Pairs to show.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
@@ -41,11 +42,21 @@ def watch(run_folder: RunArgument) -> None:
 def report(
     run_folders: Annotated[list[Path], typer.Argument(help="Runs' folders.", metavar="RUN ...")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The page.  [default: report.html in the first run]")
+        Path | None,
+        typer.Option("--out", help="The page.  [default: report.html in the first run]"),
     ] = None,
     pairs: Annotated[
-        int, typer.Option("--pairs", min=1, help="Pairs in the page; all lie beside it if there are more.")
+        int,
+        typer.Option(
+            "--pairs", min=1, help="Pairs in the page; all lie beside it if there are more."
+        ),
     ] = 1000,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation", metavar="PATH", help="Show this evaluation.json, or its folder's, too."
+        ),
+    ] = None,
     logratios: Annotated[
         int,
         typer.Option(
@@ -65,7 +76,12 @@ def report(
         for folder in run_folders:
             new = add_logratios(folder, logratios)
             typer.echo(f"{folder}: log-ratios of {new} more pairs", err=True)
-    written = write_report(run_folders, out or run_folders[0] / "report.html", limit=pairs)
+    written = write_report(
+        run_folders,
+        out or run_folders[0] / "report.html",
+        limit=pairs,
+        evaluations=evaluations or (),
+    )
     typer.echo(f"report in {written.page}")
     if written.beside:
         typer.echo(f"all {written.total:,} pairs in {written.beside}, for that page to open")

@@ -206,7 +206,9 @@ class RunDir:
         try:
             return [json.loads(line) for line in lines]
         except ValueError as error:
-            raise RunFolderError(f"{path} is damaged ({error}); mend or remove that line") from error
+            raise RunFolderError(
+                f"{path} is damaged ({error}); mend or remove that line"
+            ) from error
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append to the diary of the run."""

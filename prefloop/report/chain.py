@@ -65,12 +65,15 @@ class Chain:
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value not in (None, "", (), {}, False)}
+    # A round or score of 0 is a value; in Python it would equal False.
+    return {
+        name: value
+        for name, value in values.items()
+        if value or (isinstance(value, int | float) and value is not False)
+    }
 
 
-def pair_chain(
-    pair: Pair, group: Candidates | None, ratios: PairRatios | None = None
-) -> Chain:
+def pair_chain(pair: Pair, group: Candidates | None, ratios: PairRatios | None = None) -> Chain:
     """A pair with everything that led to it; `group` is None where only the pair is left."""
     texts = {"chosen": pair.chosen, "rejected": pair.rejected}
     if pair.target is not None:
@@ -237,8 +240,5 @@ def held_out_chains(run: RunDir) -> Iterator[Chain]:
             round=answers[-1][0],
             prompt=_turns(last.messages),
             steps=tuple(steps),
-            gap=None
-            if first_score is None or last_score is None
-            else last_score - first_score,
+            gap=None if first_score is None or last_score is None else last_score - first_score,
         )
-

@@ -46,9 +46,7 @@ def _head(step: Step) -> str:
     return f"{name} ({', '.join(facts)})" if facts else name
 
 
-def _differing(
-    base: Step, step: Step, console: Console, hide: Kind | None = None
-) -> str | Text:
+def _differing(base: Step, step: Step, console: Console, hide: Kind | None = None) -> str | Text:
     found = [Span(kind, printable(text)) for kind, text in spans(base.text, step.text)]
     return marked(found, hide) if console.color_system is None else coloured(found, hide)
 

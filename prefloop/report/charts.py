@@ -17,7 +17,6 @@ from xml.etree import ElementTree
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -32,7 +31,7 @@ _SIZE = (4.4, 2.5)  # inches, at 72 units each
 # More points than a picture of this width can show only make the page heavy.
 _MOST_POINTS = 300
 _CLASSES = {_INK: "ink", _GRID: "grid", **{_RUN.format(n): f"run-{n}" for n in range(RUN_COLOURS)}}
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 11.5,
     "axes.spines.top": False,
@@ -166,6 +165,9 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
         for (name, label), dash in zip(rewards.items(), ("-", ":"), strict=True)
         if (line := _by_step(n, run, name, dash, label)).x
     ]
+    curves = [line for n, run in enumerate(runs) if (line := _curve(n, run)).x]
+    if curves:
+        charts.insert(0, _lines(*step_meaning("win_rate"), curves, ends=_ends(runs)))
     if both:
         both += [
             line
@@ -189,6 +191,13 @@ def _by_step(number: int, run: RunFacts, name: str, dash: str = "-", label: str 
         dash,
         label,
     )
+
+
+def _curve(number: int, run: RunFacts) -> Line:
+    rows = [row for row in run.curve if row.get("win_rate") is not None]
+    line = Line(number, [row["step"] for row in rows], [row["win_rate"] for row in rows])
+    line.low, line.high = ([row[end] for row in rows] for end in ("low", "high"))
+    return line
 
 
 def _ends(runs: Sequence[RunFacts]) -> list[tuple[int, float]]:
@@ -294,19 +303,20 @@ def _lines(
 def _draw(
     title: str, note: str, draw: Callable[[Axes], None], lines: list[Line], *, rounds: bool
 ) -> Chart:
-    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": title}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        canvas = FigureCanvasSVG(figure)
+    settings: Any = {**_SETTINGS, "svg.hashsalt": title}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=_SIZE)
+        # The same for all: pictures below each other line up, and nothing has to be laid out twice.
+        figure.subplots_adjust(left=0.15, right=0.985, bottom=0.12, top=0.92)
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         draw(axes)
         file = io.StringIO()
-        canvas.print_svg(file, metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None})
         height = figure.get_figheight() * 72
-        # A hundred units an inch are laid out, and 72 are written.
-        area = axes.get_window_extent().transformed(figure.dpi_scale_trans.inverted())
-        box = (area.x0 * 72, height - area.y1 * 72, area.x1 * 72, height - area.y0 * 72)
+        place, width = axes.get_position(), figure.get_figwidth() * 72
+        box = (place.x0 * width, (1 - place.y1) * height, place.x1 * width, (1 - place.y0) * height)
         (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
     svg = _restyled(file.getvalue(), title)
     numbers = [round(float(value), 2) for value in box]
@@ -325,7 +335,9 @@ def _restyled(text: str, title: str) -> str:
     """Matplotlib's SVG as an element of the page: attributes and classes in place of styles."""
     root = ElementTree.fromstring(text)
     space = "{http://www.w3.org/2000/svg}"
-    for part in [child for child in root if child.tag != f"{space}g" and child.tag != f"{space}defs"]:
+    for part in [
+        child for child in root if child.tag != f"{space}g" and child.tag != f"{space}defs"
+    ]:
         root.remove(part)
     for definitions in root.findall(f"{space}defs"):
         for style in definitions.findall(f"{space}style"):

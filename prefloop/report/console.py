@@ -169,7 +169,7 @@ def glance(measures: Mapping[str, float | None]) -> str:
     """A round's most telling measures in a few words: "score 24.0, win rate 0.38, KL 0.14, stops 0.81"."""
     found = [(name, measures.get(key)) for key, name in _GLANCE.items()]
     return ", ".join(
-        f"{name} {value:.{1 if abs(value) >= 10 else 2}f}"
+        f"{name} {value:z.{1 if abs(value) >= 10 else 2}f}"
         for name, value in found
         if value is not None and math.isfinite(value)
     )

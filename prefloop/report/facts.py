@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +13,15 @@ from typing import Any
 import yaml
 
 from prefloop.errors import RunFolderError
-from prefloop.records import Candidates, Pair, PairRatios, Reject, RoundResult, read_json, read_jsonl
+from prefloop.records import (
+    Candidates,
+    Pair,
+    PairRatios,
+    Reject,
+    RoundResult,
+    read_json,
+    read_jsonl,
+)
 from prefloop.report.chain import Chain, held_out_chains, round_chains
 from prefloop.rundir import RoundDir, RunDir, read_run
 
@@ -73,8 +81,8 @@ class RunFacts:
     """Metrics of each optimiser step, with "round", and "at": the step counted over the whole run."""
     start_seconds: dict[str, float] = field(default_factory=dict)
     """What came before the first round took, by stage."""
-    outcomes: list[dict[str, Any]] = field(default_factory=list)
-    """What prefloop evaluate measured of this run."""
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """The win rate during training, where it was measured: step, win_rate, low, high."""
 
     def chains(self) -> Iterator[Chain]:
         """Every pair, reject and held-out prompt, newest round last."""
@@ -134,6 +142,7 @@ def read_facts(folder: Path) -> RunFacts:
         rounds=[_round(here) for here in run.rounds()],
         steps=list(_steps(run)),
         start_seconds=_seconds(run.start),
+        curve=[row for here in run.rounds() for row in _rows(here, here.path / "curve.jsonl")],
     )
 
 
@@ -190,14 +199,58 @@ def _seconds(here: RoundDir) -> dict[str, float]:
 def _steps(run: RunDir) -> Iterator[dict[str, Any]]:
     at = 0
     for here in run.rounds():
-        path = here.train / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise RunFolderError(
-                    f"{path}:{number} is damaged; delete {here.path} to redo the round"
-                ) from error
+        for row in _rows(here, here.train / "metrics.jsonl"):
             at += 1
             yield {**row, "round": here.number, "at": at}
+
+
+def _rows(here: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that may be growing; a last one that is half written is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise RunFolderError(
+                f"{path}:{number} is damaged; delete {here.path} to redo the round"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation says of one subject."""
+
+    subject: str
+    run: int | None
+    """Which of the page's runs it is a policy of; None for another model."""
+    estimates: dict[str, dict[str, float]]
+    """By "measure: metric": value, low, high, count."""
+
+
+def read_evaluation(path: Path, runs: Sequence[RunFacts]) -> list[Evaluated]:
+    """The subjects of an evaluation.json, or of the folder it lies in. Raises RunFolderError."""
+    file = path / "evaluation.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RunFolderError(f"{path} holds no evaluation.json; name what an evaluation wrote")
+    try:
+        subjects = json.loads(file.read_text(encoding="utf-8"))["subjects"]
+        return [
+            Evaluated(
+                subject=name,
+                run=_run_of(str(part["source"]), runs),
+                estimates={
+                    f"{measure}: {metric}": estimate
+                    for measure, row in part["measures"].items()
+                    for metric, estimate in row["estimates"].items()
+                },
+            )
+            for name, part in subjects.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{file} is no evaluation that prefloop wrote ({error!r})") from error
+
+
+def _run_of(source: str, runs: Sequence[RunFacts]) -> int | None:
+    """A source is a run's folder, perhaps with ":ROUND" behind it."""
+    folders = {Path(source).resolve(), Path(source.rpartition(":")[0] or source).resolve()}
+    return next((n for n, run in enumerate(runs) if run.run.path.resolve() in folders), None)

@@ -32,7 +32,7 @@ from prefloop.report.charts import (
     step_charts,
 )
 from prefloop.report.console import measure_names
-from prefloop.report.facts import RunFacts, read_facts
+from prefloop.report.facts import Evaluated, RunFacts, read_evaluation, read_facts
 from prefloop.report.visible import visible
 
 _FOLDER = Path(__file__).parent / "page"
@@ -56,14 +56,18 @@ class Written:
     total: int
 
 
-def write_report(folders: Sequence[Path], out: Path, *, limit: int = 1000) -> Written:
+def write_report(
+    folders: Sequence[Path], out: Path, *, limit: int = 1000, evaluations: Sequence[Path] = ()
+) -> Written:
     """Write one page about some runs, with at most `limit` of their pairs, rejects and held-out prompts.
 
-    Raises RunFolderError if a folder is no run or a file of it is damaged.
+    `evaluations` are evaluation.json files, or their folders. Raises RunFolderError if a folder is no run
+    or a file is damaged.
     """
     if out.is_dir():
         raise RunFolderError(f"{out} is a folder; name a file with --out")
     runs = [read_facts(folder) for folder in folders]
+    evaluated = [found for path in evaluations for found in read_evaluation(path, runs)]
     beside = out.with_name(f"{out.stem}.pairs.jsonl.gz")
     total, cut = _write_all(runs, beside)
     sample, packed = _sample(beside, total, limit)
@@ -71,7 +75,8 @@ def write_report(folders: Sequence[Path], out: Path, *, limit: int = 1000) -> Wr
     if whole:
         beside.unlink()
     title = ", ".join(run.name for run in runs)
-    text = _render(runs, title, packed, _about_sample(sample, total, cut), None if whole else beside)
+    about = _about_sample(sample, total, cut)
+    text = _render(runs, evaluated, title, packed, about, None if whole else beside)
     temporary = out.with_name(f".{out.name}.part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
@@ -130,7 +135,12 @@ def _about_sample(shown: int, total: int, cut: int) -> str:
 
 
 def _render(
-    runs: Sequence[RunFacts], title: str, packed: str, sample: str, beside: Path | None
+    runs: Sequence[RunFacts],
+    evaluated: Sequence[Evaluated],
+    title: str,
+    packed: str,
+    sample: str,
+    beside: Path | None,
 ) -> str:
     css = _read("style.css")
     js = '(() => {\n"use strict";\n' + "\n".join(map(_read, _SCRIPTS)) + "})();\n"
@@ -151,24 +161,30 @@ def _render(
         "runs": [run.name for run in runs],
         "charts": {key: found for key, chart in charts.items() if (found := chart.readable())},
     }
-    outcomes = tables.outcomes(runs)
-    return _environment().get_template("report.html.jinja").render(
-        title=title,
-        css=Markup(css),
-        js=Markup(js),
-        policy=_policy(css, js),
-        sections=_sections(bool(outcomes), bool(groups["step_charts"])),
-        runs=[_run(n, run) for n, run in enumerate(runs)],
-        about=tables.about(runs),
-        differs=tables.recipe_differences(runs) if len(runs) > 1 else [],
-        outcomes=outcomes,
-        **{name: [_chart(f"{name}-{n}", c) for n, c in enumerate(g)] for name, g in groups.items()},
-        sample=sample,
-        beside=beside.name if beside else None,
-        version=version("prefloop"),
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        facts=Markup(json.dumps(facts).translate(_HTML_ESCAPES)),
-        chains=packed,
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=title,
+            css=Markup(css),
+            js=Markup(js),
+            policy=_policy(css, js),
+            sections=_sections(bool(evaluated), bool(groups["step_charts"])),
+            runs=[_run(n, run) for n, run in enumerate(runs)],
+            about=tables.about(runs),
+            differs=tables.recipe_differences(runs) if len(runs) > 1 else [],
+            evaluations=tables.evaluations(evaluated),
+            **{
+                name: [_chart(f"{name}-{n}", c) for n, c in enumerate(g)]
+                for name, g in groups.items()
+            },
+            sample=sample,
+            beside=beside.name if beside else None,
+            version=version("prefloop"),
+            written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            facts=Markup(json.dumps(facts).translate(_HTML_ESCAPES)),
+            chains=packed,
+        )
     )
 
 
@@ -181,9 +197,9 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: visible(value)
-        if isinstance(value, str) and not isinstance(value, Markup)
-        else value,
+        finalize=lambda value: (
+            visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -204,9 +220,9 @@ def _policy(css: str, js: str) -> str:
     return "; ".join(allowed)
 
 
-def _sections(outcomes: bool, steps: bool) -> list[tuple[str, str]]:
+def _sections(evaluations: bool, steps: bool) -> list[tuple[str, str]]:
     found = [("overview", "What was run"), ("rounds", "Rounds")]
-    found += [("evaluations", "Evaluations")] * outcomes
+    found += [("evaluations", "Evaluations")] * evaluations
     found += [("training", "Training")] * steps
     return [*found, ("rejects", "Rejects"), ("pairs", "Pairs")]
 

@@ -49,6 +49,9 @@ ROUND_MEASURES: dict[str, Meaning] = {
 }
 
 STEP_MEASURES: dict[str, Meaning] = {
+    "win_rate": Meaning(
+        "Win rate during training", "Over the start, on held-out prompts. Bars: 95 % over prompts."
+    ),
     "loss": Meaning("Loss", "At a round's start its value is known and checked."),
     "margin": Meaning(
         "Margin", "r(target) minus the mean of r(chosen) and r(rejected), nats an answer."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from prefloop.records import RoundResult
 from prefloop.report.console import (
     arrow,
     duration,
@@ -15,8 +16,7 @@ from prefloop.report.console import (
     total_change,
     visible_rounds,
 )
-from prefloop.report.facts import RunFacts
-from prefloop.records import RoundResult
+from prefloop.report.facts import Evaluated, RunFacts
 from prefloop.report.meanings import round_meaning
 
 # A share of rejects that a reader should know before anything else.
@@ -114,32 +114,27 @@ def rejects(run: RunFacts) -> list[dict[str, Any]]:
     ]
 
 
-def outcomes(runs: Sequence[RunFacts]) -> dict[str, Any] | None:
-    """What prefloop evaluate measured, a column for each subject; None where it measured nothing."""
-    columns = [
-        (n, found) for n, run in enumerate(runs) for found in run.outcomes if found["estimates"]
-    ]
-    if not columns:
+def evaluations(found: Sequence[Evaluated]) -> dict[str, Any] | None:
+    """What evaluations say, a column for each subject; None where there is none."""
+    if not found:
         return None
-    names = dict.fromkeys(name for _, found in columns for name in found["estimates"])
-    rows = [
-        {"name": name, "cells": [_estimate(n, found["estimates"].get(name)) for n, found in columns]}
-        for name in names
-    ]
-    heads = [{"run": n, "text": _column(runs, n, found)} for n, found in columns]
-    return {"columns": heads, "rows": rows}
+    names = dict.fromkeys(name for subject in found for name in subject.estimates)
+    return {
+        "subjects": found,
+        "rows": [
+            {"name": name, "cells": [_estimate(subject, name) for subject in found]}
+            for name in names
+        ],
+    }
 
 
-def _column(runs: Sequence[RunFacts], n: int, found: Mapping[str, Any]) -> str:
-    return f"{runs[n].name}: {found['subject']}" if len(runs) > 1 else str(found["subject"])
-
-
-def _estimate(run: int, estimate: Mapping[str, Any] | None) -> dict[str, Any]:
+def _estimate(subject: Evaluated, name: str) -> dict[str, Any]:
+    estimate = subject.estimates.get(name)
     if estimate is None:
-        return {"run": run, "value": "", "interval": ""}
+        return {"run": subject.run, "value": "", "interval": ""}
     low, high = (f"{estimate[end]:.3f}" for end in ("low", "high"))
     interval = f"{low} to {high}, {estimate['count']:,}"
-    return {"run": run, "value": f"{estimate['value']:.3f}", "interval": interval}
+    return {"run": subject.run, "value": f"{estimate['value']:.3f}", "interval": interval}
 
 
 def _get(run: RunFacts, *path: str) -> str:

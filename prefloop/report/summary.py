@@ -34,7 +34,10 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     lines = [
         f"policy   {outcome.policy}",
         f"measures {outcome.folder}/rounds/*/result.jsonl",
-        *([f"report   {page}    open it in a browser: curves, rejects, every pair"] * page.exists()),
+        *(
+            [f"report   {page}    open it in a browser: curves, rejects, every pair"]
+            * page.exists()
+        ),
         f"next     prefloop show {outcome.folder} -n 10    more pairs",
         f"         prefloop export {outcome.folder} pairs.jsonl    pairs for TRL",
     ]

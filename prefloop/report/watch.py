@@ -46,7 +46,8 @@ def watch_run(folder: Path, console: Console, *, seconds: float = _SECONDS) -> N
     console.print()
     show_rounds(run.results(), console)
     if not events or events[-1]["event"] != "end":
-        console.print(Text(f"\n{folder} is not running; the command that began it goes on with it"))
+        end = f"\n{folder} is not running; the command that began it goes on with it"
+        console.print(Text(end), soft_wrap=True)
 
 
 def is_running(folder: Path) -> bool:
@@ -128,13 +129,14 @@ class _Now:
 
     def _all_steps(self, here: RoundDir) -> int | None:
         train = self._recipe.get("train", {})
-        if not train.get("batch_size"):
+        size, epochs = train.get("batch_size"), int(train.get("epochs", 1))
+        if not size:
             return None
         pairs = here.count("pairs")
         before = self._run.path / "rounds" / f"{here.number - 1:04d}"
         if self._recipe.get("loop", {}).get("mix_previous") and before.is_dir():
             pairs += RoundDir(before, here.number - 1).count("pairs")
-        return math.ceil(pairs / train["batch_size"]) * int(train.get("epochs", 1))
+        return math.ceil(pairs / size) * epochs
 
 
 _HELD_OUT = ("answers", "introspection")

@@ -1,5 +1,6 @@
 """The pictures: their numbers are the run's, their points lie where the page reads them, nothing in them is styled."""
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -88,6 +89,19 @@ def test_a_long_training_is_drawn_with_as_many_points_as_can_be_seen(tmp_path: P
     run = make_run(tmp_path / "long")
     lines = [f'{{"step": {n}, "loss": {n}.0}}\n' for n in range(5000)]
     (run / "rounds/0000/train/metrics.jsonl").write_text("".join(lines))
-    (line,) = [chart for chart in step_charts([read_facts(run)]) if chart.title == "Loss"][0].lines
+    (line,) = next(chart for chart in step_charts([read_facts(run)]) if chart.title == "Loss").lines
     assert 200 < len(line.x) <= 300
     assert line.x[0] == pytest.approx(line.y[0] + 1), "means of the same steps"
+
+
+def test_the_win_rate_during_training_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    rows = [
+        {"step": 2, "win_rate": 0.5, "low": 0.3, "high": 0.7},
+        {"step": 4, "win_rate": None, "low": None, "high": None},
+    ]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (run / "rounds/0000/curve.jsonl").write_text(lines)
+    first = step_charts([read_facts(run)])[0]
+    assert first.title == "Win rate during training"
+    assert (first.lines[0].x, first.lines[0].low) == ([2], [0.3])

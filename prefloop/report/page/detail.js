@@ -112,7 +112,7 @@ function learnt(byName) {
   legend.append("less likely than under the reference ");
   for (const name of ["down-4", "down-3", "down-2", "down-1", "", "up-1", "up-2", "up-3", "up-4"]) legend.append(element("span", name, name ? " " : "as before"));
   legend.append(" more likely; steps at 0.05, 0.25, 1 and 2.5 nats");
-  box.append(legend);
+  box.append(legend, reading);
   for (const step of byName.values()) {
     if (!step.ratios) continue;
     const { pieces: texts, policy, reference } = step.ratios;
@@ -133,7 +133,6 @@ function learnt(byName) {
   box.addEventListener("pointerover", read);
   box.addEventListener("click", read);
   reading.append("Point at a token to read its log-probs.");
-  box.append(reading);
   return box;
 }
 
