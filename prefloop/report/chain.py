@@ -18,6 +18,7 @@ Kind = Literal["pair", "reject", "held-out"]
 # but the difference between chosen and rejected.
 BASES = {"rewrite": "draft", "refined": "draft_a", "flawed": "refined", "rejected": "chosen"}
 # The records keep the order in which texts were stored; read is the order in which they were written.
+_ROLES = ("chosen", "rejected", "target", "sample")
 _ORDER = ("draft", "advice", "rewrite", "draft_a", "draft_b", "critique", "refined", "flawed")
 
 
@@ -75,9 +76,9 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 def pair_chain(pair: Pair, group: Candidates | None, ratios: PairRatios | None = None) -> Chain:
     """A pair with everything that led to it; `group` is None where only the pair is left."""
-    texts = {"chosen": pair.chosen, "rejected": pair.rejected}
-    if pair.target is not None:
-        texts["target"] = pair.target
+    answers = {role: getattr(pair, role) for role in _ROLES}
+    # Methods that train on single answers leave the others empty.
+    texts = {role: text for role, text in answers.items() if text or role in pair.origin}
     found = _responses(group)
     roles: dict[str, tuple[str, ...]] = {}
     for role, text in texts.items():

@@ -129,7 +129,7 @@ class _Now:
 
     def _all_steps(self, here: RoundDir) -> int | None:
         train = self._recipe.get("train", {})
-        size, epochs = train.get("batch_size"), int(train.get("epochs", 1))
+        size, epochs = int(train.get("batch_size") or 0), int(train.get("epochs", 1))
         if not size:
             return None
         pairs = here.count("pairs")

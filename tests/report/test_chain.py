@@ -63,6 +63,18 @@ def test_a_pair_whose_groups_are_gone_still_shows_both_answers() -> None:
     ]
 
 
+def test_a_method_of_single_answers_shows_one_and_a_third_answer_is_shown_too() -> None:
+    asked = (Message(role="user", content="Count."),)
+    alone = Pair(prompt_id="a", round=0, prompt=asked, chosen="yes", rejected="")
+    assert [step.name for step in pair_chain(alone, None).steps] == ["chosen"]
+    three = Pair(prompt_id="a", round=0, prompt=asked, chosen="yes", rejected="no", sample="well")
+    assert [step.roles for step in pair_chain(three, None).steps] == [
+        ("chosen",),
+        ("rejected",),
+        ("sample",),
+    ]
+
+
 def test_an_answer_that_a_method_changed_after_sampling_is_a_step_of_its_own() -> None:
     found = group("p0", 0, plain_text)
     pair = Pair(
