@@ -17,6 +17,7 @@ from prefloop import __version__
 from prefloop.cli_compare import compare
 from prefloop.cli_evaluate import evaluate
 from prefloop.cli_judge import judge_app, reward_app
+from prefloop.cli_report import RunArgument, report, show, watch
 from prefloop.errors import DataError, PrefloopError
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -121,9 +122,6 @@ def options(
 # Runs.
 
 
-RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/quickstart-ial.")]
-
-
 @app.command()
 def run(
     recipe: RecipeArgument,
@@ -131,6 +129,9 @@ def run(
     out: Annotated[
         Path | None, typer.Option("--out", help="The run's folder.  [default: runs/NAME]")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="No lines by stage; one JSON object at the end.")
+    ] = False,
 ) -> None:
     """Play a recipe's closed loop; the same command goes on with a run that was stopped."""
     from rich.console import Console
@@ -141,30 +142,23 @@ def run(
     for note in loaded.check():
         typer.echo(f"note: {note}", err=True)
     from prefloop.loop import run as play
-    from prefloop.report.summary import show_outcome
+    from prefloop.report.html import write_report
+    from prefloop.report.summary import outcome_json, show_outcome
 
     _log_to_stderr()
-    console = Console(highlight=False)
-    show_outcome(play(loaded, out or Path("runs") / loaded.name, console), console)
+    console = Console(highlight=False, quiet=as_json)
+    outcome = play(loaded, out or Path("runs") / loaded.name, console)
+    write_report([outcome.folder], outcome.folder / "report.html")
+    if as_json:
+        typer.echo(outcome_json(outcome))
+    else:
+        show_outcome(outcome, console)
 
 
 app.command()(compare)
-
-
-@app.command()
-def show(
-    run_folder: RunArgument,
-    pair: Annotated[
-        str | None, typer.Option("--pair", help="One pair, by the id that pairs.jsonl gives.")
-    ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Pairs to show.")] = 3,
-) -> None:
-    """Show a run's measures by round, and pairs with their differences marked."""
-    from rich.console import Console
-
-    from prefloop.report.summary import show_run
-
-    show_run(run_folder, Console(highlight=False), pair=pair, count=count)
+app.command()(show)
+app.command()(watch)
+app.command()(report)
 
 
 @app.command()

@@ -35,7 +35,7 @@ from prefloop.records import (
     RoundResult,
     write_jsonl,
 )
-from prefloop.report.console import stage_line
+from prefloop.report.console import glance, stage_line
 from prefloop.rundir import Journal, RoundDir, RunDir, Stopwatch, open_run
 from prefloop.seeds import derive_seed
 from prefloop.session import Session
@@ -204,7 +204,7 @@ class _Loop:
         result = RoundResult(round=here.number, measures=measures)
         write_jsonl(here.path / "result.jsonl", [result])
         here.finish("result", input=here.digest("answers"), seconds=watch.seconds)
-        self._say(here, "evaluate", {"prompts": len(answers)}, watch)
+        self._say(here, "evaluate", {"prompts": len(answers)}, watch, glance(measures))
         return result
 
     def _answer_held_out(self, here: RoundDir) -> None:
@@ -304,8 +304,16 @@ class _Loop:
         if stage in ("candidates", "pairs"):
             self._say(here, stage, {stage: made, "rejects": reasons.total()}, watch)
 
-    def _say(self, here: RoundDir, stage: str, counts: dict[str, int], watch: Stopwatch) -> None:
-        self.console.print(stage_line(here.number, stage, counts, watch.seconds), highlight=False)
+    def _say(
+        self,
+        here: RoundDir,
+        stage: str,
+        counts: dict[str, int],
+        watch: Stopwatch,
+        about: str = "",
+    ) -> None:
+        line = stage_line(here.number, stage, counts, watch.seconds, about)
+        self.console.print(line, highlight=False, soft_wrap=True)
         self.rundir.event("stage", round=here.number, stage=stage, **counts, seconds=watch.seconds)
 
 

@@ -186,6 +186,25 @@ class CurvePoint(Record):
     """With a verdict on both sides."""
 
 
+class TokenLogps(Record):
+    """One answer token by token. T tokens; end-of-turn, where it was scored, is the last, with no text."""
+
+    pieces: tuple[str, ...]
+    """[T] the stretch of the answer that each token stands for; together they are the answer."""
+    policy: tuple[float, ...]
+    """[T] log-probability (nats) under the policy after the pair's round."""
+    reference: tuple[float, ...]
+    """[T] log-probability (nats) under the reference of that round's loss."""
+
+
+class PairRatios(Record):
+    """What training did to the answers of one pair: log-probs of each token before and after."""
+
+    pair: str
+    """The pair's id."""
+    roles: dict[str, TokenLogps]
+
+
 R = TypeVar("R", bound=Record)
 
 

@@ -174,6 +174,11 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         return RoundDir(path, number)
 
+    @property
+    def start(self) -> RoundDir:
+        """Where the initial policy is measured; it may not exist yet."""
+        return RoundDir(self.path / "rounds" / "start", -1)
+
     def rounds(self) -> list[RoundDir]:
         """The rounds that exist, in order, without `start`."""
         folders = sorted((self.path / "rounds").glob("[0-9]*"))
@@ -195,14 +200,24 @@ class RunDir:
 
     def results(self) -> list[RoundResult]:
         """Measures of the start and of every measured round, in order."""
-        start = self.path / "rounds" / "start"
-        everywhere = [RoundDir(start, -1), *self.rounds()]
+        everywhere = [self.start, *self.rounds()]
         return [
             result
             for here in everywhere
             if here.manifest("result")
             for result in here.records("result", RoundResult)
         ]
+
+    def events(self) -> list[dict[str, Any]]:
+        """The diary so far, without a line that is still being written."""
+        path = self.path / "events.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunFolderError(
+                f"{path} is damaged ({error}); mend or remove that line"
+            ) from error
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append to the diary of the run."""

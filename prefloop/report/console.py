@@ -16,6 +16,7 @@ from rich.text import Text
 
 from prefloop.records import Pair, RoundResult
 from prefloop.report.diff import coloured, marked
+from prefloop.report.visible import visible
 from prefloop.text import Span, spans
 
 # Most telling first. A key that only begins with one of these ("win_rate_low") follows it.
@@ -43,8 +44,8 @@ _CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    """The text with control characters replaced by their visible pictures."""
-    return text.translate(_CONTROLS)
+    """The text with control characters replaced by their visible pictures, other hidden ones by numbers."""
+    return visible(text.translate(_CONTROLS))
 
 
 def measure_names(results: Sequence[RoundResult]) -> list[str]:
@@ -105,9 +106,9 @@ def round_table(results: Sequence[RoundResult], *, arrows: bool = True) -> Table
         }
         if arrows:
             for result, (before, after) in zip(results, pairwise([None, *history]), strict=True):
-                texts[result.round] += _arrow(before, after)
+                texts[result.round] += arrow(before, after)
         cells = [gap if result is None else texts[result.round] for result in shown]
-        table.add_row(Text(printable(name)), *cells, _change(history))
+        table.add_row(Text(printable(name)), *cells, total_change(history))
     return table
 
 
@@ -141,20 +142,37 @@ def show_pair(pair: Pair, console: Console) -> None:
         blocks.append(("target", printable(pair.target)))
     blocks.append(("chosen", coloured(found, "old") if colour else marked(found, "old")))
     blocks.append(("rejected", coloured(found, "new") if colour else marked(found, "new")))
-    _print(console, Text(printable("  ".join([f"pair {pair.id}", *details])), style="bold"))
+    show_text(console, Text(printable("  ".join([f"pair {pair.id}", *details])), style="bold"))
     for name, body in blocks:
-        _print(console, Text(name, style="dim"))
-        _print(console, body)
-    _print(console, "")
+        show_text(console, Text(name, style="dim"))
+        show_text(console, body)
+    show_text(console, "")
 
 
-def stage_line(round: int, stage: str, counts: Mapping[str, int], seconds: float) -> str:
+def stage_line(
+    round: int, stage: str, counts: Mapping[str, int], seconds: float, about: str = ""
+) -> str:
     """One finished stage in one line; `counts` by plural noun: "round 0  pairs  31 pairs, 1 reject  4.0 s"."""
     things = ", ".join(
         f"{n:,} {noun.removesuffix('s') if n == 1 else noun}" for noun, n in counts.items()
     )
     place = "start  " if round < 0 else f"round {round}"
-    return "  ".join(part for part in (place, f"{stage:<10}", things, duration(seconds)) if part)
+    parts = (place, f"{stage:<10}", things, duration(seconds), about)
+    return "  ".join(part for part in parts if part)
+
+
+# What a round comes to, for one line.
+_GLANCE = {"score": "score", "win_rate": "win rate", "R_i": "R_i", "kl": "KL", "stop_rate": "stops"}
+
+
+def glance(measures: Mapping[str, float | None]) -> str:
+    """A round's most telling measures in a few words: "score 24.0, win rate 0.38, KL 0.14, stops 0.81"."""
+    found = [(name, measures.get(key)) for key, name in _GLANCE.items()]
+    return ", ".join(
+        f"{name} {value:z.{1 if abs(value) >= 10 else 2}f}"
+        for name, value in found
+        if value is not None and math.isfinite(value)
+    )
 
 
 def duration(seconds: float) -> str:
@@ -169,13 +187,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _arrow(before: float | None, after: float | None) -> str:
+def arrow(before: float | None, after: float | None) -> str:
+    """Which way a value went, as one character; nothing where there is no value before."""
     if before is None or after is None:
         return ""
     return "→" if before == after else "↑" if after > before else "↓"
 
 
-def _change(history: Sequence[float | None]) -> str:
+def total_change(history: Sequence[float | None]) -> str:
+    """The last value less the first, signed, or nothing where either is missing."""
     first, last = history[0], history[-1]
     if len(history) < 2 or first is None or last is None:
         return ""
@@ -183,7 +203,8 @@ def _change(history: Sequence[float | None]) -> str:
     return text if text.startswith("-") else f"+{text}"
 
 
-def _print(console: Console, body: str | Text) -> None:
+def show_text(console: Console, body: str | Text) -> None:
+    """Print a text as it is: no markup, no wrapping, no emoji codes."""
     # As a Text a string is taken as it is; rich reads emoji codes and markup in anything else.
     body = Text(body) if isinstance(body, str) else body
     console.print(body, soft_wrap=not console.is_terminal)

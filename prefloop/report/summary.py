@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +14,10 @@ from rich.text import Text
 from prefloop.curves import SHARE, steps_to_share, win_rate_curve
 from prefloop.errors import RunFolderError
 from prefloop.records import CurvePoint, Pair, RoundResult
+from prefloop.report.chain import Chain, round_chains
+from prefloop.report.chain_text import show_chain
 from prefloop.report.console import MEASURES, show_pair, show_rounds
+from prefloop.report.facts import read_ratios
 from prefloop.report.plain_table import show_table
 from prefloop.rundir import RunDir, read_run
 
@@ -28,32 +34,81 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     _show_results(outcome.results, console)
     show_curve(win_rate_curve(run), console)
     _show_pairs(run.pairs()[-1][1][:_SHOWN_PAIRS], console)
+    page = outcome.folder / "report.html"
     lines = [
         f"policy   {outcome.policy}",
         f"measures {outcome.folder}/rounds/*/result.jsonl",
+        *(
+            [f"report   {page}    open it in a browser: curves, rejects, every pair"]
+            * page.exists()
+        ),
         f"next     prefloop show {outcome.folder} -n 10    more pairs",
         f"         prefloop export {outcome.folder} pairs.jsonl    pairs for TRL",
     ]
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)
 
 
+def outcome_json(outcome: Outcome) -> str:
+    """The same for programs: where things lie, and the measures by round."""
+    page = outcome.folder / "report.html"
+    found = {
+        "folder": str(outcome.folder),
+        "policy": str(outcome.policy),
+        "report": str(page) if page.exists() else None,
+        "results": [result.model_dump() for result in outcome.results],
+    }
+    return json.dumps(found, indent=1)
+
+
 def show_run(folder: Path, console: Console, *, pair: str | None, count: int) -> None:
-    """The table and `count` pairs, or the one pair asked for. Raises RunFolderError."""
+    """The table and `count` pairs, or all there is about the one pair asked for. Raises RunFolderError."""
     run = read_run(folder)
-    pairs = [found for _, round_pairs in run.pairs() for found in round_pairs]
     if pair is not None:
-        chosen = [found for found in pairs if pair in (found.id, found.prompt_id)]
-        if not chosen:
-            raise RunFolderError(
-                f"{folder} has no pair {pair!r}; ids look like "
-                f"{pairs[0].id if pairs else '0000/prompt-id'!r}, see rounds/*/pairs.jsonl"
-            )
-        _show_pairs(chosen, console)
+        for chain in _found(run, pair):
+            console.print()
+            show_chain(chain, console)
         return
     _show_results(run.results(), console)
-    show_curve(win_rate_curve(run), console)
-    # The newest pairs tell most about where the policy is.
-    _show_pairs(list(reversed(pairs))[:count], console)
+    _show_pairs(_newest(run, count), console)
+
+
+def run_json(folder: Path, *, pair: str | None, count: int) -> str:
+    """The same as one JSON object. Raises RunFolderError."""
+    run = read_run(folder)
+    if pair is not None:
+        return json.dumps({"chains": [chain.to_json() for chain in _found(run, pair)]}, indent=1)
+    found = {
+        "folder": str(folder),
+        "results": [result.model_dump() for result in run.results()],
+        "rejects": {here.number: dict(here.reasons()) for here in run.rounds()},
+        "pairs": [
+            {"id": found.id, **found.model_dump(mode="json")} for found in _newest(run, count)
+        ],
+    }
+    return json.dumps(found, indent=1)
+
+
+def _newest(run: RunDir, count: int) -> list[Pair]:
+    """The newest pairs first: they tell most about where the policy is."""
+    pairs = [found for _, round_pairs in run.pairs() for found in round_pairs]
+    return list(reversed(pairs))[:count]
+
+
+def _found(run: RunDir, wanted: str) -> list[Chain]:
+    """The chains of one pair, or of all rounds' pairs and rejects of one prompt."""
+    chosen = [c for c in _chains(run) if wanted in (c.id, c.id.partition("/")[2])]
+    if not chosen:
+        first = next((chain.id for chain in islice(_chains(run), 1)), "0000/prompt-id")
+        raise RunFolderError(
+            f"{run.path} has no pair {wanted!r}; ids look like {first!r}, see rounds/*/pairs.jsonl"
+        )
+    return chosen
+
+
+def _chains(run: RunDir) -> Iterator[Chain]:
+    ratios = {found.pair: found for found in read_ratios(run)}
+    for here in run.rounds():
+        yield from round_chains(here, ratios)
 
 
 def _show_results(results: list[RoundResult], console: Console) -> None:

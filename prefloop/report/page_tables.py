@@ -1,0 +1,209 @@
+"""The tables and sentences of the report's page, as plain values for its template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from prefloop.records import RoundResult
+from prefloop.report.console import (
+    arrow,
+    duration,
+    format_values,
+    measure_names,
+    round_name,
+    total_change,
+    visible_rounds,
+)
+from prefloop.report.facts import Evaluated, RunFacts
+from prefloop.report.meanings import round_meaning
+
+# A share of rejects that a reader should know before anything else.
+_MANY_REJECTS = 0.3
+
+
+def about(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """What was run: a label and one value for each run; rows that no run has are left out."""
+    rows = {
+        "method": [_get(run, "method", "name") for run in runs],
+        "model": [_model(run) for run in runs],
+        "prompts": [_get(run, "data", "train") for run in runs],
+        "judge": [_get(run, "judge", "name") for run in runs],
+        "rounds": [_rounds(run) for run in runs],
+        "training": [_training(run) for run in runs],
+        "pairs": [_pairs(run) for run in runs],
+        "time": [_time(run) for run in runs],
+        "tokens": [_tokens(run) for run in runs],
+        "begun": [f"{run.began:%Y-%m-%d %H:%M} UTC" if run.began else "" for run in runs],
+        "machine": [_machine(run) for run in runs],
+        "versions": [_versions(run) for run in runs],
+        "seed": [_get(run, "seed") for run in runs],
+    }
+    return [(label, values) for label, values in rows.items() if any(values)]
+
+
+def recipe_differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """Every option in which the runs' recipes differ, with its value in each."""
+    first, *others = [_flat(run.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in (first, *others) for key in recipe)
+    return [
+        (key, [str(recipe.get(key, "")) for recipe in (first, *others)])
+        for key in keys
+        if key != "name" and any(recipe.get(key) != first.get(key) for recipe in others)
+    ]
+
+
+def notices(run: RunFacts) -> list[dict[str, str]]:
+    """What somebody should know before reading on: guards, rejects, a run that did not end."""
+    found = [
+        {"kind": "bad", "head": f"Guard, round {number}:", "text": sentence}
+        for number, sentence in run.guards
+    ]
+    pairs = sum(here.pairs for here in run.rounds)
+    rejects = sum(here.reasons.total() for here in run.rounds)
+    if rejects and rejects / (pairs + rejects) > _MANY_REJECTS:
+        text = f"{rejects:,} of {pairs + rejects:,} prompts gave no pair; see the reasons below."
+        found.append({"kind": "warn", "head": "Many rejects:", "text": text})
+    if not run.finished:
+        text = "what is shown is what it has made so far."
+        found.append({"kind": "warn", "head": "This run has not ended:", "text": text})
+    if not run.guards and run.results:
+        found.append({"kind": "", "head": "", "text": "no guard tripped."})
+    return found
+
+
+def measures(run: RunFacts, *, training: bool) -> dict[str, Any]:
+    """Measures by round with the change from the first to the last, as on the console.
+
+    Those of training, or all others; an interval stands in the row of what it belongs to.
+    """
+    shown = visible_rounds(run.results)
+    head = ["", *("…" if result is None else round_name(result.round) for result in shown)]
+    rows = []
+    for name in measure_names(run.results):
+        if name.startswith("train_") != training or name.endswith(("_low", "_high")):
+            continue
+        history = [result.measures.get(name) for result in run.results]
+        texts = {
+            result.round: (_interval(result, name), text + arrow(before, after))
+            for result, text, (before, after) in zip(
+                run.results, format_values(history), pairwise([None, *history]), strict=True
+            )
+        }
+        cells = [("", "…") if result is None else texts[result.round] for result in shown]
+        note = round_meaning(name).note
+        rows.append({"name": name, "note": note, "cells": cells, "change": total_change(history)})
+    return {"head": [*head, "change"], "rows": rows}
+
+
+def _interval(result: RoundResult, name: str) -> str:
+    low, high = (result.measures.get(f"{name}_{end}") for end in ("low", "high"))
+    return "" if low is None or high is None or low == high else f"{low:.2f} to {high:.2f}"
+
+
+def rejects(run: RunFacts) -> list[dict[str, Any]]:
+    """Pairs and rejects by reason: a row each, with counts by round and the share of all prompts."""
+    reasons = dict.fromkeys(reason for here in run.rounds for reason in sorted(here.reasons))
+    counts = {"pairs": [here.pairs for here in run.rounds]}
+    counts |= {reason: [here.reasons[reason] for here in run.rounds] for reason in reasons}
+    everything = max(1, sum(sum(row) for row in counts.values()))
+    return [
+        {"name": name, "cells": row, "total": sum(row), "share": round(sum(row) / everything, 4)}
+        for name, row in counts.items()
+    ]
+
+
+def evaluations(found: Sequence[Evaluated]) -> dict[str, Any] | None:
+    """What evaluations say, a column for each subject; None where there is none."""
+    if not found:
+        return None
+    names = dict.fromkeys(name for subject in found for name in subject.estimates)
+    return {
+        "subjects": found,
+        "rows": [
+            {"name": name, "cells": [_estimate(subject, name) for subject in found]}
+            for name in names
+        ],
+    }
+
+
+def _estimate(subject: Evaluated, name: str) -> dict[str, Any]:
+    estimate = subject.estimates.get(name)
+    if estimate is None:
+        return {"run": subject.run, "value": "", "interval": ""}
+    low, high = (f"{estimate[end]:.3f}" for end in ("low", "high"))
+    interval = f"{low} to {high}, {estimate['count']:,}"
+    return {"run": subject.run, "value": f"{estimate['value']:.3f}", "interval": interval}
+
+
+def _get(run: RunFacts, *path: str) -> str:
+    value: Any = run.recipe
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return "" if value is None else str(value)
+
+
+def _model(run: RunFacts) -> str:
+    tuning = _get(run, "model", "tuning")
+    return f"{_get(run, 'model', 'source')}{f', {tuning}' if tuning else ''}"
+
+
+def _rounds(run: RunFacts) -> str:
+    planned = _get(run, "loop", "rounds")
+    played = sum("train" in here.seconds for here in run.rounds)
+    of = f"{played} of {planned}" if planned and planned != str(played) else str(played)
+    size = _get(run, "loop", "prompts_per_round")
+    return f"{of}, {size} prompts each" if size else of
+
+
+def _training(run: RunFacts) -> str:
+    parts = [
+        f"{label}{_get(run, 'train', key)}"
+        for key, label in (("optimizer", ""), ("lr", "lr "), ("batch_size", "batch "))
+        if _get(run, "train", key)
+    ]
+    steps = f"{len(run.steps):,} steps" if run.steps else ""
+    return ", ".join(part for part in (*parts, steps) if part)
+
+
+def _pairs(run: RunFacts) -> str:
+    pairs = sum(here.pairs for here in run.rounds)
+    total = sum(here.reasons.total() for here in run.rounds)
+    return f"{pairs:,}, and {total:,} rejects" if total else f"{pairs:,}, no rejects"
+
+
+def _time(run: RunFacts) -> str:
+    seconds = run.seconds
+    if not seconds:
+        return ""
+    parts = ", ".join(f"{stage} {duration(value)}" for stage, value in seconds.items() if value > 1)
+    return f"{duration(sum(seconds.values()))} ({parts})"
+
+
+def _tokens(run: RunFacts) -> str:
+    made = sum(here.generated_tokens for here in run.rounds)
+    trained = sum(here.trained_tokens for here in run.rounds)
+    return f"{made:,} generated, {trained:,} trained on" if made or trained else ""
+
+
+def _machine(run: RunFacts) -> str:
+    platform, count = run.environment.get("platform"), run.environment.get("processor_count")
+    return f"{platform}, {count} processors" if platform else ""
+
+
+def _versions(run: RunFacts) -> str:
+    versions = run.environment.get("versions")
+    if not isinstance(versions, dict):
+        return ""
+    return ", ".join(f"{name} {versions[name]}" for name in versions)
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {place: value}
+    return {
+        name: leaf
+        for key, inner in value.items()
+        for name, leaf in _flat(inner, f"{place}.{key}".lstrip(".")).items()
+    }

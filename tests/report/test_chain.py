@@ -1,0 +1,116 @@
+"""The chain of a prompt: nothing that was written for it is lost, each text knows what it was made from."""
+
+from pathlib import Path
+
+from prefloop.records import Candidates, Message, Pair, Prompt, Response, write_jsonl
+from prefloop.report.chain import held_out_chains, pair_chain, round_chains
+from prefloop.rundir import open_run, read_run
+from tests.report.conftest import group, make_run, plain_text, write_round
+
+
+def test_an_arop_pair_is_told_in_the_order_in_which_it_was_written(made_run: Path) -> None:
+    first = next(round_chains(read_run(made_run).round(0), {}))
+    steps = {step.name: step for step in first.steps}
+    assert [*steps] == ["draft_a", "draft_b", "critique", "refined", "flawed"]
+    assert steps["refined"].base == "draft_a"
+    assert steps["refined"].roles == ("chosen",)
+    assert steps["flawed"].base == "refined"
+    assert steps["flawed"].roles == ("rejected",)
+    assert (first.id, first.margin) == ("0000/p0", 0.25)
+    assert first.gap == steps["refined"].score - 0.5  # type: ignore[operator]
+    assert first.ratings["severity_honesty"] == 2.0
+
+
+def test_an_ial_triple_has_its_target_and_the_answer_it_was_ranked_by() -> None:
+    texts = {"draft": "one", "advice": "say more", "rewrite": "one and more"}
+    asked = (Message(role="user", content="Count."),)
+    candidates = Candidates(
+        prompt=Prompt(id="a", messages=asked, target="three"),
+        responses={
+            name: Response(text=text, finish="length" if name == "draft" else "stop")
+            for name, text in texts.items()
+        },
+    )
+    pair = Pair(
+        prompt_id="a",
+        round=1,
+        prompt=asked,
+        chosen="one and more",
+        rejected="one",
+        target="three",
+        origin={"chosen": "rewrite", "rejected": "draft"},
+        unfinished=("rejected",),
+        scores={"chosen": 2.0, "rejected": 3.5},
+    )
+    chain = pair_chain(pair, candidates)
+    assert [(step.name, step.roles, step.base) for step in chain.steps] == [
+        ("draft", ("rejected",), ""),
+        ("advice", (), ""),
+        ("rewrite", ("chosen",), "draft"),
+        ("target", ("target",), ""),
+    ]
+    assert [step.unfinished for step in chain.steps] == [True, False, False, False]
+    assert chain.gap == -1.5
+
+
+def test_a_pair_whose_groups_are_gone_still_shows_both_answers() -> None:
+    asked = (Message(role="user", content="Count."),)
+    pair = Pair(prompt_id="a", round=0, prompt=asked, chosen="yes", rejected="no")
+    steps = pair_chain(pair, None).steps
+    assert [(s.name, s.text, s.base) for s in steps] == [
+        ("chosen", "yes", ""),
+        ("rejected", "no", "chosen"),
+    ]
+
+
+def test_a_method_of_single_answers_shows_one_and_a_third_answer_is_shown_too() -> None:
+    asked = (Message(role="user", content="Count."),)
+    alone = Pair(prompt_id="a", round=0, prompt=asked, chosen="yes", rejected="")
+    assert [step.name for step in pair_chain(alone, None).steps] == ["chosen"]
+    three = Pair(prompt_id="a", round=0, prompt=asked, chosen="yes", rejected="no", sample="well")
+    assert [step.roles for step in pair_chain(three, None).steps] == [
+        ("chosen",),
+        ("rejected",),
+        ("sample",),
+    ]
+
+
+def test_an_answer_that_a_method_changed_after_sampling_is_a_step_of_its_own() -> None:
+    found = group("p0", 0, plain_text)
+    pair = Pair(
+        prompt_id="p0",
+        round=0,
+        prompt=found.prompt.messages,
+        chosen="shortened",
+        rejected=found.responses["flawed"].text,
+        origin={"chosen": "refined", "rejected": "flawed"},
+    )
+    roles = {step.name: step.roles for step in pair_chain(pair, found).steps}
+    assert roles["refined"] == ()
+    assert roles["chosen"] == ("chosen",)
+
+
+def test_a_reject_comes_with_its_reason_and_all_that_was_written(made_run: Path) -> None:
+    chains = list(round_chains(read_run(made_run).round(1), {}))
+    assert [chain.kind for chain in chains] == ["pair", "pair", "pair", "reject"]
+    last = chains[-1]
+    assert (last.id, last.stage, last.reason) == ("0001/p3", "pair", "cut off")
+    assert last.steps[3].text == plain_text("p3", 1, "refined")
+
+
+def test_pairs_that_left_the_order_of_their_groups_find_them(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", "name: run\n") as run:
+        here = run.round(0)
+        write_round(here, ["a", "b", "c"], plain_text)
+        write_jsonl(here.path / "pairs.jsonl", reversed(here.records("pairs", Pair)))
+        chains = list(round_chains(here, {}))
+    assert [chain.id for chain in chains] == ["0000/c", "0000/b", "0000/a"]
+    assert all(len(chain.steps) == 5 for chain in chains)
+
+
+def test_a_held_out_prompt_shows_how_its_answer_changed(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    first, _ = held_out_chains(run)
+    assert [step.name for step in first.steps] == ["start", "after round 0", "after round 1"]
+    assert [step.base for step in first.steps] == ["", "start", "after round 0"]
+    assert first.gap == 2.0
