@@ -32,9 +32,10 @@ from prefloop.evaluate.measures import Item, Measure, Subject
 from prefloop.evaluation_judge import ChosenJudge
 from prefloop.evaluation_measures import Chosen, choose
 from prefloop.evaluation_subjects import Source, contents, find, held_out, names, opened
+from prefloop.machine import environment
 from prefloop.records import read_json, read_jsonl, write_jsonl
 from prefloop.rows import EMBEDDED
-from prefloop.rundir import environment, write_atomically
+from prefloop.rundir import write_atomically
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")

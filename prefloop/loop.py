@@ -22,6 +22,7 @@ from prefloop.budget import spent
 from prefloop.errors import GuardStop
 from prefloop.evaluate.answers import ANSWER, answer_measures
 from prefloop.evaluate.health import check_guards
+from prefloop.machine import Stopwatch
 from prefloop.parts import Parts
 from prefloop.publish import publish
 from prefloop.rank import NoVerdict
@@ -36,7 +37,7 @@ from prefloop.records import (
     write_jsonl,
 )
 from prefloop.report.console import glance, stage_line
-from prefloop.rundir import Journal, RoundDir, RunDir, Stopwatch, open_run
+from prefloop.rundir import Journal, RoundDir, RunDir, open_run
 from prefloop.seeds import derive_seed
 from prefloop.session import Session
 

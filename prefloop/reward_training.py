@@ -23,6 +23,7 @@ from prefloop.embedding_head import EmbeddingHead, features
 from prefloop.errors import DataError, RunFolderError
 from prefloop.generate.templates import PromptSet
 from prefloop.judge_check import by_source, score_pairs
+from prefloop.machine import Stopwatch, environment
 from prefloop.memory import keep_freed_memory
 from prefloop.preferences import (
     LabelledPairs,
@@ -35,7 +36,7 @@ from prefloop.rank.reward_model import RewardModel
 from prefloop.records import read_json, write_jsonl
 from prefloop.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments
 from prefloop.reward_recipe import RewardRecipe
-from prefloop.rundir import Stopwatch, differences, environment, write_atomically
+from prefloop.rundir import differences, write_atomically
 from prefloop.train import checkpoint
 from prefloop.train.sources import quiet
 from prefloop.yaml_text import parse_yaml

@@ -11,17 +11,12 @@ import errno
 import fcntl
 import json
 import os
-import platform
-import resource
 import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import file_digest
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,12 +24,12 @@ import yaml
 from safetensors import SafetensorError
 
 from prefloop.errors import RunFolderError
+from prefloop.machine import environment, installed_versions, peak_memory_mb
 from prefloop.records import Pair, Record, Reject, RoundResult, read_json, read_jsonl
 
 R = TypeVar("R", bound=Record)
 REJECTS = "rejects.jsonl"
 _FULL = os.strerror(errno.ENOSPC)
-_VERSIONS = ("prefloop", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -65,7 +60,8 @@ class Journal:
             write_atomically(self._note, json.dumps(note))
         try:
             self.chunks = int(str(note["chunks"]))
-            self.counts: Counter[str] = Counter(note.get("counts"))
+            counted: Any = note.get("counts", {})
+            self.counts: Counter[str] = Counter(counted)
             sizes = [int(str(note[path.name])) for path in self._files]
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(
@@ -341,27 +337,6 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
     return [] if old == new else [f"{place} was {old}, now {new}"]
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, as they were when the run began."""
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor_count": os.cpu_count(),
-        "versions": installed_versions(),
-    }
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def replace_folder(temporary: Path, final: Path) -> None:
     """Put a finished folder in its place; what lay there before is gone only afterwards."""
     old = final.with_name(final.name + ".old")
@@ -370,33 +345,6 @@ def replace_folder(temporary: Path, final: Path) -> None:
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def peak_memory_mb() -> float:
-    """The most memory (MiB) that this process, or the largest of those that it has ended, ever held.
-
-    On a GPU what torch had allocated there comes on top.
-    """
-    sizes = [
-        resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
-    held = max(sizes) * (1 if sys.platform == "darwin" else 1024)
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        held += torch.cuda.max_memory_allocated()
-    return round(held / 2**20, 1)
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Wall time, to a tenth of a second."""
-        return round(time.perf_counter() - self._start, 1)
 
 
 def _size(path: Path) -> int:
