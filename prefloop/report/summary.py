@@ -69,6 +69,7 @@ def show_run(folder: Path, console: Console, *, pair: str | None, count: int) ->
             show_chain(chain, console)
         return
     _show_results(run.results(), console)
+    show_curve(win_rate_curve(run), console)
     _show_pairs(_newest(run, count), console)
 
 
@@ -80,6 +81,7 @@ def run_json(folder: Path, *, pair: str | None, count: int) -> str:
     found = {
         "folder": str(folder),
         "results": [result.model_dump() for result in run.results()],
+        "win_rate_curve": [point.model_dump() for point in win_rate_curve(run)],
         "rejects": {here.number: dict(here.reasons()) for here in run.rounds()},
         "pairs": [
             {"id": found.id, **found.model_dump(mode="json")} for found in _newest(run, count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,30 @@ from prefloop.evaluate.measures import Measure, Outcome, Subject
 from prefloop.evaluation_measures import SUITES, find_measure, measure_names
 from prefloop.generate.fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
-from prefloop.generate.templates import PromptSet
-from prefloop.rank.similarity import Similarity
+from prefloop.rank import Verdict
+from prefloop.records import Prompt
 from tests.conftest import tiny_llama
 
 MEASURES = measure_names()
-every_measure = pytest.mark.parametrize("name", MEASURES)
+HARNESS = {"ifeval": ("lm_eval", "langdetect", "punkt"), "leaderboard": ("lm_eval",)}
+"""What of lm-evaluation-harness and its helpers a measure imports; without them its tests are skipped."""
+every_measure = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.filterwarnings("ignore::DeprecationWarning"))
+        if name in HARNESS
+        else name
+        for name in MEASURES
+    ],
+)
+
+
+class ByLength:
+    """A judge that scores each answer from 1 to 10 by its length."""
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        return [tuple(1.0 + len(text) % 10 for text in group) for group in groups]
+
 
 Example = Callable[[Path], dict[str, Any]]
 
@@ -60,7 +78,61 @@ def introspection(folder: Path) -> dict[str, Any]:
     return {**held_out(folder), "of": str(folder)}
 
 
+def jailbreak(folder: Path) -> dict[str, Any]:
+    templates = [{"id": f"t{n}", "template": f"{n}: [INSERT PROMPT HERE]"} for n in range(2)]
+    prompts = [{"id": f"p{n}", "prompt": f"Tell me the pudding number {n}"} for n in range(3)]
+    return {
+        "templates": write(folder / "templates.jsonl", templates),
+        "prompts": (write(folder / "prompts.jsonl", prompts),),
+        "attacks": None,
+        "sampling": {"max_new_tokens": 4},
+    }
+
+
+def over_refusal(folder: Path) -> dict[str, Any]:
+    rows = [
+        {"id": f"{label}{n}", "prompt": f"May I {label} {n}?", "type": "homonyms", "label": label}
+        for label in ("safe", "unsafe")
+        for n in range(3)
+    ]
+    return {"prompts": write(folder / "prompts.jsonl", rows), "sampling": {"max_new_tokens": 4}}
+
+
+def mt_bench(folder: Path) -> dict[str, Any]:
+    rows = [
+        {"id": f"{kind}{n}", "category": kind, "turns": [f"First {n}?", "Second?"], "reference": []}
+        for kind in ("writing", "math")
+        for n in range(2)
+    ]
+    data = write(folder / "questions.jsonl", rows)
+    return {"data": data, "judge_range": (1.0, 10.0), "max_new_tokens": 4}
+
+
+def ifeval(folder: Path) -> dict[str, Any]:
+    rows = [
+        {
+            "id": str(n),
+            "prompt": f"Write line {n} without commas.",
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{}],
+        }
+        for n in range(3)
+    ]
+    return {"data": write(folder / "ifeval.jsonl", rows), "sampling": {"max_new_tokens": 4}}
+
+
+def leaderboard(folder: Path) -> dict[str, Any]:
+    from tests.evaluate import benchmark_data
+
+    return {"folder": benchmark_data.write(folder / "bench"), "items": 3, "tasks": ("winogrande",)}
+
+
 EXAMPLES: dict[str, Example] = {
+    "ifeval": ifeval,
+    "jailbreak": jailbreak,
+    "leaderboard": leaderboard,
+    "mt_bench": mt_bench,
+    "over_refusal": over_refusal,
     "divergence": lambda folder: {**held_out(folder), "max_new_tokens": 6},
     "health": drawing,
     "introspection": introspection,
@@ -74,6 +146,8 @@ def example(name: str, folder: Path) -> Measure:
         f"measure {name} has no entry in EXAMPLES of {Path(__file__).name}: add a function that writes the small "
         "data it needs and returns its options"
     )
+    for module in HARNESS.get(name, ()):
+        pytest.importorskip(module)
     folder.mkdir(parents=True, exist_ok=True)
     return find_measure(name).model_validate(EXAMPLES[name](folder))
 
@@ -101,7 +175,7 @@ def subject(engines: tuple[HFEngine, HFEngine], folder: Path, **changes: Any) ->
         "initial": engines[1],
         "model": engines[0].model,
         "tokenizer": engines[0].chat.tokenizer,
-        "judge": Similarity().open(None, PromptSet("compact")),
+        "judge": ByLength(),
         "folder": folder,
         "seed": 3,
         **changes,

@@ -154,7 +154,9 @@ class Jailbreak(Measure):
             texts |= {"asked": attack.text, "answer": answer.text}
         metric = JSR_PLAIN if attack.attack == PLAIN else JSR
         values = {} if isinstance(verdict, str) else {metric: float(verdict)}
-        return Item(id=attack.id, values=values, group=attack.attack, texts=texts)
+        return Item(
+            id=attack.id, values=values, group=attack.attack, cluster=attack.goal_id, texts=texts
+        )
 
     def _facts(
         self,
