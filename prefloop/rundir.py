@@ -51,7 +51,6 @@ class Journal:
         self._note = folder / f"{stage}.progress.json"
         self._main = folder / f"{stage}.jsonl"
         self._files = (self._main, folder / REJECTS)
-        note: dict[str, Any]
         if self._note.exists():
             note = read_json(self._note)
         else:
@@ -60,8 +59,8 @@ class Journal:
             write_atomically(self._note, json.dumps(note))
         try:
             self.chunks = int(str(note["chunks"]))
-            counted: Any = note.get("counts", {})
-            self.counts: Counter[str] = Counter(counted)
+            counts: Any = note.get("counts")
+            self.counts: Counter[str] = Counter(counts)
             sizes = [int(str(note[path.name])) for path in self._files]
         except (KeyError, TypeError, ValueError) as error:
             raise RunFolderError(
