@@ -51,15 +51,15 @@ def write(folder: Path, seed: int = 0) -> Path:
 
     files = {
         "arc_challenge_trainval": [choice() for _ in range(30)],
-        "arc_challenge_test": [choice() for _ in range(5)],
+        "arc_challenge_test": [choice() for _ in range(4)],
         "hellaswag_val": [ending(n % 2 == 0) for n in range(26)],
         "mmlu_dev": [choice(subject=s) for s in subjects() for _ in range(5)],
         "mmlu_test": [choice(subject=s) for s in subjects() for _ in range(2)],
-        "truthfulqa_mc": [truth() for _ in range(4)],
+        "truthfulqa_mc": [truth() for _ in range(3)],
         "winogrande_train": [blank() for _ in range(9)],
         "winogrande_val": [blank() for _ in range(7)],
         "gsm8k_train": [sum_up(n) for n in range(8)],
-        "gsm8k_test": [sum_up(n) for n in range(3)],
+        "gsm8k_test": [sum_up(n) for n in range(2)],
     }
     folder.mkdir(exist_ok=True)
     for name, rows in files.items():

@@ -69,14 +69,12 @@ def by_the_harness(engine: HFEngine, folder: Path, chat_template: bool = False, 
 
     options = Leaderboard(folder=folder, items=ITEMS, **only)
     sizes = {n: len(t.eval_docs) for n, t in load_tasks(options.tasks, folder).items()}
-    own = Path(lm_eval.__file__).parent / "tasks"
-    names = ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande", "gsm8k")
     return lm_eval.simple_evaluate(
         model=HFLM(pretrained=engine.model, tokenizer=engine.chat.tokenizer, batch_size=3),
         tasks=[f"prefloop_{name}" for name in options.tasks],
         samples={name: list(numbers) for name, numbers in options.drawn(sizes, 3).items()},
         task_manager=TaskManager(
-            include_path=[*(own / name for name in names), module.TASKS],
+            include_path=[*module.harness_folders(), module.TASKS],
             include_defaults=False,
             metadata={"folder": str(folder)},
         ),

@@ -159,16 +159,10 @@ def benchmark_of(task: str) -> str:
 
 def load_tasks(benchmarks: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """The harness's task objects by its names, in the order of the benchmarks, with their data."""
-    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    # Not all of the harness's 14,000 tasks, which take long to read.
-    own = Path(lm_eval.__file__).parent / "tasks"
-    folders = [
-        own / name for name in ("arc", "hellaswag", "mmlu", "truthfulqa", "winogrande", "gsm8k")
-    ]
     manager = TaskManager(
-        include_path=[*folders, TASKS],
+        include_path=[*harness_folders(), TASKS],
         include_defaults=False,
         metadata={} if folder is None else {"folder": str(folder)},
     )
@@ -180,6 +174,15 @@ def load_tasks(benchmarks: Sequence[str], folder: Path | None) -> dict[str, Any]
     for task in tasks.values():
         task.set_fewshot_seed(seed=_EXAMPLES_SEED)
     return {name: task for name, task in tasks.items() if benchmark_of(name) in benchmarks}
+
+
+def harness_folders() -> list[Path]:
+    """Where the harness keeps the six; all of its 14,000 tasks take long to read."""
+    import lm_eval
+
+    own = Path(lm_eval.__file__).parent / "tasks"
+    names = ("arc", "hellaswag", "mmlu/default", "truthfulqa", "winogrande", "gsm8k")
+    return [own / name for name in names]
 
 
 def estimates_of(items: Sequence[Item], *, seed: int) -> dict[str, Estimate]:
