@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
@@ -33,6 +33,16 @@ T = TypeVar("T")
 # So many are asked between two notes on disk; the slots empty at each end, so not few.
 _SCORED_AT_A_TIME = 512
 _DECODED_AT_A_TIME = 128
+
+
+class _Kind(NamedTuple):
+    """How an answer is generated."""
+
+    stop: list[str]
+    limit: int
+    """Tokens at most."""
+    room: int
+    """Tokens that a prompt may have."""
 
 
 class PolicyLM(TemplateLM):  # type: ignore[misc]
@@ -103,13 +113,13 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         keys = [self._answered.key("loglikelihood", *texts) for texts, _, _ in requests]
-        new = {
+        rows = {
             key: self._row(context, continuation)
             for key, (_, context, continuation) in zip(keys, requests, strict=True)
-            if key not in self._answered
         }
-        with Bar("score", len(set(keys))) as bar:
-            bar.at(len(set(keys)) - len(new))
+        new = {key: row for key, row in rows.items() if key not in self._answered}
+        with Bar("score", len(rows)) as bar:
+            bar.at(len(rows) - len(new))
             # By tokens, so that rows which begin alike are scored in one go.
             for part in _parts(sorted(new, key=lambda key: new[key][0]), _SCORED_AT_A_TIME):
                 ids, starts = zip(*(new[key] for key in part), strict=True)
@@ -141,17 +151,17 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
         asked = dict(zip(keys, (request.args for request in requests), strict=True))
         by_kind: dict[str, list[str]] = {}
         for key, (_, options) in asked.items():
-            if key not in self._answered:
-                by_kind.setdefault(repr(options), []).append(key)
-        for new in by_kind.values():
+            by_kind.setdefault(repr(options), []).append(key)
+        for same in by_kind.values():
+            kind = self._kind(asked[same[0]][1])
+            prompts = {key: self._prompt(asked[key][0], kind.room) for key in same}
+            new = [key for key in same if key not in self._answered]
             for part in _parts(new, _DECODED_AT_A_TIME):
-                contexts = [asked[key][0] for key in part]
-                self._answered.add(
-                    dict(zip(part, self._generated(contexts, asked[part[0]][1]), strict=True))
-                )
+                found = self._generated([prompts[key] for key in part], kind)
+                self._answered.add(dict(zip(part, found, strict=True)))
         return [str(self._answered[key]) for key in keys]
 
-    def _generated(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
+    def _kind(self, options: dict[str, Any]) -> _Kind:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, 256))
         assert not wanted["do_sample"], "the leaderboard's tasks decode greedily"
         end = self.tokenizer.decode(self.eot_token_id)
@@ -162,21 +172,23 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
                 f"answers of {wanted['max_gen_toks']} tokens leave no room for a question in the model's "
                 f"window of {self.max_length} tokens; leave out this task"
             )
-        prompts = [self.tok_encode(context) for context in contexts]
-        self.cut += sum(len(prompt) > room for prompt in prompts)
-        found = self._engine.continue_tokens(
-            [prompt[-room:] for prompt in prompts],
-            Sampling(
-                temperature=0,
-                stop=tuple(text for text in stop if text),
-                max_new_tokens=wanted["max_gen_toks"],
-            ),
-            seed=self._seed,
-            label="answer",
+        return _Kind(stop, wanted["max_gen_toks"], room)
+
+    def _prompt(self, context: str, room: int) -> list[int]:
+        ids = self.tok_encode(context)
+        self.cut += len(ids) > room
+        return ids[-room:]
+
+    def _generated(self, prompts: Sequence[list[int]], kind: _Kind) -> list[str]:
+        sampling = Sampling(
+            temperature=0,
+            stop=tuple(text for text in kind.stop if text),
+            max_new_tokens=kind.limit,
         )
+        found = self._engine.continue_tokens(prompts, sampling, seed=self._seed, label="answer")
         return [
             postprocess_generated_text(
-                self.tokenizer.decode(ids, skip_special_tokens=True), stop, None
+                self.tokenizer.decode(ids, skip_special_tokens=True), kind.stop, None
             )
             for ids in found
         ]

@@ -60,10 +60,18 @@ def introspection(folder: Path) -> dict[str, Any]:
     return {**held_out(folder), "of": str(folder)}
 
 
+def benchmarks(folder: Path) -> dict[str, Any]:
+    pytest.importorskip("lm_eval")
+    from tests.evaluate.benchmark_data import write as write_benchmarks
+
+    return {"folder": str(write_benchmarks(folder)), "tasks": ["winogrande"], "items": 3}
+
+
 EXAMPLES: dict[str, Example] = {
     "divergence": lambda folder: {**held_out(folder), "max_new_tokens": 6},
     "health": drawing,
     "introspection": introspection,
+    "leaderboard": benchmarks,
     "preferences": preferences,
     "win_rate": drawing,
 }

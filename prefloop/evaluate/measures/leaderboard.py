@@ -91,13 +91,19 @@ class Leaderboard(Measure):
                     "(docs/leaderboard.md), or leave the option out to load the hub's data sets"
                 )
 
+    def lacks(self, subject: Subject) -> str | None:
+        """A model in this process, whose tokens can be scored as they stand."""
+        if subject.model is None or not hasattr(subject.engine, "score_tokens"):
+            return (
+                f"{subject.name}: the leaderboard needs a model in this process; use the engine hf"
+            )
+        return super().lacks(subject)
+
     def run(self, subject: Subject) -> Outcome:
         """Ask, and count as the leaderboard did."""
         self.check()
-        if subject.model is None or not hasattr(subject.engine, "score_tokens"):
-            raise ModelError(
-                f"{subject.name}: the leaderboard needs a model in this process; use the engine hf"
-            )
+        if lack := self.lacks(subject):
+            raise ModelError(lack)
         from prefloop.evaluate.harness import PolicyLM
 
         answered = Answered(subject.folder / "leaderboard_answers.jsonl")
