@@ -105,7 +105,17 @@ def scores_of(
 
 def joined(parts: Sequence[TokenScores]) -> TokenScores:
     """Scores of following tokens as one."""
-    return TokenScores(*([value for part in parts for value in part[n]] for n in range(4)))
+    whole = TokenScores([], [], [], [])
+    for part in parts:
+        _add(whole, part)
+    return whole
+
+
+def _add(scores: TokenScores, more: TokenScores) -> None:
+    scores.logprobs.extend(more.logprobs)
+    scores.likeliest.extend(more.likeliest)
+    scores.top_ids.extend(more.top_ids)
+    scores.top_logprobs.extend(more.top_logprobs)
 
 
 def _distinct(wanted: Sequence[Wanted]) -> list[_Row]:
@@ -127,9 +137,9 @@ def _admit(slots: Slots, waiting: deque[_Row], running: list[_Row]) -> None:
     later: list[_Row] = []
     while waiting and free and pending < STEP_TOKENS and len(later) < slots.count:
         row = waiting.popleft()
-        # Two tokens or more are fed: single ones are computed otherwise, and the last bits would differ.
-        shareable = max(0, min(row.first, len(row.ids) - 2))
-        found = slots.find(row.ids[: shareable + 2], free)
+        # What is before `first` can be shared. `find` leaves two tokens or more to be fed in any case: a single
+        # one is computed otherwise, and the last bits would differ.
+        found = slots.find(row.ids[: row.first + 2], free)
         if found.coming >= found.shared + WORTH_WAITING:
             later.append(row)
             continue
@@ -188,8 +198,7 @@ def _forward(
     found = scores_of(logits_EV, [a.at for a in asked], [a.token for a in asked], top)
     rows = {place: row for row, _ in fed for place in row.places}
     for (_, place, _), scores in zip(asked, found, strict=True):
-        for values, new in zip(rows[place].scores[place], scores, strict=True):
-            values += new
+        _add(rows[place].scores[place], scores)
     for row, count in fed:
         row.present += count
         slots.computed(row.slot, row.present)

@@ -85,8 +85,24 @@ def test_a_beginning_in_common_is_computed_once(
     # The first feeds all but its last token, the others their own tokens and the one before.
     assert [sum(column) for column in zip(*fed, strict=True)] == [202 + 3 * 3, 4 * 3]
     fed.clear()
+    HFEngine(model, tokenizer).score_tokens([[*beginning, n, 5] for n in range(4)], [201] * 4)
+    # Single tokens are computed otherwise than several, so two are fed where one would do.
+    assert [sum(column) for column in zip(*fed, strict=True)] == [201 + 3 * 2, 4]
+    fed.clear()
     HFEngine(model, tokenizer).score_tokens([[*beginning, n] for n in range(4)], [200] * 4)
     assert fed == [(200, 1)], "rows that differ in the last token are one row"
+
+
+def test_no_piece_of_a_row_is_a_single_token() -> None:
+    for length in (2, 3, 64, 65, 66, 129, 130, 513, 577):
+        for room in (1, 2, 63, 64, 65, 100, 512):
+            for present in range(0, length - 1, 7):
+                row = scoring._Row(list(range(length)), [0], 0, present=present)
+                count = scoring._piece(row, room)
+                assert 0 <= count <= room or count == row.pending <= room
+                assert count != 1
+                assert row.pending - count != 1
+                assert count or room < 66, "a step always feeds something"
 
 
 def test_rows_too_many_for_the_memory_are_scored_by_fewer_slots(
