@@ -134,11 +134,20 @@ def wilson(successes: int, count: int, *, level: float = 0.95) -> Estimate | Non
     assert 0 <= successes <= count, f"{successes} of {count}"
     if not count:
         return None
+    return wilson_share(successes / count, count, count=count, level=level)
+
+
+def wilson_share(share: float, size: float, *, count: int, level: float = 0.95) -> Estimate:
+    """The Wilson interval of a share that is as certain as one of `size` independent values.
+
+    `size` need not be whole: where `count` values are not independent or not equally likely drawn, it is
+    the effective size, share·(1 − share)/variance. Source: Franco et al. (2019), Comparative Study of
+    Confidence Intervals for Proportions in Complex Sample Surveys.
+    """
     z = NormalDist().inv_cdf((1 + level) / 2)
-    share = successes / count
-    scale = 1 + z**2 / count
-    centre = (share + z**2 / (2 * count)) / scale
-    half = z / scale * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    scale = 1 + z**2 / size
+    centre = (share + z**2 / (2 * size)) / scale
+    half = z / scale * (share * (1 - share) / size + z**2 / (4 * size**2)) ** 0.5
     # Rounding must not put the interval's end past the share itself at 0 and 1.
     return Estimate(
         share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), count

@@ -23,9 +23,9 @@ from prefloop.records import Sampling
 # N tokens of a step, E rows whose next token is drawn, V vocabulary.
 
 # More tokens a step make matrix products hardly faster and running answers wait longer.
-_STEP_TOKENS = 512
+STEP_TOKENS = 512
 # Starting from what another conversation computed is worth waiting a step for from this many tokens on.
-_WORTH_WAITING = 16
+WORTH_WAITING = 16
 
 
 class Sampled(NamedTuple):
@@ -101,7 +101,7 @@ def _admit(slots: Slots, tasks: Sequence[Task], waiting: deque[int], running: li
     while waiting and free:
         prompt = tasks[waiting[0]].prompt
         found = slots.find(prompt, free)
-        if found.coming >= found.shared + _WORTH_WAITING:
+        if found.coming >= found.shared + WORTH_WAITING:
             break
         slots.begin(found, prompt)
         free.remove(found.slot)
@@ -115,9 +115,9 @@ def _feed(running: Sequence[_Row]) -> list[tuple[_Row, int]]:
     """
     single = [row for row in running if row.pending == 1]
     fed = [(row, 1) for row in sorted(single, key=lambda row: row.slot)]
-    room = _STEP_TOKENS
+    room = STEP_TOKENS
     for row in running:
-        count = min(row.pending, _STEP_TOKENS)
+        count = min(row.pending, STEP_TOKENS)
         if row.pending > 1 and count <= room:
             fed.append((row, count))
             room -= count

@@ -7,7 +7,7 @@ fake_engine.py without a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prefloop.records import Request, Response, Sampling, Scored
 
@@ -31,4 +31,41 @@ class Engine(Protocol):
         self, requests: Sequence[Request], options: Sequence[str]
     ) -> list[tuple[float, ...]]:
         """Probability of each option as the next token, renormalised over the options; a row a request."""
+        ...
+
+
+class TokenScores(NamedTuple):
+    """Given tokens under a model."""
+
+    logprobs: list[float]
+    """Of each token, in nats, at temperature 1."""
+    likeliest: list[bool]
+    """Whether it is the one that greedy decoding would have taken."""
+    top_ids: list[list[int]]
+    """The likeliest tokens at each position, likeliest first; empty where none were asked for."""
+    top_logprobs: list[list[float]]
+
+
+class TokenEngine(Protocol):
+    """An engine whose model is in this process: it takes tokens as they stand, without a chat template."""
+
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        label: str = "generate",
+    ) -> list[list[int]]:
+        """What follows each prompt, the token that ended it included.
+
+        It ends where `generate` of transformers would: at the tokens that the model's generation config
+        names, and at `sampling.stop`, in a text that shows special tokens.
+        """
+        ...
+
+    def score_tokens(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> list[TokenScores]:
+        """Scores of each row's tokens from its start on; `starts` are at least 1."""
         ...

@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 
 from prefloop.chat import Chat
 from prefloop.errors import GenerationError
-from prefloop.generate.decode import Sampled, Task, decode
+from prefloop.generate.decode import STEP_TOKENS, Sampled, Task, decode
+from prefloop.generate.engine import TokenScores
 from prefloop.generate.fallback import generate
 from prefloop.generate.linears import ReorderedLinears, fingerprint
+from prefloop.generate.scoring import Wanted, joined, score, scores_of
 from prefloop.generate.servable import why_not, windows_of
 from prefloop.generate.slot_attention import slot_attention
 from prefloop.generate.slots import Slots
@@ -60,28 +62,58 @@ class HFEngine:
         self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
     ) -> list[Response]:
         """One response per request, in their order."""
-        tasks = [
-            Task(
-                self._prompt(request),
-                np.random.Generator(np.random.Philox(derive_seed(seed, place))).random(
-                    sampling.max_new_tokens
-                ),
-            )
-            for place, request in enumerate(requests)
-        ]
-        with Bar(label, len(tasks)) as bar, _evaluating(self.model):
-            found = self._decode(tasks, sampling, bar) if tasks else {}
+
+        def ended(ids: list[int]) -> bool:
+            return ids[-1] in self.chat.stop_ids or self._cut(ids, sampling.stop) is not None
+
+        prompts = [self._prompt(request) for request in requests]
+        found = self._decode(_tasks(prompts, sampling, seed), sampling, ended, label)
         return [
             self._response(found[place], sampling, bool(request.prefix))
             for place, request in enumerate(requests)
         ]
 
-    def _decode(self, tasks: Sequence[Task], sampling: Sampling, bar: Bar) -> dict[int, Sampled]:
-        """Continue all tasks, in slots where the model can be decoded so."""
-        found: dict[int, Sampled] = {}
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seed: int,
+        label: str = "generate",
+    ) -> list[list[int]]:
+        """What follows each prompt, without a chat template: as TokenEngine says."""
+        named = self.model.generation_config.eos_token_id
+        stops = {self.chat.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
 
         def ended(ids: list[int]) -> bool:
-            return ids[-1] in self.chat.stop_ids or self._cut(ids, sampling.stop) is not None
+            if ids[-1] in stops:
+                return True
+            text = self.chat.tokenizer.decode(ids) if sampling.stop else ""
+            return any(stop in text for stop in sampling.stop)
+
+        found = self._decode(_tasks(prompts, sampling, seed), sampling, ended, label)
+        return [found[place].ids for place in range(len(prompts))]
+
+    def _decode(
+        self,
+        tasks: Sequence[Task],
+        sampling: Sampling,
+        ended: Callable[[list[int]], bool],
+        label: str,
+    ) -> dict[int, Sampled]:
+        """Continue all tasks, by place."""
+        with Bar(label, len(tasks)) as bar, _evaluating(self.model):
+            return self._continued(tasks, sampling, ended, bar) if tasks else {}
+
+    def _continued(
+        self,
+        tasks: Sequence[Task],
+        sampling: Sampling,
+        ended: Callable[[list[int]], bool],
+        bar: Bar,
+    ) -> dict[int, Sampled]:
+        """In slots where the model can be decoded so."""
+        found: dict[int, Sampled] = {}
 
         def finished(place: int, sampled: Sampled) -> None:
             found[place] = sampled
@@ -128,38 +160,70 @@ class HFEngine:
     @contextmanager
     def _ready(self, count: int, longest: int) -> Iterator[Slots]:
         """Room for the conversations, and the model prepared to use it."""
+        with self._prepared():
+            count = min(count, self.batch_size)
+            if self._slots is None:
+                self._slots = Slots(count, longest)
+            self._slots.grow(count, longest)
+            yield self._slots
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Inside, the model's forward pass goes through slots, with reordered weights."""
         weights = fingerprint(self.model)
         if weights != self._weights:
             self.release()
             self._weights, self._linears = weights, ReorderedLinears(self.model)
         assert self._linears is not None
-        count = min(count, self.batch_size)
-        if self._slots is None:
-            self._slots = Slots(count, longest)
-        self._slots.grow(count, longest)
         with self._linears.in_use(), slot_attention(self.model):
-            yield self._slots
+            yield
 
     def score(
         self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
     ) -> list[Scored]:
         """Log-probability of each given answer."""
-        prompts = [self._prompt(request) for request in requests]
-        rows = [
-            prompt + self.chat.answer_ids(answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
+        wanted = []
+        for request, answer in zip(requests, answers, strict=True):
+            prompt = self._prompt(request)
+            wanted.append(Wanted(prompt + self.chat.answer_ids(answer), len(prompt)))
+        return [
+            self._scored(row, scores, answer)
+            for row, scores, answer in zip(wanted, self._score(wanted, top), answers, strict=True)
         ]
+
+    def score_tokens(
+        self, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    ) -> list[TokenScores]:
+        """Scores of each row's tokens from its start on."""
+        return self._score([Wanted(*row) for row in zip(rows, starts, strict=True)], 0)
+
+    def _score(self, wanted: Sequence[Wanted], top: int) -> list[TokenScores]:
+        """In slots where the model can be served so, else in padded batches."""
+        found: dict[int, TokenScores] = {}
+
+        def finished(place: int, scores: TokenScores) -> None:
+            _finite(scores.logprobs)
+            found[place] = scores
+
+        def forward(places: list[int]) -> list[None]:
+            logits_BTV = self._logits([list(wanted[place].ids) for place in places])
+            for place, logits_TV in zip(places, logits_BTV, strict=True):
+                ids, start = wanted[place]
+                at = range(start - 1, len(ids) - 1)
+                finished(place, joined(scores_of(logits_TV, at, ids[start:], top)))
+            return [None] * len(places)
+
+        longest = max((len(row.ids) for row in wanted), default=0)
         with _evaluating(self.model):
-
-            def forward(places: list[int]) -> list[Scored]:
-                logits_BTV = self._logits([rows[place] for place in places])
-                return [
-                    self._scored(logits_TV, len(prompts[place]), rows[place], answers[place], top)
-                    for place, logits_TV in zip(places, logits_BTV, strict=True)
-                ]
-
-            # Scoring keeps the logits of every position, decoding those of one.
-            return self._batched(rows, forward, share=4)
+            if wanted and not self._servable(longest):
+                # Scoring so keeps the logits of every position, decoding those of one.
+                self._batched([list(row.ids) for row in wanted], forward, share=4)
+            while todo := [place for place in range(len(wanted)) if place not in found]:
+                with self._limits(longest), self._prepared():
+                    rows = [wanted[place] for place in todo]
+                    slots = Slots(_slots_for(longest, len(rows), self.batch_size), longest)
+                    score(self.model, slots, rows, top, partial(_at_place, finished, todo))
+        return [found[place] for place in range(len(wanted))]
 
     def choose(
         self, requests: Sequence[Request], options: Sequence[str]
@@ -207,20 +271,13 @@ class HFEngine:
         logits_BTV: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
         return logits_BTV
 
-    def _scored(
-        self, logits_TV: Tensor, start: int, ids: list[int], answer: str, top: int
-    ) -> Scored:
-        answer_ids = ids[start:]
-        predicting = logits_TV[start - 1 : len(ids) - 1].float().log_softmax(dim=-1)
-        chosen = predicting.gather(1, torch.tensor(answer_ids, device=predicting.device)[:, None])
-        offsets = (*self.chat.text_offsets(answer), (len(answer), len(answer)))
-        values, indices = predicting.topk(top, dim=-1) if top else (predicting[:, :0],) * 2
+    def _scored(self, row: Wanted, scores: TokenScores, answer: str) -> Scored:
         return Scored(
-            token_ids=tuple(answer_ids),
-            offsets=offsets,
-            logprobs=tuple(_finite(chosen[:, 0].tolist())),
-            top_texts=tuple(map(self.chat.token_texts, indices.long().tolist())) if top else (),
-            top_logprobs=tuple(tuple(row) for row in values.tolist()) if top else (),
+            token_ids=tuple(row.ids[row.start :]),
+            offsets=(*self.chat.text_offsets(answer), (len(answer), len(answer))),
+            logprobs=tuple(scores.logprobs),
+            top_texts=tuple(map(self.chat.token_texts, scores.top_ids)),
+            top_logprobs=tuple(map(tuple, scores.top_logprobs)),
         )
 
     def _batched(
@@ -261,9 +318,27 @@ class HFEngine:
 
 
 def _at_place(
-    finished: Callable[[int, Sampled], None], places: Sequence[int], number: int, sampled: Sampled
+    finished: Callable[[int, T], None], places: Sequence[int], number: int, result: T
 ) -> None:
-    finished(places[number], sampled)
+    finished(places[number], result)
+
+
+def _tasks(prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[Task]:
+    """Each prompt with random numbers of its own."""
+    return [
+        Task(
+            list(prompt),
+            np.random.Generator(np.random.Philox(derive_seed(seed, place))).random(
+                sampling.max_new_tokens
+            ),
+        )
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def _slots_for(longest: int, rows: int, batch_size: int) -> int:
+    """As many slots as hold `batch_size` times a step's tokens: long rows fill a step by few."""
+    return min(rows, batch_size, max(4, batch_size * STEP_TOKENS // longest))
 
 
 def _finite(logprobs: list[float]) -> list[float]:

@@ -122,20 +122,21 @@ def ifeval(folder: Path) -> dict[str, Any]:
 
 
 def leaderboard(folder: Path) -> dict[str, Any]:
-    from tests.evaluate import benchmark_data
+    pytest.importorskip("lm_eval")
+    from tests.evaluate.benchmark_data import write as write_benchmarks
 
-    return {"folder": benchmark_data.write(folder / "bench"), "items": 3, "tasks": ("winogrande",)}
+    return {"folder": str(write_benchmarks(folder)), "tasks": ["winogrande"], "items": 3}
 
 
 EXAMPLES: dict[str, Example] = {
     "ifeval": ifeval,
     "jailbreak": jailbreak,
-    "leaderboard": leaderboard,
     "mt_bench": mt_bench,
     "over_refusal": over_refusal,
     "divergence": lambda folder: {**held_out(folder), "max_new_tokens": 6},
     "health": drawing,
     "introspection": introspection,
+    "leaderboard": leaderboard,
     "preferences": preferences,
     "win_rate": drawing,
 }

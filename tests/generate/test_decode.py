@@ -126,7 +126,7 @@ def test_greedy_equals_generate_token_by_token(
     family: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three slots for eight ragged prompts, fed in small pieces: prompts are cut, slots are refilled."""
-    monkeypatch.setattr(decode_loop, "_STEP_TOKENS", 16)
+    monkeypatch.setattr(decode_loop, "STEP_TOKENS", 16)
     monkeypatch.setattr(hf_engine, "generate", must_not_be_needed)
     engine = HFEngine(family, tokenizer, batch_size=3)
     found = engine.sample(requests(), GREEDY, seed=0)

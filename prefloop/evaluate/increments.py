@@ -1,0 +1,77 @@
+"""The leaderboard over successive rounds: each round's values, and what they gained over the round before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prefloop.errors import DataError
+from prefloop.evaluate.measures import Outcome
+from prefloop.evaluate.measures.leaderboard import BENCHMARKS, MEAN, stratum_of
+from prefloop.evaluate.stats import Estimate
+from prefloop.evaluate.task_means import mean_difference, mean_of
+
+_SHORT = {
+    "arc_challenge": "ARC-c",
+    "hellaswag": "HellaSwag",
+    "mmlu": "MMLU",
+    "truthfulqa_mc2": "TruthfulQA",
+    "winogrande": "Winogrande",
+    "gsm8k": "GSM8K",
+    MEAN: "mean",
+}
+
+
+def increments(before: Outcome, after: Outcome) -> dict[str, Estimate]:
+    """By benchmark, and for the mean of all six, after minus before on the questions that both were asked.
+
+    Raises DataError where they share none, or where their prompts differ.
+    """
+    prompts = [(outcome.facts or {}).get("prompts") for outcome in (before, after)]
+    earlier = {item.id: item for item in before.items}
+    pairs = [(earlier[item.id], item) for item in after.items if item.id in earlier]
+    if not pairs:
+        raise DataError(
+            "the two leaderboard results share no question; measure both with the same tasks, items and seed"
+        )
+    if len(pairs) == len(before.items) == len(after.items) and prompts[0] != prompts[1]:
+        raise DataError(
+            "the two leaderboard results come from other prompts (data, harness or chat template have changed); "
+            "measure both again"
+        )
+    found: dict[str, Estimate] = {}
+    for benchmark in BENCHMARKS:
+        strata: dict[str, list[float]] = {}
+        for old, new in pairs:
+            if new.group == benchmark:
+                change = new.values[benchmark] - old.values[benchmark]
+                strata.setdefault(stratum_of(new), []).append(change)
+        if strata:
+            found[benchmark] = mean_difference(strata)
+    if len(found) == len(BENCHMARKS):
+        found[MEAN] = mean_of(list(found.values()))
+    return found
+
+
+def rounds_table(outcomes: Mapping[str, Outcome]) -> list[list[str]]:
+    """A head and a row for each outcome, in their order: values in per cent, in brackets the gain on the row above.
+
+    A gain whose 95 % interval holds 0 is followed by "~": it may be chance.
+    """
+    shown = [name for name in _SHORT if any(name in o.estimates for o in outcomes.values())]
+    rows = [["", *(_SHORT[name] for name in shown)]]
+    before: Outcome | None = None
+    for label, outcome in outcomes.items():
+        gains = increments(before, outcome) if before else {}
+        rows.append([label, *(_cell(outcome.estimates.get(n), gains.get(n)) for n in shown)])
+        before = outcome
+    return rows
+
+
+def _cell(value: Estimate | None, gain: Estimate | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{100 * value.value:.1f}"
+    if gain is None:
+        return text
+    chance = "~" if gain.low <= 0 <= gain.high else ""
+    return f"{text} ({100 * gain.value:+.1f}{chance})"

@@ -1,0 +1,165 @@
+"""Local files in the shape of the hub's data sets: what lm-eval's own task definitions then read.
+
+The YAML files beside this name its functions, and lm-eval calls them with the task's metadata, of which
+`folder` is ours. What the files must hold: docs/leaderboard.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from prefloop.errors import DataError
+
+Row = dict[str, Any]
+
+# HellaSwag has only its validation set here, so its examples are its first rows, which are not asked then.
+HELLASWAG_EXAMPLES = 100
+
+
+def arc_challenge(folder: str, **_: Any) -> Mapping[str, Dataset]:
+    """The examples come from the training and validation sets together."""
+    return {
+        "train": _read(folder, "arc_challenge_trainval.jsonl", _arc),
+        "test": _read(folder, "arc_challenge_test.jsonl", _arc),
+    }
+
+
+def hellaswag(folder: str, **_: Any) -> Mapping[str, Dataset]:
+    """Examples are the first 100 rows (half of a shorter file), questions the others."""
+    rows = _read(folder, "hellaswag_val.jsonl", _hellaswag)
+    examples = min(HELLASWAG_EXAMPLES, len(rows) // 2)
+    return {
+        "train": rows.select(range(examples)),
+        "validation": rows.select(range(examples, len(rows))),
+    }
+
+
+def winogrande(folder: str, **_: Any) -> Mapping[str, Dataset]:
+    """As they are."""
+    return {
+        "train": _read(folder, "winogrande_train.jsonl", _winogrande),
+        "validation": _read(folder, "winogrande_val.jsonl", _winogrande),
+    }
+
+
+def gsm8k(folder: str, **_: Any) -> Mapping[str, Dataset]:
+    """As they are."""
+    return {
+        "train": _read(folder, "gsm8k_train.jsonl", _gsm8k),
+        "test": _read(folder, "gsm8k_test.jsonl", _gsm8k),
+    }
+
+
+def truthfulqa_mc2(folder: str, **_: Any) -> Mapping[str, Dataset]:
+    """Its six examples are part of lm-eval's prompt."""
+    return {"validation": _read(folder, "truthfulqa_mc.jsonl", _truthfulqa)}
+
+
+def mmlu(folder: str, config_source: str, **_: Any) -> Mapping[str, Dataset]:
+    """One subject, by the name of lm-eval's own file on it (mmlu_SUBJECT.yaml)."""
+    subject = Path(config_source).stem.removeprefix("mmlu_")
+
+    def of_subject(row: Row) -> Row | None:
+        return _mmlu(row) if row["subject"] == subject else None
+
+    return {
+        "dev": _read(folder, "mmlu_dev.jsonl", of_subject),
+        "test": _read(folder, "mmlu_test.jsonl", of_subject),
+    }
+
+
+def _arc(row: Row) -> Row:
+    labels = [chr(ord("A") + number) for number in range(len(row["choices"]))]
+    return {
+        "question": row["question"],
+        "choices": {"text": row["choices"], "label": labels},
+        "answerKey": labels[row["gold"]],
+    }
+
+
+def _hellaswag(row: Row) -> Row:
+    """Rows whose context is not split (`ctx_a`, `ctx_b`) have it whole, cleaned already."""
+    return {
+        "activity_label": row["activity"],
+        "ctx_a": row.get("ctx_a", row["ctx"]),
+        "ctx_b": row.get("ctx_b", ""),
+        "endings": row["endings"],
+        "label": str(row["gold"]),
+    }
+
+
+def _winogrande(row: Row) -> Row:
+    return {name: row[name] for name in ("sentence", "option1", "option2", "answer")}
+
+
+def _gsm8k(row: Row) -> Row:
+    return {name: row[name] for name in ("question", "answer")}
+
+
+def _truthfulqa(row: Row) -> Row:
+    def targets(answers: Mapping[str, int]) -> Row:
+        return {"choices": list(answers), "labels": list(answers.values())}
+
+    return {
+        "question": row["question"],
+        "mc1_targets": targets(row["mc1"]),
+        "mc2_targets": targets(row["mc2"]),
+    }
+
+
+def _mmlu(row: Row) -> Row:
+    return {
+        "question": row["question"],
+        "subject": row["subject"],
+        "choices": row["choices"],
+        "answer": row["gold"],
+    }
+
+
+def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Dataset:
+    """The rows of a file for which `shaped` gives one."""
+    path = Path(folder) / name
+    rows = []
+    try:
+        parsed = _parsed(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}); put it there, or leave out `folder` to use "
+            "the hub's data"
+        ) from error
+    for number, row in enumerate(parsed, start=1):
+        try:
+            rows.append(shaped(row))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise _malformed(path, number, error) from error
+    if not any(rows):
+        raise DataError(
+            f"{path} holds no rows that are asked for; docs/leaderboard.md shows the fields"
+        )
+    return Dataset.from_list([row for row in rows if row is not None])
+
+
+@lru_cache(maxsize=2)
+def _parsed(path: Path, changed_ns: int) -> tuple[Any, ...]:
+    """A file's rows, read once for the 57 subjects that are in it."""
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise _malformed(path, number, error) from error
+    return tuple(rows)
+
+
+def _malformed(path: Path, number: int, error: Exception) -> DataError:
+    return DataError(
+        f"{path}:{number} is no row of this benchmark ({type(error).__name__}: {error}); "
+        "docs/leaderboard.md shows the fields"
+    )

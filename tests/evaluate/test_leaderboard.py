@@ -1,0 +1,310 @@
+"""The leaderboard beside lm-evaluation-harness's own model class, on a tiny model and made-up questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefloop.errors import DataError, ModelError
+from prefloop.evaluate.answered import Answered
+from prefloop.evaluate.increments import increments, rounds_table
+from prefloop.evaluate.measures import Item, Outcome, Subject
+from prefloop.evaluate.measures import leaderboard as module
+from prefloop.evaluate.measures.leaderboard import (
+    BENCHMARKS,
+    MEAN,
+    Leaderboard,
+    benchmark_of,
+    estimates_of,
+    load_tasks,
+)
+from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.hf_engine import HFEngine
+from tests.conftest import tiny_llama
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ITEMS = 59  # two subjects of MMLU are asked twice; the other tasks have fewer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.evaluate.benchmark_data import write
+
+    return write(tmp_path_factory.mktemp("leaderboard") / "data")
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer: Any) -> HFEngine:
+    """Weights large enough that choices differ clearly; prompts of several benchmarks exceed its window."""
+    model = tiny_llama(len(tokenizer))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
+    model.config.max_position_embeddings = 1100
+    return HFEngine(model, tokenizer, batch_size=8)
+
+
+def subject_of(engine: HFEngine, folder: Path, name: str = "tiny") -> Subject:
+    folder.mkdir(exist_ok=True)
+    return Subject(name, engine, None, engine.model, engine.chat.tokenizer, None, folder, seed=3)
+
+
+@pytest.fixture(scope="module")
+def outcome(engine: HFEngine, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    where = tmp_path_factory.mktemp("answers")
+    return Leaderboard(folder=folder, items=ITEMS).run(subject_of(engine, where))
+
+
+def by_the_harness(engine: HFEngine, folder: Path, chat_template: bool = False, **only: Any) -> Any:
+    """What its command line calls, with its own model class."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    options = Leaderboard(folder=folder, items=ITEMS, **only)
+    sizes = {n: len(t.eval_docs) for n, t in load_tasks(options.tasks, folder).items()}
+    return lm_eval.simple_evaluate(
+        model=HFLM(pretrained=engine.model, tokenizer=engine.chat.tokenizer, batch_size=3),
+        tasks=[f"prefloop_{name}" for name in options.tasks],
+        samples={name: list(numbers) for name, numbers in options.drawn(sizes, 3).items()},
+        task_manager=TaskManager(
+            include_path=[*module.harness_folders(), module.TASKS],
+            include_defaults=False,
+            metadata={"folder": str(folder)},
+        ),
+        bootstrap_iters=0,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,
+    )
+
+
+def values_of(samples: Mapping[str, Any]) -> dict[str, float]:
+    """Written anew here, not by the measure's own code."""
+    kept = {}
+    for task, rows in samples.items():
+        metric = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "gsm8k": "exact_match"}
+        for row in rows:
+            if row["filter"] != "flexible-extract":
+                kept[f"{task}/{row['doc_id']}"] = float(row[metric.get(task, "acc")])
+    return kept
+
+
+def test_every_question_counts_as_the_harness_counts_it(
+    outcome: Outcome, engine: HFEngine, folder: Path
+) -> None:
+    results = by_the_harness(engine, folder)
+    expected = values_of(results["samples"])
+    found = {item.id: item.values[item.group] for item in outcome.items}
+    assert found.keys() == expected.keys()
+    assert len(found) == 4 + 13 + 59 + 3 + 7 + 2
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, abs=1e-4), key
+    texts = {i.id: i.texts["answer"] for i in outcome.items if i.group == "gsm8k"}
+    for row in results["samples"]["gsm8k"]:
+        assert texts[f"gsm8k/{row['doc_id']}"] == row["resps"][0][0]
+    for benchmark in ("arc_challenge", "hellaswag", "winogrande", "truthfulqa_mc2"):
+        metric = "acc_norm,none" if benchmark in ("arc_challenge", "hellaswag") else "acc,none"
+        assert outcome.estimates[benchmark].value == pytest.approx(
+            results["results"][benchmark][metric], abs=1e-4
+        )
+    assert 0 < outcome.estimates["arc_challenge"].value + outcome.estimates["mmlu"].value < 2
+
+
+def test_the_facts_say_what_was_asked(outcome: Outcome) -> None:
+    from importlib.metadata import version
+
+    facts = outcome.facts
+    assert facts is not None
+    assert facts["harness"].endswith(version("lm_eval"))
+    assert {n: f["shots"] for n, f in facts["tasks"].items()} == {
+        "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5,
+    }  # fmt: skip
+    assert (facts["tasks"]["mmlu"]["items"], facts["tasks"]["mmlu"]["of"]) == (59, 114)
+    assert facts["tasks"]["hellaswag"]["of"] == 13, "the other half are its examples"
+    assert facts["cut_prompts"] > 0, "the tiny window is there to cut some"
+    json.dumps(facts)
+
+
+def test_mmlu_is_the_mean_of_its_subjects_and_the_mean_that_of_the_six(outcome: Outcome) -> None:
+    by_subject: dict[str, list[float]] = {}
+    for item in outcome.items:
+        if item.group == "mmlu":
+            by_subject.setdefault(item.id.split("/")[0], []).append(item.values["mmlu"])
+    assert sorted(map(len, by_subject.values())) == [1] * 55 + [2] * 2
+    means = [sum(values) / len(values) for values in by_subject.values()]
+    assert outcome.estimates["mmlu"].value == pytest.approx(sum(means) / 57)
+    parts = [outcome.estimates[name].value for name in BENCHMARKS]
+    assert outcome.estimates[MEAN].value == pytest.approx(sum(parts) / 6)
+    assert next(iter(outcome.estimates)) == MEAN
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    engine: HFEngine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefloop.evaluate import harness
+
+    monkeypatch.setattr(harness, "_SCORED_AT_A_TIME", 7)
+    options = Leaderboard(folder=folder, tasks=("winogrande", "hellaswag"))
+    expected = options.run(subject_of(engine, tmp_path / "whole"))
+    assert (expected.facts or {})["cut_prompts"] > 0
+    real, asked = HFEngine.score_tokens, []
+
+    def killed(self: HFEngine, rows: Any, starts: Any) -> Any:
+        asked.append(len(rows))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(self, rows, starts)
+
+    monkeypatch.setattr(HFEngine, "score_tokens", killed)
+    where = subject_of(engine, tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        options.run(where)
+    with (where.folder / "leaderboard_answers.jsonl").open("a") as file:
+        file.write('["torn')
+    assert options.run(where) == expected
+    assert sum(asked) == 2 * 7 + 13 * 4 + 7, "the answers of the first two parts are kept"
+    calls = len(asked)
+    assert options.run(where) == expected
+    assert len(asked) == calls, "all was answered"
+
+
+def test_with_the_chat_template_the_prompts_are_turns(
+    engine: HFEngine, folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"tasks": ("winogrande",)}
+    plain = Leaderboard(folder=folder, **options).run(subject_of(engine, tmp_path / "a"))
+    chat = Leaderboard(folder=folder, chat_template=True, items=ITEMS, **options).run(
+        subject_of(engine, tmp_path / "b")
+    )
+    expected = values_of(by_the_harness(engine, folder, chat_template=True, **options)["samples"])
+    assert {item.id: item.values[item.group] for item in chat.items} == expected
+    assert plain.facts is not None
+    assert chat.facts is not None
+    assert plain.facts["prompts"] != chat.facts["prompts"]
+    assert MEAN not in plain.estimates
+
+
+@pytest.mark.parametrize(
+    ("items", "by_subject"), [(1, 1), (2, 2), (9, 8), (30, 22), (60, 42), (None, 62)]
+)
+def test_a_subset_spreads_evenly_over_subjects(items: int | None, by_subject: int) -> None:
+    sizes = {"mmlu_a": 40, "mmlu_b": 20, "mmlu_c": 2, "winogrande": 70}
+    options = Leaderboard(tasks=("mmlu", "winogrande"), items=items)
+    found = options.drawn(sizes, 5)
+    assert found == options.drawn(sizes, 5)
+    assert len(found["winogrande"]) == (items or 70)
+    counts = [len(found.get(f"mmlu_{subject}", ())) for subject in "abc"]
+    assert sum(counts) == by_subject, "a subject that has fewer gives all it has"
+    if items:
+        assert found["winogrande"] != options.drawn(sizes, 6)["winogrande"]
+        assert max(counts[:2]) - min(counts[:2]) <= 1
+    for name, numbers in found.items():
+        assert sorted(set(numbers)) == list(numbers)
+        assert max(numbers) < sizes[name]
+
+
+def test_what_stops_it_is_said_before_a_model_is_loaded(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"lacks winogrande_train.jsonl, winogrande_val.jsonl"):
+        Leaderboard(folder=tmp_path, tasks=("winogrande",)).check()
+    Leaderboard(folder=folder).check()
+    subject = Subject("served", FakeEngine(), None, None, None, None, tmp_path, 0)
+    with pytest.raises(ModelError, match=r"served: .*engine hf"):
+        Leaderboard(folder=folder).run(subject)
+
+
+def test_a_malformed_row_is_named(engine: HFEngine, folder: Path, tmp_path: Path) -> None:
+    for name in ("winogrande_train", "winogrande_val"):
+        text = (folder / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    path = tmp_path / "winogrande_val.jsonl"
+    path.write_text(path.read_text() + '{"sentence": "no options _ here"}\n')
+    with pytest.raises(DataError, match=r"winogrande_val.jsonl:8 .*option1"):
+        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
+            subject_of(engine, tmp_path / "subject")
+        )
+    path.write_text("")
+    with pytest.raises(DataError, match=r"winogrande_val.jsonl holds no rows"):
+        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
+            subject_of(engine, tmp_path / "subject")
+        )
+
+
+def test_too_few_examples_are_an_error_of_the_data(
+    engine: HFEngine, folder: Path, tmp_path: Path
+) -> None:
+    for name in ("winogrande_train", "winogrande_val"):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[:4]))
+    with pytest.raises(DataError, match="more examples"):
+        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
+            subject_of(engine, tmp_path / "subject")
+        )
+
+
+def test_damaged_answers_are_not_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    Answered(path).add({"a": 1, "b": [2.5, True]})
+    assert Answered(path)["b"] == [2.5, True]
+    path.write_text("nonsense\n" + path.read_text())
+    with pytest.raises(Exception, match=r"answers.jsonl:1 is damaged"):
+        Answered(path)
+
+
+def made(right: Mapping[str, list[float]], prompts: str = "x") -> Outcome:
+    items = tuple(
+        Item(id=f"{task}/{n}", values={benchmark_of(task): value}, group=benchmark_of(task))
+        for task, values in right.items()
+        for n, value in enumerate(values)
+    )
+    return Outcome(estimates_of(items, seed=0), items, {"prompts": prompts})
+
+
+TASKS_OF_TWO = [
+    "arc_challenge",
+    "hellaswag",
+    "mmlu_a",
+    "mmlu_b",
+    "truthfulqa_mc2",
+    "winogrande",
+    "gsm8k",
+]
+
+
+def test_an_increment_is_the_mean_change_of_a_question() -> None:
+    before = made({name: [0.0] * 60 + [1.0] * 40 for name in TASKS_OF_TWO})
+    after = made({name: [0.0] * 60 + [1.0] * 40 for name in TASKS_OF_TWO} | {"mmlu_b": [1.0] * 100})
+    found = increments(before, after)
+    assert found["mmlu"].value == pytest.approx(0.3)  # one of two subjects gained 0.6
+    assert found[MEAN].value == pytest.approx(0.3 / 6)
+    assert found["mmlu"].low > 0
+    assert found["gsm8k"].value == 0
+    assert found["gsm8k"].low < 0 < found["gsm8k"].high
+    # All six are uncertain, and the mean's interval is that of a sixth of their sum.
+    halves = [(found[name].value - found[name].low) / 6 for name in BENCHMARKS]
+    assert found[MEAN].value - found[MEAN].low == pytest.approx(sum(h**2 for h in halves) ** 0.5)
+
+
+def test_the_table_of_rounds_shows_gains_and_marks_what_may_be_chance() -> None:
+    start = made({"winogrande": [0.0] * 50 + [1.0] * 50})
+    first = made({"winogrande": [0.0] * 20 + [1.0] * 80})
+    second = made({"winogrande": [0.0] * 21 + [1.0] * 79})
+    assert rounds_table({"start": start, "round 0": first, "round 1": second}) == [
+        ["", "Winogrande"],
+        ["start", "50.0"],
+        ["round 0", "80.0 (+30.0)"],
+        ["round 1", "79.0 (-1.0~)"],
+    ]
+
+
+def test_results_that_cannot_be_compared_are_refused() -> None:
+    one = made({"gsm8k": [1.0, 0.0]})
+    with pytest.raises(DataError, match="share no question"):
+        increments(one, made({"winogrande": [1.0]}))
+    with pytest.raises(DataError, match="other prompts"):
+        increments(one, made({"gsm8k": [1.0, 1.0]}, prompts="y"))
