@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 # Two test processes on two cores: one thread each, or they wait for each other.
 test test-slow: export OMP_NUM_THREADS := 1
 
-.PHONY: setup quickstart test test-slow check fix bench clean
+.PHONY: setup quickstart test test-slow check fix docs bench clean
 
 setup: $(VENV)/.done ## the virtual environment with everything in it
 
@@ -36,6 +36,9 @@ check: setup ## style and types
 fix: setup ## mend what can be mended by machine
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## the documentation as a site that opens from disk, build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: setup ## every benchmark, as JSON
 	for script in benchmarks/*.py; do $(BIN)/python $$script --json; done

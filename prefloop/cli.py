@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from prefloop import __version__
+from prefloop.cli_annotate import annotate
 from prefloop.cli_compare import compare
 from prefloop.cli_evaluate import evaluate
 from prefloop.cli_judge import judge_app, reward_app
@@ -40,6 +41,7 @@ app = typer.Typer(
 )
 
 app.command("evaluate")(evaluate)
+app.command()(annotate)
 app.add_typer(judge_app, name="judge")
 app.add_typer(reward_app, name="reward")
 

@@ -151,9 +151,9 @@ class Scored(Record):
     logprobs: tuple[float, ...]
     """[T] log-probability (nats) of each token at temperature 1, given the prompt and those before it."""
     top_texts: tuple[tuple[str, ...], ...] = ()
-    """[T][k] the k likeliest tokens at each position as text, likeliest first, where asked for."""
+    """[T, k] the k likeliest tokens at each position as text, likeliest first, where asked for."""
     top_logprobs: tuple[tuple[float, ...], ...] = ()
-    """[T][k] and their log-probabilities."""
+    """[T, k] and their log-probabilities."""
 
     @property
     def mean_logprob(self) -> float:

@@ -78,7 +78,7 @@ class Leaderboard(Measure):
         """The harness must be installed, local files there."""
         if find_spec("lm_eval") is None:
             raise ModelError(
-                "the leaderboard needs lm-evaluation-harness; pip install 'prefloop[leaderboard]'"
+                "the leaderboard needs lm-evaluation-harness; pip install 'prefloop[eval]'"
             )
         if self.folder is not None:
             names = [n for n in _FILES if n.startswith(tuple(t[:10] for t in self.tasks))]

@@ -1,0 +1,102 @@
+"""What people's votes came to, as tables. Reads the mapping that `annotate --json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from prefloop.report.plain_table import show_table
+
+_HEAD = ("", "votes", "A", "tie", "B", "skipped", "A wins", "95 %", "first wins", "median s")
+# Below it a bootstrap interval is too narrow: three votes for A would be certainty.
+_ENOUGH = 10
+
+
+def show_annotations(found: Mapping[str, Any], console: Console) -> None:
+    """Who won, by annotator and together, agreement, and what makes the figures doubtful."""
+    lines = [
+        f"A  {found['a']}",
+        f"B  {found['b']}",
+        f"{found['judged']} of {found['prompts']} prompts judged"
+        + f"; {found['identical']} more have identical answers" * bool(found["identical"]),
+    ]
+    console.print(Text("\n".join(lines)), soft_wrap=True)
+    console.print()
+    rows = [_row(name, figures) for name, figures in found["annotators"].items()]
+    if len(rows) != 1:
+        rows.append(_row("together", found["everybody"]))
+    show_table(_HEAD, rows, console)
+    console.print(Text("\n" + "\n".join(_sentences(found))), soft_wrap=True)
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> list[str]:
+    rate, first, seconds = (figures[key] for key in ("win_rate", "first_wins", "median_seconds"))
+    return [
+        name,
+        *(str(figures[key]) for key in ("votes", "a", "tie", "b", "skipped")),
+        "-" if rate is None else f"{rate['value']:.3f}",
+        "" if rate is None else _interval(rate),
+        "-" if first is None else f"{first['value']:.3f}",
+        "-" if seconds is None else f"{seconds:.1f}",
+    ]
+
+
+def _sentences(found: Mapping[str, Any]) -> list[str]:
+    everybody, agreement = found["everybody"], found["agreement"]
+    rate, first = everybody["win_rate"], everybody["first_wins"]
+    lines = []
+    if rate is None:
+        lines.append("A's win rate: no votes yet")
+    else:
+        lines.append(
+            f"A's win rate over {rate['count']} prompts, ties one half: {rate['value']:.3f}, "
+            f"95 % interval {_interval(rate)}{_verdict(rate)}"
+        )
+    if (whole := found["with_identical"]) is not None:
+        lines.append(
+            f"with identical answers as ties, over {whole['count']} prompts: {whole['value']:.3f}, "
+            f"95 % interval {_interval(whole)}"
+        )
+    if agreement is None:
+        lines.append("agreement: no prompt has votes of two people")
+    else:
+        lines.append(_agreement(agreement))
+    if first is not None and not first["low"] <= 0.5 <= first["high"]:
+        lines.append(
+            f"position: the answer shown first won {first['value']:.3f} of the votes ({_interval(first)}), which chance "
+            "hardly gives; the order was drawn by lot, so this adds noise and does not favour A or B"
+        )
+    lines += [f"skipped {count}: {reason}" for reason, count in everybody["reasons"].items()]
+    if found["torn_bytes"]:
+        lines.append(
+            f"the last line of the votes was torn ({found['torn_bytes']} bytes); that vote does not count"
+        )
+    return lines
+
+
+def _agreement(agreement: Mapping[str, Any]) -> str:
+    estimate = agreement["estimate"]
+    figure = (
+        "not defined, since all votes are the same"
+        if estimate is None
+        else f"{estimate['value']:.3f}, 95 % interval {_interval(estimate)}"
+    )
+    return (
+        f"agreement of {agreement['people']} people on {agreement['items']} prompts: {agreement['measure']} "
+        f"{figure}; the same vote in {agreement['same']:.3f} of the cases"
+    )
+
+
+def _verdict(rate: Mapping[str, Any]) -> str:
+    if rate["count"] < _ENOUGH:
+        return "; too few prompts to trust that interval"
+    if rate["low"] > 0.5:
+        return ": A is better"
+    return ": B is better" if rate["high"] < 0.5 else ": no difference can be told"
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    return f"{estimate['low']:.3f} to {estimate['high']:.3f}"
