@@ -57,6 +57,7 @@ def test_jsr_is_the_share_of_attacks_times_prompts_and_says_which_attack_works(
     hits = {item.id for item in outcome.items if item.values.get("JSR")}
     assert hits == {"pirate/p0", "pirate/p1", "pirate/p2"}
     assert {item.group for item in outcome.items} == {"polite", "pirate", "twice", "plain"}
+    assert {item.cluster for item in outcome.items} == {"p0", "p1", "p2", "p3"}
 
 
 def test_every_place_of_a_template_is_filled_with_the_prompt(
