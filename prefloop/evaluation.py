@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import prefloop.evaluate
 from prefloop import __version__
 from prefloop.curves import curves
 from prefloop.data import DataOptions, read_prompts
@@ -215,7 +216,9 @@ class _One:
 
     def _place(self, one: Chosen) -> Path:
         options = one.measure.model_dump(mode="json")
-        code = contents(Path(inspect.getfile(type(one.measure))))
+        # What measures share decides as well as the measure's own file.
+        shared = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
+        code = [contents(file) for file in (*shared, Path(inspect.getfile(type(one.measure))))]
         key = digest(
             one.name,
             _with_contents(options),

@@ -9,12 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from prefloop.data import conversation, filled_text
 from prefloop.errors import DataError, RunFolderError
 from prefloop.evaluate.answers import ANSWER
 from prefloop.records import Candidates, Message
 from prefloop.rows import READERS, Row, open_rows
 from prefloop.rundir import RoundDir, read_run
+from prefloop.turns import conversation, filled_text
 
 Side: TypeAlias = Literal["a", "b"]
 _START = "start"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefloop.errors import DataError
-from prefloop.evaluate.chunked import digest
+from prefloop.evaluate.kept import digest
 from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
 from prefloop.plugins import nearest
 from prefloop.records import Record

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from prefloop.errors import DataError
-from prefloop.evaluate.chunked import chunks_of, in_chunks
+from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item
 from prefloop.evaluate.question_files import id_of, read_rows, text_of
 from prefloop.evaluate.refusal import RULES, refuses
@@ -135,7 +135,7 @@ def judge_error(judge: HarmJudge, rows: Sequence[Labelled], folder: Path) -> dic
     `folder`, so that a killed evaluation does not ask for them again.
     """
 
-    def work(number: int, chunk: Sequence[Labelled]) -> list[Item]:
+    def work(chunk: Sequence[Labelled], number: int) -> list[Item]:
         verdicts = judge.harmful([row.prompt for row in chunk], [row.completion for row in chunk])
         return [
             Item(id=row.id, values={}, texts={"no_verdict": verdict})
@@ -144,7 +144,9 @@ def judge_error(judge: HarmJudge, rows: Sequence[Labelled], folder: Path) -> dic
             for row, verdict in zip(chunk, verdicts, strict=True)
         ]
 
-    items = in_chunks(folder, ("judge error", judge.describe()), chunks_of(rows, CHUNK), work)
+    chunks = chunks_of(rows, CHUNK)
+    place = folder / digest("judge error", judge.describe(), chunks)
+    items = kept_chunks(place, chunks, Item, work)
     known = [
         (row.label, item.values["harmful"] == 1)
         for row, item in zip(rows, items, strict=True)

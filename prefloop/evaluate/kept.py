@@ -46,16 +46,31 @@ def kept(
     `work` is given the chunk and its number, from which it is to derive its seed. `folder` must be of these
     rows and options alone.
     """
+    return kept_chunks(folder, chunks_of(rows, chunk), kind, work)
+
+
+def kept_chunks(
+    folder: Path,
+    chunks: Sequence[Sequence[T]],
+    kind: type[R],
+    work: Callable[[Sequence[T], int], Iterable[R]],
+) -> list[R]:
+    """The same where the chunks are made already."""
     folder.mkdir(parents=True, exist_ok=True)
     found: list[R] = []
-    for number, start in enumerate(range(0, len(rows), chunk)):
+    for number, chunk in enumerate(chunks):
         path = folder / f"{number:05d}.jsonl"
         if not path.exists():
             part = path.with_suffix(".part")
-            write_jsonl(part, work(rows[start : start + chunk], number))
-            part.replace(path)
+            write_jsonl(part, work(chunk, number))
+            part.replace(path)  # a kill leaves no half chunk behind
         found += read_jsonl(path, kind)
     return found
+
+
+def chunks_of(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The rows in order, at most `size` at a time."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def held_out_prompts(source: str | None, limit: int | None) -> list[Prompt]:

@@ -7,7 +7,7 @@ from random import Random
 from typing import TypeVar
 
 from prefloop.errors import DataError
-from prefloop.evaluate.chunked import digest
+from prefloop.evaluate.kept import digest
 from prefloop.rows import Located, open_rows
 from prefloop.seeds import derive_seed
 

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import Field
 
 from prefloop.errors import DataError
-from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
 from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
+from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
 from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
@@ -60,7 +60,7 @@ class Ifeval(Measure):
                 f"prompt {question.id}", question.prompt, question.instructions, question.kwargs
             )
 
-        def work(number: int, chunk: Sequence[_Question]) -> list[Item]:
+        def work(chunk: Sequence[_Question], number: int) -> list[Item]:
             requests = [Request(messages=(Message(role="user", content=q.prompt),)) for q in chunk]
             seed = derive_seed(subject.seed, "ifeval", number)
             answers = subject.engine.sample(requests, self.sampling, seed=seed, label="ifeval")
@@ -70,7 +70,9 @@ class Ifeval(Measure):
             ]
 
         asked = ("ifeval", self.model_dump(), subject.seed, version("lm_eval"))
-        items = tuple(in_chunks(subject.folder, asked, chunks_of(questions, self.chunk), work))
+        chunks = chunks_of(questions, self.chunk)
+        place = subject.folder / digest(asked, chunks)
+        items = tuple(kept_chunks(place, chunks, Item, work))
         facts = {
             "prompts": len(questions),
             "instructions": sum(len(question.instructions) for question in questions),

@@ -12,7 +12,6 @@ from pydantic import Field
 
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.attacks import PLAIN, Attack, from_ready, from_templates, read_goals
-from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
 from prefloop.evaluate.crossed import crossed_share
 from prefloop.evaluate.harm import (
     HarmJudge,
@@ -21,6 +20,7 @@ from prefloop.evaluate.harm import (
     judge_error,
     read_labelled,
 )
+from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import drawn
 from prefloop.evaluate.stats import Estimate, wilson
@@ -96,7 +96,7 @@ class Jailbreak(Measure):
         attacks = self._attacks()
         judge = self._judge(subject)
 
-        def work(number: int, chunk: Sequence[Attack]) -> list[Item]:
+        def work(chunk: Sequence[Attack], number: int) -> list[Item]:
             seed = derive_seed(subject.seed, "jailbreak", number)
             requests = [
                 Request(messages=(Message(role="user", content=attack.text),)) for attack in chunk
@@ -110,7 +110,9 @@ class Jailbreak(Measure):
 
         options = self.model_dump(exclude=_OF_THE_ERROR)
         asked = ("jailbreak", options, subject.seed, judge.describe())
-        items = tuple(in_chunks(subject.folder, asked, chunks_of(attacks, self.chunk), work))
+        chunks = chunks_of(attacks, self.chunk)
+        place = subject.folder / digest(asked, chunks)
+        items = tuple(kept_chunks(place, chunks, Item, work))
         return Outcome(_estimates(items), items, self._facts(attacks, items, judge, subject.folder))
 
     def _attacks(self) -> list[Attack]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
+from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
 from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
 from prefloop.evaluate.stats import Estimate, bootstrap_mean
@@ -88,7 +88,7 @@ class MtBench(Measure):
         judge = subject.judge
         questions = self._questions()
 
-        def work(number: int, chunk: Sequence[_Question]) -> list[Item]:
+        def work(chunk: Sequence[_Question], number: int) -> list[Item]:
             asked: list[tuple[Message, ...]] = [() for _ in chunk]
             rows: list[list[tuple[Response, float | str]]] = []
             for turn in range(TURNS):
@@ -108,7 +108,9 @@ class MtBench(Measure):
             ]
 
         asked = ("mt_bench", self.model_dump(), subject.seed)
-        items = tuple(in_chunks(subject.folder, asked, self._chunks(questions), work))
+        chunks = self._chunks(questions)
+        place = subject.folder / digest(asked, chunks)
+        items = tuple(kept_chunks(place, chunks, Item, work))
         return Outcome(self._estimates(items, subject.seed), items, self._facts(questions, items))
 
     def _questions(self) -> list[_Question]:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from prefloop.errors import DataError
-from prefloop.evaluate.chunked import chunks_of, digest, in_chunks
 from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
+from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
 from prefloop.evaluate.refusal import RULES, refuses
@@ -64,14 +64,16 @@ class OverRefusal(Measure):
         """Ask and count refusals."""
         questions = self._questions()
 
-        def work(number: int, chunk: Sequence[_Question]) -> list[Item]:
+        def work(chunk: Sequence[_Question], number: int) -> list[Item]:
             requests = [Request(messages=(Message(role="user", content=q.prompt),)) for q in chunk]
             seed = derive_seed(subject.seed, "over_refusal", number)
             answers = subject.engine.sample(requests, self.sampling, seed=seed, label="refusals")
             return [self._item(q, answer) for q, answer in zip(chunk, answers, strict=True)]
 
         asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
-        items = tuple(in_chunks(subject.folder, asked, chunks_of(questions, self.chunk), work))
+        chunks = chunks_of(questions, self.chunk)
+        place = subject.folder / digest(asked, chunks)
+        items = tuple(kept_chunks(place, chunks, Item, work))
         hits = {
             metric: [item.values[metric] for item in items if metric in item.values]
             for metric in METRICS.values()
