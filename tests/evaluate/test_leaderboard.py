@@ -150,6 +150,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     from prefloop.evaluate import harness
 
     monkeypatch.setattr(harness, "_SCORED_AT_A_TIME", 7)
+    monkeypatch.setattr(engine.model.config, "max_position_embeddings", 500)  # some are cut
     options = Leaderboard(folder=folder, tasks=("winogrande", "hellaswag"))
     expected = options.run(subject_of(engine, tmp_path / "whole"))
     assert (expected.facts or {})["cut_prompts"] > 0
