@@ -102,7 +102,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         anchor = link.partition("#")[2]
         if target in PROJECT:
             goal = PROJECT[target]
-        elif target.startswith("docs/"):
+        elif _in_site(target):
             goal = target.removeprefix("docs/")
         else:
             goal = f"source/{target}.md"
@@ -145,9 +145,14 @@ def _target(place: str, link: str) -> str | None:
     return target if (ROOT / target).is_file() else None
 
 
+def _in_site(target: str) -> bool:
+    """Whether MkDocs copies the file; the scripts in docs/ it leaves out."""
+    return target.startswith("docs/") and not target.endswith(".py")
+
+
 def _outside(place: str, link: str) -> str | None:
     target = _target(place, link)
-    return None if target is None or target.startswith("docs/") else target
+    return None if target is None or _in_site(target) else target
 
 
 def _outside_fences(markdown: str, change: Callable[[str], str]) -> str:
