@@ -46,19 +46,22 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".jinja": "jinja"
 
 
 def on_config(config: Any) -> None:
-    """Fill in the navigation's folders."""
-    config.nav = [_filled(entry) for entry in config.nav]
+    """Fill in the navigation's stars, so that a new page has a place without an edit."""
+    named = set(re.findall(r"[\w./-]+\.md", str(config.nav)))
+    config.nav = [filled for entry in config.nav if (filled := _filled(entry, named)) != {}]
 
 
-def _filled(entry: Any) -> Any:
-    """An entry of the navigation, with "folder/*" as the folder's pages in order."""
+def _filled(entry: Any, named: set[str]) -> Any:
+    """An entry of the navigation with pages for its stars; {} where there are none."""
     if isinstance(entry, list):
-        return [_filled(one) for one in entry]
+        return [_filled(one, named) for one in entry]
     if isinstance(entry, dict):
-        return {title: _filled(inside) for title, inside in entry.items()}
-    if entry.endswith("/*"):
+        filled = {title: _filled(inside, named) for title, inside in entry.items()}
+        return {title: inside for title, inside in filled.items() if inside}
+    if entry.endswith("*"):
         pages = sorted((ROOT / "docs" / entry).parent.glob("*.md"))
-        return [page.relative_to(ROOT / "docs").as_posix() for page in pages]
+        places = [page.relative_to(ROOT / "docs").as_posix() for page in pages]
+        return [place for place in places if place not in named]
     return entry
 
 
@@ -99,7 +102,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         anchor = link.partition("#")[2]
         if target in PROJECT:
             goal = PROJECT[target]
-        elif target.startswith("docs/"):
+        elif _in_site(target):
             goal = target.removeprefix("docs/")
         else:
             goal = f"source/{target}.md"
@@ -142,9 +145,14 @@ def _target(place: str, link: str) -> str | None:
     return target if (ROOT / target).is_file() else None
 
 
+def _in_site(target: str) -> bool:
+    """Whether MkDocs copies the file; the scripts in docs/ it leaves out."""
+    return target.startswith("docs/") and not target.endswith(".py")
+
+
 def _outside(place: str, link: str) -> str | None:
     target = _target(place, link)
-    return None if target is None or target.startswith("docs/") else target
+    return None if target is None or _in_site(target) else target
 
 
 def _outside_fences(markdown: str, change: Callable[[str], str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +128,31 @@ def test_the_api_reference_has_the_docstrings(site: Path) -> None:
     text = (site / "api/records.html").read_text("utf-8")
     assert 'id="prefloop.records.Pair.margin"' in text
     assert "what the implicit reward difference must exceed" in text
+
+
+@pytest.mark.slow
+def test_search_works_from_disk_and_asks_nobody(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = os.environ.get("PREFLOOP_CHROMIUM") or next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    wrong: list[str] = []
+    with playwright.sync_playwright() as engine:
+        offline = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = engine.chromium.launch(executable_path=chromium, args=offline)
+        page = browser.new_page()
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "request", lambda request: wrong.append(request.url) if "http" in request.url[:5] else 0
+        )
+        page.goto(f"file://{site}/methods/ial.html")
+        page.keyboard.press("s")
+        page.keyboard.type("identical_rate")
+        found = page.locator(".md-search-result__item")
+        playwright.expect(found.first).to_be_visible(timeout=20_000)
+        assert "Measures" in " ".join(found.all_inner_texts())
+        browser.close()
+    assert wrong == []
