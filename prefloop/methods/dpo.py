@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class DPO(OfflinePairs):
     """Direct Preference Optimization on labelled pairs, or on drafts that a judge puts in order."""
 
+    first_read: ClassVar = {"gates": "pair", "beta": "loss"}
     defaults: ClassVar = {
         "loop": {"rounds": 3},
         "train": {

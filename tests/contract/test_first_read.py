@@ -39,6 +39,7 @@ def watched(kind: type[Method], seen: set[str]) -> Method:
 
 @pytest.mark.parametrize("name", plugins.names(prefloop.methods))
 def test_options_that_are_said_to_come_later_are_not_read_before(name: str) -> None:
+    """In round 0, the only one whose text is shared."""
     kind = plugins.find(prefloop.methods, name, Method, "method")
     assert kind.first_read.keys() <= kind.model_fields.keys()
     if not kind.first_read:
