@@ -59,7 +59,9 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(scope="module")
 def make(model_folder: Path, labelled: Path) -> Make:
-    def made(name: str, rounds: int = 2, sections: dict[str, Any] | None = None, **options: Any):
+    def made(
+        name: str, rounds: int = 2, sections: dict[str, Any] | None = None, **options: Any
+    ) -> Recipe:
         kind = find(prefloop.methods, name, prefloop.methods.Method, "method")
         method = {"name": name, **options}
         for field, info in kind.model_fields.items():
