@@ -206,11 +206,10 @@ class Session:
     def _actors(self, writer: Engine, policy: Engine, here: RoundDir) -> Callable[[int], Actors]:
         judge, prompts = self._judge(policy), self.prompt_set
         counted = Metered(writer, self._chat, self.counts)
+        return lambda seed: Actors(counted, judge, prompts, here.number, seed, self._beside_initial)
 
-        def beside_initial(judge: Judge) -> OpenJudge:
-            return judge.open(self.engine_at(self._place), prompts, self.initial_engine)
-
-        return lambda seed: Actors(counted, judge, prompts, here.number, seed, beside_initial)
+    def _beside_initial(self, judge: Judge) -> OpenJudge:
+        return judge.open(self.engine_at(self._place), self.prompt_set, self.initial_engine)
 
     def _judge(self, policy: Engine) -> OpenJudge | None:
         judge = self.recipe.judge
