@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from prefloop.gates import Gates
 from prefloop.methods import Actors, Generator, Method, unfinished
-from prefloop.rank import NoVerdict
+from prefloop.rank import NoVerdict, OpenJudge
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.seeds import derive_seed
 
@@ -52,7 +52,11 @@ class OfflinePairs(Method):
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
         """Labels are the order; drafts are scored by the judge."""
-        yield from groups if self.pairs == "data" else scored(groups, actors)
+        if self.pairs == "data":
+            yield from groups
+            return
+        assert actors.judge is not None
+        yield from scored(groups, actors.judge)
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Chosen over rejected."""
@@ -81,10 +85,9 @@ def drafts(
         yield Candidates(prompt=prompt, responses={f"draft_{n}": next(found) for n in range(count)})
 
 
-def scored(groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+def scored(groups: Sequence[Candidates], judge: OpenJudge) -> Iterator[Candidates | Reject]:
     """The groups with the judge's score of every response."""
-    assert actors.judge is not None
-    verdicts = actors.judge.score(
+    verdicts = judge.score(
         [group.prompt for group in groups],
         [tuple(r.text for r in group.responses.values()) for group in groups],
     )

@@ -208,7 +208,8 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
             f"train.batch_size ({train.batch_size}) is less than launch.processes ({processes}): "
             "some processes have nothing to do"
         )
-    if method.generator == "frozen" and method.reference == "round_start":
+    writes = not method.needs_pairs
+    if writes and method.generator == "frozen" and method.reference == "round_start":
         yield (
             "method.generator frozen with method.reference round_start: "
             "answers come from the initial policy, the loss is measured from the round's"

@@ -91,6 +91,8 @@ class Pair(Record):
     """The policy's own answer beside a pair that is not made of such answers (SPAC's y)."""
     margin: float = 0.0
     """AROP's M: what the implicit reward difference must exceed; 0 elsewhere."""
+    smoothing: float = Field(default=0.0, ge=0.0, le=0.5)
+    """SPA's alpha: how far the label is trusted to be the wrong way round; 0 elsewhere."""
     origin: dict[str, str] = {}
     """Which candidate became what, for example {"chosen": "refined", "rejected": "flawed"}."""
     unfinished: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ from prefloop.metering import Metered
 from prefloop.methods import Actors, Trains
 from prefloop.outside import Outside, initial_source
 from prefloop.progress import Bar
-from prefloop.rank import NoVerdict, OpenJudge, Remembering, Verdict
+from prefloop.rank import Judge, NoVerdict, OpenJudge, Remembering, Verdict
 from prefloop.rank.similarity import Similarity
 from prefloop.recipe import Recipe, TrainOptions
 from prefloop.records import Pair, Prompt
@@ -206,7 +206,10 @@ class Session:
     def _actors(self, writer: Engine, policy: Engine, here: RoundDir) -> Callable[[int], Actors]:
         judge, prompts = self._judge(policy), self.prompt_set
         counted = Metered(writer, self._chat, self.counts)
-        return lambda seed: Actors(counted, judge, prompts, here.number, seed)
+        return lambda seed: Actors(counted, judge, prompts, here.number, seed, self._beside_initial)
+
+    def _beside_initial(self, judge: Judge) -> OpenJudge:
+        return judge.open(self.engine_at(self._place), self.prompt_set, self.initial_engine)
 
     def _judge(self, policy: Engine) -> OpenJudge | None:
         judge = self.recipe.judge

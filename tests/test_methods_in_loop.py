@@ -13,11 +13,14 @@ import prefloop.methods
 import prefloop.train.trainer
 from prefloop.errors import DataError
 from prefloop.export import export_pairs
+from prefloop.generate.hf_engine import HFEngine
 from prefloop.loop import Outcome, run
 from prefloop.plugins import find, names
 from prefloop.recipe import Recipe
-from prefloop.records import Pair, Sampling
+from prefloop.records import Pair, Request, Sampling
 from prefloop.rundir import read_run
+from prefloop.train.models import Policy
+from prefloop.train.sources import ModelOptions
 from prefloop.train.trainer import read_metrics
 
 METHODS = [name for name in names(prefloop.methods) if name not in ("ial", "arop", "ppo")]
@@ -56,7 +59,9 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture(scope="module")
 def make(model_folder: Path, labelled: Path) -> Make:
-    def made(name: str, rounds: int = 2, sections: dict[str, Any] | None = None, **options: Any):
+    def made(
+        name: str, rounds: int = 2, sections: dict[str, Any] | None = None, **options: Any
+    ) -> Recipe:
         kind = find(prefloop.methods, name, prefloop.methods.Method, "method")
         method = {"name": name, **options}
         for field, info in kind.model_fields.items():
@@ -204,6 +209,32 @@ def test_the_learning_rate_of_a_round_is_multiplied_by_its_factor(
     for number, expected in enumerate((1e-3, 2e-4, 2e-4)):
         rows = read_metrics(outcome.folder / f"rounds/{number:04d}/train/metrics.jsonl")
         assert [row["lr"] for row in rows] == pytest.approx([expected] * len(rows))
+
+
+def test_spa_labels_by_the_policys_way_from_the_initial_one_and_smooths_half_of_a_chunk(
+    make: Make, model_folder: Path, tmp_path: Path
+) -> None:
+    """Scores of round 1 are beta times log pi_1 - log pi_0 of its drafts, asked of each model by itself."""
+    recipe = make("spa", least_confident=50, beta=0.5)
+    folder = play(recipe, tmp_path / "run").folder
+    seed, later = pairs_of(folder, 0), pairs_of(folder, 1)
+    assert {pair.smoothing for pair in seed} == {0.0}
+    assert [pair.smoothing for pair in later].count(0.1) == 4, "two of three in each of two chunks"
+    options = ModelOptions(source=str(model_folder), device="cpu", dtype="float32")
+    trained = Policy.load(options, folder / "rounds/0000/policy")
+    initial = Policy.load(options)
+    for pair in later:
+        asks = [Request(messages=pair.prompt)] * 2
+        texts = [pair.chosen, pair.rejected]
+        now, before = (
+            [sum(s.logprobs) for s in HFEngine(p.model, p.tokenizer).score(asks, texts)]
+            for p in (trained, initial)
+        )
+        rewards = [0.5 * (a - b) for a, b in zip(now, before, strict=True)]
+        assert [pair.scores["chosen"], pair.scores["rejected"]] == pytest.approx(rewards, abs=1e-3)
+        assert rewards[0] > rewards[1]
+    smoothed = read_metrics(folder / "rounds/0001/train/metrics.jsonl")
+    assert sum(row["smoothed"] for row in smoothed) > 0
 
 
 def test_sft_and_dpo_are_two_stages_of_one_recipe(make: Make, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import OpenJudge
+from prefloop.rank import Judge, OpenJudge
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Request, Response, Sampling
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Actors:
     round: int
     seed: int
     """Of this chunk; methods derive one seed per phase from it."""
+    beside_initial: Callable[[Judge], OpenJudge] | None = None
+    """Opens a judge that compares the policy as trained so far with the initial one, both in this process."""
 
 
 def unfinished(roles: Mapping[str, Response]) -> tuple[str, ...]:

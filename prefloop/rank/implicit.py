@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from prefloop.generate.templates import PromptSet
     from prefloop.rank import Initial
 
+# Answers whose vocabulary-wide log-probs are kept until the initial policy, which may have to be loaded, has read them too.
+_AT_ONCE = 16
+
 UNMOVED = NoVerdict("the policy has not moved from its reference")
 
 
@@ -109,7 +112,9 @@ class _OpenImplicit:
     def _ratios(self, asks: Sequence[Request], texts: Sequence[str]) -> Iterator[float]:
         """log pi(y|x) - log pi_ref(y|x) of each answer, summed over its tokens."""
         if self.decoupled:
-            yield from (self._decoupled_ratio(a, t) for a, t in zip(asks, texts, strict=True))
+            asked = list(zip(asks, texts, strict=True))
+            for start in range(0, len(asked), _AT_ONCE):
+                yield from self._decoupled_ratios(asked[start : start + _AT_ONCE])
             return
         now = self.policy.score(asks, texts)
         with self.initial() as reference:
@@ -117,16 +122,17 @@ class _OpenImplicit:
         for mine, theirs in zip(now, before, strict=True):
             yield sum(mine.logprobs) - sum(theirs.logprobs)
 
-    def _decoupled_ratio(self, ask: Request, text: str) -> float:
-        now_TV, ids = _log_softmax(self.policy, ask, text)
+    def _decoupled_ratios(self, batch: Sequence[tuple[Request, str]]) -> Iterator[float]:
+        now = [_log_softmax(self.policy, ask, text) for ask, text in batch]
         with self.initial() as reference:
-            before_TV, theirs = _log_softmax(reference, ask, text)
-        if ids != theirs:
-            raise JudgeError(
-                "judge.reference reads the answers in other tokens than judge.model; "
-                "name two models with the same tokenizer"
-            )
-        return decoupled_ratio(now_TV, before_TV, ids, self.decoupled)
+            before = [_log_softmax(reference, ask, text) for ask, text in batch]
+        for (now_TV, ids), (before_TV, theirs) in zip(now, before, strict=True):
+            if ids != theirs:
+                raise JudgeError(
+                    "judge.reference reads the answers in other tokens than judge.model; "
+                    "name two models with the same tokenizer"
+                )
+            yield decoupled_ratio(now_TV, before_TV, ids, self.decoupled)
 
 
 def decoupled_ratio(now_TV: Tensor, before_TV: Tensor, ids: Sequence[int], amount: float) -> float:

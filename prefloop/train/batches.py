@@ -25,6 +25,7 @@ class Example(NamedTuple):
     margin: float = 0.0
     score: float = 0.0
     """The judge's score of the first role's response; 0 where no judge gave one."""
+    smoothing: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -59,7 +60,7 @@ def encode_pairs(
                 "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
             )
         score = pair.scores.get(roles[0], 0.0)
-        examples.append(Example(pair.id, group, pair.margin, score))
+        examples.append(Example(pair.id, group, pair.margin, score, pair.smoothing))
     return examples
 
 

@@ -38,6 +38,8 @@ class GroupLogps:
     """Role to (B,) tokens of the response, end-of-turn included; at least 1."""
     margin_B: Tensor
     """AROP's M, at least 0; zeros where the method has none."""
+    smoothing_B: Tensor | None = None
+    """SPA's alpha, from 0 to 1/2; None is zeros."""
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the roles agree and every tensor is (B,)."""
@@ -48,6 +50,7 @@ class GroupLogps:
             )
         _check_shapes(
             margin_B=self.margin_B,
+            **({} if self.smoothing_B is None else {"smoothing_B": self.smoothing_B}),
             **{f"policy[{role}]": logp_B for role, logp_B in self.policy.items()},
             **{f"reference[{role}]": logp_B for role, logp_B in self.reference.items()},
             **{f"lengths[{role}]": length_B for role, length_B in self.lengths.items()},

@@ -326,6 +326,7 @@ class Trainer:
             reference={role: reference[role][list(indices)].to(device) for role in job.roles},
             lengths=lengths,
             margin_B=torch.tensor([example.margin for example in examples], device=device),
+            smoothing_B=torch.tensor([example.smoothing for example in examples], device=device),
         )
 
     def _reference(self, job: Job) -> dict[str, Tensor]:

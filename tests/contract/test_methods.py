@@ -89,7 +89,8 @@ def play(
 ) -> tuple[list[Candidates], list[Pair], list[Reject]]:
     """One chunk of one round, each stage held to its promise."""
     judge = Similarity().open(None, PromptSet("compact"))
-    actors = Actors(engine, judge, PromptSet(method.prompt_set), round=2, seed=seed)
+    # Neither engine has a past to compare with: another judge stands in for one that looks at it.
+    actors = Actors(engine, judge, PromptSet(method.prompt_set), 2, seed, lambda other: judge)
     generated = list(method.generate(prompts, actors))
     groups, rejects = split(generated, Candidates)
     assert ids(generated) == [prompt.id for prompt in prompts], "one result a prompt, in order"

@@ -1,0 +1,80 @@
+"""Self-rewarding: the policy writes several answers, judges them itself, and learns the best over the worst.
+
+Source: Yuan et al. 2024, "Self-Rewarding Language Models" (arXiv:2401.10020), section 2. Who judges is the
+recipe's `judge`: `self_judge` is the policy, read from its rating tokens. New prompts are not written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from prefloop.gates import Gates
+from prefloop.methods import Actors, Method, Reference
+from prefloop.offline_pairs import best_over_worst, drafts, pair_metrics, scored
+from prefloop.records import Candidates, Pair, Prompt, Reject, Sampling
+
+if TYPE_CHECKING:
+    from prefloop.train.losses import GroupLogps, LossOutput
+
+
+class SelfRewarding(Method):
+    """Self-Rewarding: of several own answers the best over the worst, in the policy's own judgement."""
+
+    needs_judge: ClassVar[bool] = True
+    first_read: ClassVar = {"gates": "pair", "beta": "loss"}
+    defaults: ClassVar = {
+        "loop": {"rounds": 2},
+        "train": {"epochs": 1, "lr": 1e-6, "schedule": "linear", "batch_size": 16},
+    }
+
+    reference: Reference = "round_start"
+    """Section 2.4: M_t+1 is trained with DPO from M_t."""
+    candidates: int = Field(default=4, ge=2)
+    """Answers to each prompt. Section 3.1.2: N = 4."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Inverse temperature of the implicit reward. Section 3.1.3: 0.1."""
+    sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)
+    """Section 3.1.2: T = 0.7, p = 0.9."""
+    gates: Gates = Gates()
+    """When best and worst are not worth training on; equal scores never are (section 2.3)."""
+
+    def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
+        """Several answers to each prompt."""
+        yield from drafts(prompts, actors, self.sampling, self.candidates)
+
+    def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+        """The judge's score of every answer."""
+        assert actors.judge is not None
+        yield from scored(groups, actors.judge)
+
+    def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
+        """Best over worst."""
+        for group in ranked:
+            yield best_over_worst(group, self.gates, round)
+
+    def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
+        """DPO, -log sigma(beta (r(y_w) - r(y_l))), of B pairs."""
+        from prefloop.train import losses  # here, because it brings torch
+
+        r_c, r_r = (logps.ratio(role) for role in self.roles)
+        loss_B = losses.dpo(r_c, r_r, beta=self.beta)
+        return losses.LossOutput(loss_B, pair_metrics(r_c, r_r, self.beta))
+
+    def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
+        """log 2."""
+        return math.log(2)
+
+    def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
+        """What the judge thinks of the best, of the mean and of the worst answer to a prompt."""
+        if not ranked:
+            return {}
+        groups = [list(group.scores.values()) for group in ranked]
+        return {
+            "score_best": sum(map(max, groups)) / len(groups),
+            "score_mean": sum(sum(group) / len(group) for group in groups) / len(groups),
+            "score_worst": sum(map(min, groups)) / len(groups),
+        }

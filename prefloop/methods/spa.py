@@ -1,0 +1,171 @@
+"""SPA: a few labelled pairs first; then the policy labels its own answers by its implicit reward.
+
+Source: Kim et al. 2025, "Spread Preference Annotation: Direct Preference Judgment for Efficient LLM
+Alignment" (arXiv:2406.04412), section 4: DPO on the seed, expansion by the implicit reward, self-refinement
+of uncertain labels, de-coupled noise detection. The schedule is that of the baseline in "Introspective
+Adversarial Learning", section 4.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from prefloop.methods import Actors, Generator, Reference
+from prefloop.offline_pairs import OfflinePairs, drafts, pair_metrics, scored
+from prefloop.rank import NoVerdict
+from prefloop.rank.implicit import Implicit
+from prefloop.records import Candidates, Pair, Prompt, Reject, as_tuple
+
+if TYPE_CHECKING:
+    from prefloop.train.losses import GroupLogps, LossOutput
+
+_CONFIDENCE = "confidence"
+_Weight = Annotated[float, Field(ge=0.0)]
+_Weights = Annotated[tuple[_Weight, ...], Field(min_length=1)]
+
+
+class SPA(OfflinePairs):
+    """Spread Preference Annotation: DPO on labelled seed pairs, then on pairs that the policy labels itself."""
+
+    first_read: ClassVar = {
+        **dict.fromkeys(("beta", "decoupling"), "rank"),
+        **dict.fromkeys(("gates", "alpha", "least_confident"), "pair"),
+    }
+    defaults: ClassVar = {
+        "loop": {"rounds": 3},
+        "train": {
+            "epochs": 2,
+            "lr": 5e-7,
+            "optimizer": "adamw",
+            "schedule": "cosine",
+            "warmup": 0.1,
+            "batch_size": 32,
+        },
+    }
+
+    reference: Reference = "round_start"
+    """The policy that labelled a round's pairs; labels themselves are always measured from the initial policy."""
+    generator: Generator = "current"
+    """Who writes the drafts of the rounds after the seed round: the policy that labels them."""
+    beta: float = Field(default=0.1, gt=0.0)
+    """Inverse temperature, of the loss and of the implicit reward. IAL section 4.2: 0.1."""
+    alpha: float = Field(default=0.1, ge=0.0, le=0.5)
+    """Label smoothing of the least confident pairs. IAL section 4.2: 0.1."""
+    least_confident: float = Field(default=10.0, ge=0.0, le=100.0)
+    """The paper's K: per cent of a chunk's pairs whose labels are smoothed. IAL section 4.2: 10."""
+    decoupling: Annotated[_Weight | _Weights, BeforeValidator(as_tuple)] = (0.5, 0.25, 0.125)
+    """The paper's lambda, by round after the seed round: how far the detecting policy is extrapolated away from the initial one; 0 is the policy itself."""
+
+    @model_validator(mode="after")
+    def _labels_come_from_the_policy_itself(self) -> SPA:
+        if self.generator != "current":
+            raise ValueError(
+                "method spa labels what the policy itself has written; set method.generator to "
+                "current, or take method dpo with pairs: drafts"
+            )
+        return self
+
+    def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
+        """Round 0: the seed pairs, as `pairs` says. Later: two drafts a prompt."""
+        if actors.round <= 0:
+            yield from super().generate(prompts, actors)
+        else:
+            yield from drafts(prompts, actors, self.sampling, 2)
+
+    def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
+        """The implicit reward of each draft, and how sure the de-coupled policy is of their order."""
+        if actors.round <= 0:
+            yield from super().rank(groups, actors)
+            return
+        assert actors.beside_initial is not None
+        judge = actors.beside_initial(Implicit(beta=self.beta))
+        detector = actors.beside_initial(
+            Implicit(beta=self.beta, decoupled=self._decoupling(actors.round))
+        )
+        ranked = list(scored(groups, judge))
+        sure = iter(
+            detector.score(
+                [group.prompt for group in ranked if isinstance(group, Candidates)],
+                [
+                    [response.text for response in group.responses.values()]
+                    for group in ranked
+                    if isinstance(group, Candidates)
+                ],
+            )
+        )
+        for group in ranked:
+            if isinstance(group, Reject):
+                yield group
+            elif isinstance(verdict := next(sure), NoVerdict):
+                yield Reject(
+                    prompt_id=group.prompt.id,
+                    stage="rank",
+                    reason="no confidence",
+                    detail=verdict.reason,
+                )
+            else:
+                found = confidence(tuple(group.scores.values()), verdict)
+                yield group.model_copy(update={"ratings": {_CONFIDENCE: found}})
+
+    def _decoupling(self, round: int) -> float:
+        if isinstance(self.decoupling, float):
+            return self.decoupling
+        return self.decoupling[min(round - 1, len(self.decoupling) - 1)]
+
+    def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
+        """The draft of the higher implicit reward over the other; the least sure of these labels are smoothed."""
+        groups = list(ranked)
+        results = list(super().pair(groups, round))
+        confidences = {g.prompt.id: g.ratings.get(_CONFIDENCE) for g in groups}
+        sure = {
+            result.prompt_id: found
+            for result in results
+            if isinstance(result, Pair) and (found := confidences[result.prompt_id]) is not None
+        }
+        doubtful = set(least(sure, self.least_confident))
+        for result in results:
+            if isinstance(result, Pair) and result.prompt_id in sure:
+                update: dict[str, object] = {"ratings": {_CONFIDENCE: sure[result.prompt_id]}}
+                if result.prompt_id in doubtful:
+                    update["smoothing"] = self.alpha
+                yield result.model_copy(update=update)
+            else:
+                yield result
+
+    def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
+        """(1 - alpha) DPO + alpha DPO with the pair the other way round, of B pairs."""
+        import torch
+
+        from prefloop.train import losses  # here, because both bring torch
+
+        r_c, r_r = (logps.ratio(role) for role in self.roles)
+        smoothing_B = torch.zeros_like(r_c) if logps.smoothing_B is None else logps.smoothing_B
+        loss_B = losses.dpo_smoothed(r_c, r_r, smoothing_B, beta=self.beta)
+        metrics = pair_metrics(r_c, r_r, self.beta) | {"smoothed": (smoothing_B > 0).float()}
+        return losses.LossOutput(loss_B, metrics)
+
+    def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
+        """log 2, smoothed or not."""
+        return math.log(2)
+
+    def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
+        """How sure the policy is of its own labels."""
+        found = [g.ratings[_CONFIDENCE] for g in ranked if _CONFIDENCE in g.ratings]
+        return {"label_confidence": sum(found) / len(found)} if found else {}
+
+
+def confidence(labels: Sequence[float], detected: Sequence[float]) -> float:
+    """P(the label is right), sigma of the detector's reward of the better-labelled of two less the other's."""
+    better = 0 if labels[0] > labels[1] else 1
+    gap = detected[better] - detected[1 - better]
+    return (1 + math.tanh(gap / 2)) / 2  # sigma, without overflow
+
+
+def least(confidences: dict[str, float], per_cent: float) -> list[str]:
+    """The `per_cent` % of names with the lowest confidence, to the nearest whole number of them."""
+    count = math.floor(len(confidences) * per_cent / 100 + 0.5)
+    return sorted(confidences, key=confidences.__getitem__)[:count]
