@@ -261,6 +261,23 @@ def test_only_deliberate_keys_vote(folder: Path, command: Start, ann: Visitor) -
     assert ann.complaints == []
 
 
+def test_a_key_that_was_meant_for_the_last_item_does_not_decide_the_next(
+    folder: Path, command: Start, ann: Visitor
+) -> None:
+    ann.joins(command().link)
+    ann.settles()
+    press = "document.dispatchEvent(new KeyboardEvent('keydown', {key: '1'}))"
+    watch = "observe(document.body, {attributes: true, attributeFilter: ['data-item']})"
+    ann.page.evaluate(f"() => new MutationObserver(() => {press}).{watch}")
+    ann.page.keyboard.press("1")
+    ann.shows(1, 6)
+    ann.page.wait_for_timeout(100)
+    ann.shows(1, 6)
+    ann.settles()
+    ann.page.evaluate(press)
+    ann.shows(2, 6)
+
+
 def test_a_link_without_its_secret_shows_no_prompt(
     folder: Path, command: Start, ann: Visitor
 ) -> None:

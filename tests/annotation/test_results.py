@@ -53,6 +53,8 @@ def test_ties_count_one_half_and_skips_not_at_all() -> None:
 def test_every_prompt_weighs_the_same_however_many_voted_on_it() -> None:
     both = found({"Ann": "ab", "Bob": "a ", "Cid": "a "})["everybody"]["win_rate"]
     assert (both["value"], both["count"]) == (0.5, 2)
+    split = found({"Ann": "ab", "Bob": "ba"})["everybody"]["win_rate"]
+    assert (split["value"], split["low"], split["high"]) == (0.5, 0.5, 0.5)
 
 
 def test_the_interval_is_that_of_prompts_and_not_of_votes() -> None:
