@@ -27,7 +27,8 @@ from prefloop import __version__
 from prefloop.curves import curves
 from prefloop.data import DataOptions, read_prompts
 from prefloop.errors import DataError, PrefloopError, RecipeError, RunFolderError
-from prefloop.evaluate.comparison import differences, holm
+from prefloop.evaluate.comparison import differences
+from prefloop.evaluate.contrasts import holm
 from prefloop.evaluate.kept import digest
 from prefloop.evaluate.measures import Item, Measure, Subject
 from prefloop.evaluation_judge import ChosenJudge

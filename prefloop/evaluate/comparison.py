@@ -1,4 +1,4 @@
-"""Two subjects on the same items: paired differences, and which of many are more than chance.
+"""Two subjects on the same items: paired differences, and how often chance alone would make them.
 
 Shapes: N clusters of items, S sign patterns.
 """
@@ -70,13 +70,3 @@ def sign_flip(values: Sequence[float], clusters: Sequence[str], *, seed: int) ->
         signs_SN = 1 - 2 * generator.integers(2, size=(min(rows, _PATTERNS - start), count))
         as_far += int((np.abs(signs_SN @ sums_N) >= bound).sum())
     return (as_far + 1) / (_PATTERNS + 1)
-
-
-def holm(ps: Sequence[float]) -> list[float]:
-    """p values adjusted for their number (Holm 1979, Scand. J. Stat. 6): below 0.05 in all, 5 % err in any."""
-    order = sorted(range(len(ps)), key=lambda place: ps[place])
-    found, largest = [1.0] * len(ps), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, ps[place] * (len(ps) - rank)))
-        found[place] = largest
-    return found

@@ -1,11 +1,11 @@
-"""Paired differences, the sign-flip test, and Holm's correction."""
+"""Paired differences and the sign-flip test."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from prefloop.evaluate.comparison import differences, holm, sign_flip
+from prefloop.evaluate.comparison import differences, sign_flip
 from prefloop.evaluate.measures import Item
 
 
@@ -70,17 +70,3 @@ def test_without_a_difference_p_is_below_a_bound_as_often_as_the_bound_says() ->
     names = [str(n) for n in range(30)]
     ps = [sign_flip(generator.choice([-1.0, 0.0, 1.0], size=30), names, seed=n) for n in range(400)]
     assert np.mean(np.array(ps) < 0.05) == pytest.approx(0.05, abs=0.033)
-
-
-def test_holm_by_hand() -> None:
-    # 0.01 times 3, 0.02 times 2, then never less than before.
-    assert holm([0.02, 0.01, 0.03]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([0.2]) == [0.2]
-    assert holm([]) == []
-
-
-def test_holm_rarely_finds_anything_among_many_true_nulls() -> None:
-    generator = np.random.default_rng(1)
-    wrong = sum(min(holm(generator.random(20))) < 0.05 for _ in range(1000))
-    assert wrong / 1000 == pytest.approx(0.05, abs=0.025)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import ClassVar
 
 from pydantic import Field
@@ -11,10 +10,10 @@ from pydantic import Field
 from prefloop.errors import DataError
 from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.question_files import drawn
 from prefloop.evaluate.stats import clustered_mean
 from prefloop.preferences import Preference, read_preferences
 from prefloop.records import Request
-from prefloop.seeds import derive_seed
 
 
 class Preferences(Measure):
@@ -72,10 +71,7 @@ class Preferences(Measure):
         pairs = [pair for pair in read_preferences(self.data).pairs if not pair.tie]
         if not pairs:
             raise DataError(f"{self.data} holds ties only; name a file of pairs with a better one")
-        if self.limit is None or self.limit >= len(pairs):
-            return pairs
-        places = Random(derive_seed(self.draw, "preferences")).sample(range(len(pairs)), self.limit)
-        return [pairs[place] for place in sorted(places)]
+        return drawn(pairs, self.limit, self.draw, "preferences")
 
     def _score(self, pairs: Sequence[Preference], subject: Subject) -> list[Item]:
         assert subject.initial is not None
