@@ -35,6 +35,7 @@ from prefloop.evaluation_judge import ChosenJudge
 from prefloop.evaluation_measures import Chosen, choose
 from prefloop.evaluation_subjects import Source, contents, find, held_out, names, opened
 from prefloop.machine import environment
+from prefloop.memory import keep_freed_memory
 from prefloop.records import read_json, read_jsonl, write_jsonl
 from prefloop.rows import EMBEDDED
 from prefloop.rundir import write_atomically
@@ -67,6 +68,7 @@ class Options:
 
 def evaluate(options: Options, say: Say) -> dict[str, Any]:
     """Measure all subjects and write the report; returns it. `say` is told what is done. Raises PrefloopError."""
+    keep_freed_memory()
     sources = [find(text) for text in options.subjects]
     called = names(sources)
     if twice := next((name for name in called if called.count(name) > 1), None):

@@ -473,7 +473,7 @@ class Interrupter:
         """Every chunk and step of every round is a place of its own, not only every stage."""
         self.seen: set[str] = set()
         self._patch = patch
-        self._around(Journal, "append", lambda self, records: self._main)
+        self._around(Journal, "append", lambda self, records, counts=None: self._main)
         self._around(Trainer, "_step", lambda self, job, ref, chosen, n, steps: job.folder / str(n))
         self._around(Policy, "save", lambda self, folder: folder)
         self._around(prefloop.loop, "publish", lambda recipe, run, here, results: here.policy)

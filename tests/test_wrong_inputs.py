@@ -133,7 +133,7 @@ def run_folder(shell: Shell, finished: Path) -> Path:
         ("method: !!python/name:os.system\n", ("r.yaml:1:9", "os.system")),
         ("metod: {name: ial}\n", ("r.yaml", "'metod'", "did you mean 'method'?")),
         ("method: {name: iall}\n", ("r.yaml", "'iall'", "did you mean 'ial'?")),
-        ("method: {name: .ial}\n", ("r.yaml", "'.ial'", "arop, ial", "my_package.my_module")),
+        ("method: {name: .ial}\n", ("r.yaml", "'.ial'", "arop, dpo, ", "my_package.my_module")),
         (
             "method: {name: laboratory.broken}\n",
             ("r.yaml", "'laboratory.broken'", "invalid syntax"),

@@ -213,6 +213,7 @@ def test_hostile_text_is_shown_as_text_and_nothing_runs(
     assert ann.complaints == []
 
 
+@pytest.mark.slow
 def test_a_policy_of_the_browser_stands_behind_the_page(
     folder: Path, command: Start, ann: Visitor
 ) -> None:
@@ -231,6 +232,7 @@ def test_a_policy_of_the_browser_stands_behind_the_page(
     assert any("connect-src" in text for text in ann.complaints)
 
 
+@pytest.mark.slow
 def test_only_deliberate_keys_vote(folder: Path, command: Start, ann: Visitor) -> None:
     ann.page.goto(command().link)
     ann.page.fill("#name", "")
@@ -278,6 +280,7 @@ def test_a_key_that_was_meant_for_the_last_item_does_not_decide_the_next(
     ann.shows(2, 6)
 
 
+@pytest.mark.slow
 def test_a_link_without_its_secret_shows_no_prompt(
     folder: Path, command: Start, ann: Visitor
 ) -> None:
@@ -292,6 +295,7 @@ def test_a_link_without_its_secret_shows_no_prompt(
     assert not ann.page.locator("#work").is_visible()
 
 
+@pytest.mark.slow
 def test_two_people_get_their_own_order_and_meet_in_the_report(
     folder: Path, command: Start, browser: Any
 ) -> None:
