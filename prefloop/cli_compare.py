@@ -39,7 +39,8 @@ def compare(
     The same command goes on where it stopped. Exits with 1 where a cell failed; the others are played.
     """
     from prefloop.compare.file import cells, load_comparison
-    from prefloop.compare.play import alone_in, sharing
+    from prefloop.compare.play import sharing
+    from prefloop.rundir import alone_in
 
     loaded = load_comparison(comparison)
     folder = out or Path("runs") / comparison.stem
@@ -54,7 +55,7 @@ def compare(
             typer.echo(line)
         typer.echo(f"{comparison.stem}: {len(chosen)} cells, ok")
         return
-    with alone_in(folder):
+    with alone_in(folder, "comparison"):
         failed = _play_and_tabulate(loaded, every, [] if table else chosen, folder, jobs, as_json)
     if failed:
         raise typer.Exit(1)

@@ -10,13 +10,11 @@ the measure's own code. A killed evaluation goes on, and a changed one reads wha
 
 from __future__ import annotations
 
-import fcntl
 import inspect
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +24,7 @@ import prefloop.evaluate
 from prefloop import __version__
 from prefloop.curves import curves
 from prefloop.data import DataOptions, read_prompts
-from prefloop.errors import DataError, PrefloopError, RecipeError, RunFolderError
+from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.evaluate.comparison import differences
 from prefloop.evaluate.contrasts import holm
 from prefloop.evaluate.kept import digest
@@ -38,7 +36,7 @@ from prefloop.machine import environment
 from prefloop.memory import keep_freed_memory
 from prefloop.records import read_json, read_jsonl, write_jsonl
 from prefloop.rows import EMBEDDED
-from prefloop.rundir import write_atomically
+from prefloop.rundir import alone_in, write_atomically
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")
@@ -73,7 +71,7 @@ def evaluate(options: Options, say: Say) -> dict[str, Any]:
     called = names(sources)
     if twice := next((name for name in called if called.count(name) > 1), None):
         raise RecipeError(f"{twice} is named twice; name each subject once")
-    with _locked(options.out):
+    with alone_in(options.out, "evaluation"):
         prompts, told = _prompts(options, sources)
         limits = dict.fromkeys(LIMITS, options.limit) if options.limit else {}
         defaults = {"held_out": prompts, **limits}
@@ -309,23 +307,3 @@ def _comparisons(
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row |= {"p_holm": adjusted, "significant": adjusted < LEVEL}
     return rows
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One evaluation at a time writes to a folder."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise RunFolderError(
-            f"cannot write to {out}: {error.strerror}; choose another --out"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFolderError(
-                f"{out} is in use by another evaluation; wait for it or choose another --out"
-            ) from error
-        yield

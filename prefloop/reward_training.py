@@ -9,11 +9,9 @@ REWARDS/NAME/recipe.yaml       the recipe with every value; another one is refus
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ from prefloop.rank.reward_model import RewardModel
 from prefloop.records import read_json, write_jsonl
 from prefloop.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments
 from prefloop.reward_recipe import RewardRecipe
-from prefloop.rundir import differences, write_atomically
+from prefloop.rundir import alone_in, differences, write_atomically
 from prefloop.train import checkpoint
 from prefloop.train.sources import quiet
 from prefloop.yaml_text import parse_yaml
@@ -56,7 +54,7 @@ def train_reward(
     """
     keep_freed_memory()
     _claim(folder, recipe)
-    with _alone(folder):
+    with alone_in(folder, "training"):
         return _train_and_measure(recipe, folder, say)
 
 
@@ -123,19 +121,6 @@ def _claim(folder: Path, recipe: RewardRecipe) -> None:
             f"{folder} was made by another recipe ({'; '.join(changed[:3])}); choose another folder "
             "with --out, or delete it"
         )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two trainings in one folder would mix their checkpoints; the lock ends with the process."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFolderError(
-                f"{folder} is being trained by another process; wait for it, or choose another with --out"
-            ) from error
-        yield
 
 
 def _train(

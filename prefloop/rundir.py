@@ -227,23 +227,32 @@ def open_run(path: Path, recipe: str) -> Iterator[RunDir]:
 
     Raises RunFolderError if the folder belongs to another recipe, is in use, or cannot be written.
     """
+    with alone_in(path, "process"), _failures_in_words(path):
+        _claim(path, recipe)
+        yield RunDir(path)
+
+
+@contextmanager
+def alone_in(folder: Path, who: str) -> Iterator[None]:
+    """Hold the folder's lock, making the folder; it ends with the process. `who` is what else could hold it.
+
+    Raises RunFolderError where that is so, or where the folder cannot be written.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("w")
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
     except OSError as error:
         raise RunFolderError(
-            f"cannot write to {path}: {error.strerror}; choose another --out"
+            f"cannot write to {folder}: {error.strerror}; choose another --out"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"{path} is in use by another process; wait for it or choose another --out"
+                f"{folder} is in use by another {who}; wait for it or choose another --out"
             ) from error
-        with _failures_in_words(path):
-            _claim(path, recipe)
-            yield RunDir(path)
+        yield
 
 
 @contextmanager

@@ -180,7 +180,7 @@ def test_two_processes_do_not_train_in_one_folder(encoder_folder, pairs_file, tm
     train_reward(wanted, tmp_path / "r")
     with (tmp_path / "r/.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RunFolderError, match="by another process"):
+        with pytest.raises(RunFolderError, match="in use by another training"):
             train_reward(wanted, tmp_path / "r")
 
 

@@ -5,20 +5,18 @@ A cell that would do work that an earlier one does waits for it and takes it ove
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from prefloop.compare.file import Cell
 from prefloop.compare.share import FIRST_ROUND, START, inherit, stage_keys
-from prefloop.errors import PrefloopError, RunFolderError
+from prefloop.errors import PrefloopError
 from prefloop.launch import end_with_parent
 from prefloop.rundir import RoundDir, open_run
 
@@ -198,20 +196,6 @@ def start_process(cell: Cell, jobs: int) -> subprocess.Popen[bytes]:
             env=environment,
             preexec_fn=end_with_parent,
         )
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the comparison's lock. Raises RunFolderError where another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunFolderError(
-                f"{folder} is in use by another comparison; wait for it or choose another --out"
-            ) from error
-        yield
 
 
 def _end(processes: Sequence[Running]) -> None:

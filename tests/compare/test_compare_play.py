@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from prefloop.compare.file import Cell, Comparison, cells
-from prefloop.compare.play import alone_in, play, sharing, start_process
+from prefloop.compare.play import play, sharing, start_process
 from prefloop.errors import RunFolderError
-from prefloop.rundir import RunDir
+from prefloop.rundir import RunDir, alone_in
 from tests.compare.test_compare_share import base
 
 
@@ -174,9 +174,9 @@ def test_the_plan_can_be_seen_before(tmp_path):
 
 def test_a_comparison_is_played_by_one_process(tmp_path):
     with (
-        alone_in(tmp_path),
+        alone_in(tmp_path, "comparison"),
         pytest.raises(RunFolderError, match="in use by another comparison"),
-        alone_in(tmp_path),
+        alone_in(tmp_path, "comparison"),
     ):
         pass
 
