@@ -28,7 +28,7 @@ from prefloop.generate.slots import TILE, Slots
 
 ATTENTION = "prefloop_slots"
 # Positions are read in multiples of this: the last bits of a product can depend on odd lengths.
-_ROUND = 16
+_ROUND = 32
 # What a further group costs, in key/value positions that could have been read in its time.
 _GROUP_COST = 400
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefloop.generate.hf_engine import HFEngine
-from prefloop.generate.linears import fingerprint
+from prefloop.generate.linears import ReorderedLinears, fingerprint
 from prefloop.generate.slot_attention import ATTENTION, _group, slot_attention
 from prefloop.generate.slots import Slots
 from prefloop.records import Message, Request, Sampling
@@ -67,7 +67,7 @@ def test_neighbours_of_like_length_are_read_together() -> None:
     groups = _group([(0, 99), (1, 100), (2, 110), (5, 100), (6, 4000)])
     assert [(g.slots.start, g.slots.stop) for g in groups] == [(0, 3), (5, 6), (6, 7)]
     assert [(g.rows.start, g.rows.stop) for g in groups] == [(0, 3), (3, 4), (4, 5)]
-    assert [g.length for g in groups] == [112, 112, 4016]
+    assert [g.length for g in groups] == [128, 128, 4032]
 
 
 def fail_inside(model: Any) -> None:
@@ -97,3 +97,15 @@ def test_a_fingerprint_sees_a_single_bit(model: Any) -> None:
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data[0, 0] = torch.nextafter(weight.data[0, 0], torch.tensor(torch.inf))
     assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("width", [64, 1536, 4096])
+def test_a_row_of_reordered_linears_is_the_same_among_any_number_of_rows(width: int) -> None:
+    """Real widths: with AVX-512 a long row alone was summed in another order."""
+    layer = torch.nn.Linear(width, 96)
+    rows = torch.randn(1, 64, width)
+    with torch.inference_mode(), ReorderedLinears(layer).in_use():
+        together = layer(rows)
+        for count in (1, 2, 3, 5, 17, 63):
+            assert torch.equal(layer(rows[:, :count]), together[:, :count]), count
+    torch.testing.assert_close(together, layer(rows))
