@@ -28,7 +28,9 @@ ANSWERS = ["in the north", "no", "nobody knows where"]
 @pytest.fixture
 def policy(model_folder: Path) -> Policy:
     """A LoRA policy that has moved away from its start."""
-    options = ModelOptions(source=str(model_folder), lora=LoraOptions(r=4), device="cpu")
+    options = ModelOptions(
+        source=str(model_folder), lora=LoraOptions(r=4), device="cpu", dtype="float32"
+    )
     loaded = Policy.load(options)
     with torch.no_grad():
         for name, weight in loaded.model.named_parameters():
