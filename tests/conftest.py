@@ -32,7 +32,7 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-def tiny_llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int, seed: int = 0, *, intermediate_size: int = 48) -> LlamaForCausalLM:
     """A two-layer Llama with grouped queries and random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def tiny_llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
             LlamaConfig(
                 vocab_size=vocabulary,
                 hidden_size=32,
-                intermediate_size=48,
+                intermediate_size=intermediate_size,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,

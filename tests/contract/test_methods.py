@@ -94,8 +94,9 @@ def play(
     generated = list(method.generate(prompts, actors))
     groups, rejects = split(generated, Candidates)
     assert ids(generated) == [prompt.id for prompt in prompts], "one result a prompt, in order"
-    ranked, more = split(list(method.rank(groups, actors)), Candidates)
-    assert ids([*ranked, *more]) == ids(groups)
+    judged = list(method.rank(groups, actors))
+    assert ids(judged) == ids(groups), "one result a group, in order"
+    ranked, more = split(judged, Candidates)
     rejects += more
     results = list(method.pair(ranked, round=2))
     assert ids(results) == ids(ranked)
