@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from prefloop.gates import Gates
-from prefloop.methods import Actors, Generator, Method, unfinished
-from prefloop.rank import NoVerdict, OpenJudge
+from prefloop.methods import Actors, Generator, Method, pair_of, scored
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.seeds import derive_seed
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from prefloop.train.losses import GroupLogps, LossOutput
 
 LABELLED = ("chosen", "rejected")
 
@@ -55,7 +56,6 @@ class OfflinePairs(Method):
         if self.pairs == "data":
             yield from groups
             return
-        assert actors.judge is not None
         yield from scored(groups, actors.judge)
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
@@ -85,25 +85,6 @@ def drafts(
         yield Candidates(prompt=prompt, responses={f"draft_{n}": next(found) for n in range(count)})
 
 
-def scored(groups: Sequence[Candidates], judge: OpenJudge) -> Iterator[Candidates | Reject]:
-    """The groups with the judge's score of every response."""
-    verdicts = judge.score(
-        [group.prompt for group in groups],
-        [tuple(r.text for r in group.responses.values()) for group in groups],
-    )
-    for group, verdict in zip(groups, verdicts, strict=True):
-        if isinstance(verdict, NoVerdict):
-            yield Reject(
-                prompt_id=group.prompt.id,
-                stage="rank",
-                reason="no verdict",
-                detail=verdict.reason,
-            )
-        else:
-            scores = dict(zip(group.responses, verdict, strict=True))
-            yield group.model_copy(update={"scores": scores})
-
-
 def best_over_worst(group: Candidates, gates: Gates, round: int) -> Pair | Reject:
     """A labelled group as it is; of scored ones the best response over the worst, where gates let it pass."""
     if not group.scores:
@@ -120,20 +101,12 @@ def best_over_worst(group: Candidates, gates: Gates, round: int) -> Pair | Rejec
     return gates.reject(group, best, worst) or pair_of(group, best, worst, round)
 
 
-def pair_of(group: Candidates, chosen: str, rejected: str, round: int) -> Pair:
-    """The pair of two named responses of a group."""
-    names = {"chosen": chosen, "rejected": rejected}
-    return Pair(
-        prompt_id=group.prompt.id,
-        round=round,
-        prompt=group.prompt.messages,
-        chosen=group.responses[chosen].text,
-        rejected=group.responses[rejected].text,
-        target=group.prompt.target,
-        origin=names,
-        unfinished=unfinished({role: group.responses[name] for role, name in names.items()}),
-        scores={role: group.scores[name] for role, name in names.items() if name in group.scores},
-    )
+def dpo_loss(logps: GroupLogps, roles: Sequence[str], beta: float) -> LossOutput:
+    """-log sigma(beta (r(y_w) - r(y_l))) of B pairs, whose two roles are named chosen first."""
+    from prefloop.train import losses  # here, because it brings torch
+
+    r_c, r_r = (logps.ratio(role) for role in roles)
+    return losses.LossOutput(losses.dpo(r_c, r_r, beta=beta), pair_metrics(r_c, r_r, beta))
 
 
 def pair_metrics(chosen_B: Tensor, rejected_B: Tensor, beta: float) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import Judge, OpenJudge
+from prefloop.rank import Judge, NoVerdict, OpenJudge
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Request, Response, Sampling
 
 if TYPE_CHECKING:
@@ -46,6 +46,48 @@ def further(asked: Request, answer: str, turn: Sequence[Message]) -> Request:
     """The conversation of `asked` and its answer, going on with `turn`."""
     said = Message(role="assistant", content=answer)
     return Request(messages=(*asked.messages, said, *turn))
+
+
+def scored(
+    groups: Sequence[Candidates], judge: OpenJudge | None, names: Sequence[str] = ()
+) -> Iterator[Candidates | Reject]:
+    """The groups with the judge's scores of these responses; of all, where none is named."""
+    assert judge is not None, "a method that ranks by the judge declares needs_judge"
+    names_of = [tuple(names or group.responses) for group in groups]
+    verdicts = judge.score(
+        [group.prompt for group in groups],
+        [
+            tuple(group.responses[name].text for name in asked)
+            for group, asked in zip(groups, names_of, strict=True)
+        ],
+    )
+    for group, asked, verdict in zip(groups, names_of, verdicts, strict=True):
+        if isinstance(verdict, NoVerdict):
+            yield unranked(group, "no verdict", verdict)
+        else:
+            scores = dict(zip(asked, verdict, strict=True))
+            yield group.model_copy(update={"scores": scores})
+
+
+def unranked(group: Candidates, reason: str, verdict: NoVerdict) -> Reject:
+    """A group that a judge could not decide."""
+    return Reject(prompt_id=group.prompt.id, stage="rank", reason=reason, detail=verdict.reason)
+
+
+def pair_of(group: Candidates, chosen: str, rejected: str, round: int) -> Pair:
+    """The pair of two named responses of a group."""
+    names = {"chosen": chosen, "rejected": rejected}
+    return Pair(
+        prompt_id=group.prompt.id,
+        round=round,
+        prompt=group.prompt.messages,
+        chosen=group.responses[chosen].text,
+        rejected=group.responses[rejected].text,
+        target=group.prompt.target,
+        origin=names,
+        unfinished=unfinished({role: group.responses[name] for role, name in names.items()}),
+        scores={role: group.scores[name] for role, name in names.items() if name in group.scores},
+    )
 
 
 class Method(BaseModel):

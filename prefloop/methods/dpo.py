@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.offline_pairs import OfflinePairs, pair_metrics
+from prefloop.offline_pairs import OfflinePairs, dpo_loss
 from prefloop.records import Pair
 
 if TYPE_CHECKING:
@@ -40,11 +40,7 @@ class DPO(OfflinePairs):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """-log sigma(beta (r(y_w) - r(y_l))) of B pairs."""
-        from prefloop.train import losses  # here, because it brings torch
-
-        r_c, r_r = (logps.ratio(role) for role in self.roles)
-        loss_B = losses.dpo(r_c, r_r, beta=self.beta)
-        return losses.LossOutput(loss_B, pair_metrics(r_c, r_r, self.beta))
+        return dpo_loss(logps, self.roles, self.beta)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
         """log 2."""

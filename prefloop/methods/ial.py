@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from prefloop.gates import Gates
-from prefloop.methods import Actors, Layout, Method, Reference, further, unfinished
-from prefloop.rank import NoVerdict
+from prefloop.methods import Actors, Layout, Method, Reference, further, pair_of, scored
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.seeds import derive_seed
 from prefloop.text import fold_whitespace
@@ -136,23 +135,7 @@ class IAL(Method):
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
         """The judge's scores of draft and rewrite (eq. 5)."""
-        assert actors.judge is not None
-        verdicts = actors.judge.score(
-            [group.prompt for group in groups],
-            [(g.responses["draft"].text, g.responses["rewrite"].text) for g in groups],
-        )
-        for group, verdict in zip(groups, verdicts, strict=True):
-            if isinstance(verdict, NoVerdict):
-                yield Reject(
-                    prompt_id=group.prompt.id,
-                    stage="rank",
-                    reason="no verdict",
-                    detail=verdict.reason,
-                )
-            else:
-                yield group.model_copy(
-                    update={"scores": {"draft": verdict[0], "rewrite": verdict[1]}}
-                )
+        yield from scored(groups, actors.judge, ("draft", "rewrite"))
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Triples (y_t, y+, y-): the draft wins if it scores above the rewrite, else the rewrite (eq. 5)."""
@@ -163,19 +146,7 @@ class IAL(Method):
                 continue
             better = "draft" if group.scores["draft"] > group.scores["rewrite"] else "rewrite"
             worse = "rewrite" if better == "draft" else "draft"
-            yield Pair(
-                prompt_id=group.prompt.id,
-                round=round,
-                prompt=group.prompt.messages,
-                chosen=group.responses[better].text,
-                rejected=group.responses[worse].text,
-                target=group.prompt.target,
-                origin={"chosen": better, "rejected": worse},
-                unfinished=unfinished(
-                    {"chosen": group.responses[better], "rejected": group.responses[worse]}
-                ),
-                scores={"chosen": group.scores[better], "rejected": group.scores[worse]},
-            )
+            yield pair_of(group, better, worse, round)
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """SPACP of B triples."""

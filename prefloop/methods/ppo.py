@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from prefloop.methods import Actors, Method, Trains, unfinished
-from prefloop.rank import NoVerdict
+from prefloop.methods import Actors, Method, Trains, scored, unfinished
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Sampling
 from prefloop.seeds import derive_seed
 
@@ -94,20 +93,7 @@ class PPO(Method):
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
         """The judge's score of each answer by itself."""
-        assert actors.judge is not None
-        verdicts = actors.judge.score(
-            [group.prompt for group in groups], [(g.responses[ANSWER].text,) for g in groups]
-        )
-        for group, verdict in zip(groups, verdicts, strict=True):
-            if isinstance(verdict, NoVerdict):
-                yield Reject(
-                    prompt_id=group.prompt.id,
-                    stage="rank",
-                    reason="no verdict",
-                    detail=verdict.reason,
-                )
-            else:
-                yield group.model_copy(update={"scores": {ANSWER: verdict[0]}})
+        yield from scored(groups, actors.judge, (ANSWER,))
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Each answer as the one response of its example, with its score less the penalty for being cut off."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from prefloop.gates import Gates
-from prefloop.methods import Actors, Method, Reference
-from prefloop.offline_pairs import best_over_worst, drafts, pair_metrics, scored
+from prefloop.methods import Actors, Method, Reference, scored
+from prefloop.offline_pairs import best_over_worst, dpo_loss, drafts
 from prefloop.records import Candidates, Pair, Prompt, Reject, Sampling
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class SelfRewarding(Method):
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
         """The judge's score of every answer."""
-        assert actors.judge is not None
         yield from scored(groups, actors.judge)
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
@@ -58,11 +57,7 @@ class SelfRewarding(Method):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """DPO, -log sigma(beta (r(y_w) - r(y_l))), of B pairs."""
-        from prefloop.train import losses  # here, because it brings torch
-
-        r_c, r_r = (logps.ratio(role) for role in self.roles)
-        loss_B = losses.dpo(r_c, r_r, beta=self.beta)
-        return losses.LossOutput(loss_B, pair_metrics(r_c, r_r, self.beta))
+        return dpo_loss(logps, self.roles, self.beta)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
         """log 2."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from prefloop.methods import Actors, Generator, Reference
-from prefloop.offline_pairs import OfflinePairs, drafts, pair_metrics, scored
+from prefloop.methods import Actors, Generator, Reference, scored, unranked
+from prefloop.offline_pairs import OfflinePairs, drafts, pair_metrics
 from prefloop.rank import NoVerdict
 from prefloop.rank.implicit import Implicit
 from prefloop.records import Candidates, Pair, Prompt, Reject, as_tuple
@@ -87,26 +87,18 @@ class SPA(OfflinePairs):
             Implicit(beta=self.beta, decoupled=self._decoupling(actors.round))
         )
         ranked = list(scored(groups, judge))
+        ordered = [group for group in ranked if isinstance(group, Candidates)]
         sure = iter(
             detector.score(
-                [group.prompt for group in ranked if isinstance(group, Candidates)],
-                [
-                    [response.text for response in group.responses.values()]
-                    for group in ranked
-                    if isinstance(group, Candidates)
-                ],
+                [group.prompt for group in ordered],
+                [[response.text for response in group.responses.values()] for group in ordered],
             )
         )
         for group in ranked:
             if isinstance(group, Reject):
                 yield group
             elif isinstance(verdict := next(sure), NoVerdict):
-                yield Reject(
-                    prompt_id=group.prompt.id,
-                    stage="rank",
-                    reason="no confidence",
-                    detail=verdict.reason,
-                )
+                yield unranked(group, "no confidence", verdict)
             else:
                 found = confidence(tuple(group.scores.values()), verdict)
                 yield group.model_copy(update={"ratings": {_CONFIDENCE: found}})

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 
 from prefloop.gates import Gates
-from prefloop.methods import Actors, Method, Reference
-from prefloop.offline_pairs import pair_metrics, pair_of
+from prefloop.methods import Actors, Method, Reference, pair_of
+from prefloop.offline_pairs import dpo_loss
 from prefloop.records import (
     Candidates,
     Pair,
@@ -89,11 +89,8 @@ class SPIN(Method):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """DPO of target over sample, -log sigma(beta (r(y_t) - r(y))), of B pairs."""
-        from prefloop.train import losses  # here, because it brings torch
-
         beta = self.beta if isinstance(self.beta, float) else self.beta[0]
-        r_c, r_r = (logps.ratio(role) for role in self.roles)
-        return losses.LossOutput(losses.dpo(r_c, r_r, beta=beta), pair_metrics(r_c, r_r, beta))
+        return dpo_loss(logps, self.roles, beta)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
         """log 2."""

@@ -27,8 +27,8 @@ Source: nobody; it is here to be added.
 
 from pydantic import Field
 
-from prefloop.methods import Method
-from prefloop.offline_pairs import drafts, pair_of
+from prefloop.methods import Method, pair_of
+from prefloop.offline_pairs import drafts
 from prefloop.train import losses
 
 
