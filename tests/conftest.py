@@ -1,4 +1,4 @@
-"""Tiny real models and tokenizers, made here: no network, no hub."""
+"""Tiny real models, tokenizers and prompts, made here: no network, no hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prefloop.records import Message, Prompt
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -50,6 +52,20 @@ def tiny_llama(vocabulary: int, seed: int = 0, *, intermediate_size: int = 48) -
                 pad_token_id=1,
             )
         ).eval()
+
+
+def labelled_prompts(count: int) -> list[Prompt]:
+    """Prompts p0, p1 and so on with a target and a labelled pair."""
+    return [
+        Prompt(
+            id=f"p{n}",
+            messages=(Message(role="user", content=f"Question {n}?"),),
+            target=f"right {n}",
+            chosen=f"good {n}",
+            rejected=f"bad {n}",
+        )
+        for n in range(count)
+    ]
 
 
 @pytest.fixture

@@ -22,15 +22,9 @@ from prefloop.report.summary import show_curve, show_run
 from prefloop.rundir import read_run
 from prefloop.train.trainer import Trainer
 from prefloop.training_curve import TrainingCurve
+from tests.test_loop import OPEN
 
 SHORT = {"max_new_tokens": 6}
-OPEN = {
-    "cut_off": False,
-    "identical": False,
-    "meta_talk": False,
-    "max_edit_share": None,
-    "max_length_ratio": None,
-}
 AROP = {"name": "arop", "sampling": SHORT, "gates": OPEN}
 
 

@@ -10,18 +10,10 @@ from prefloop.generate.fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors, Method
 from prefloop.rank.similarity import Similarity
-from prefloop.records import Candidates, Message, Prompt
+from prefloop.records import Candidates
+from tests.conftest import labelled_prompts
 
-PROMPTS = [
-    Prompt(
-        id=f"p{n}",
-        messages=(Message(role="user", content=f"Say {n}."),),
-        target=f"It is {n}.",
-        chosen=f"It is just {n}.",
-        rejected=f"Not {n}.",
-    )
-    for n in range(3)
-]
+PROMPTS = labelled_prompts(3)
 
 
 def watched(kind: type[Method], seen: set[str]) -> Method:

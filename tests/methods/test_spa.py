@@ -18,19 +18,11 @@ from prefloop.methods.dpo import DPO
 from prefloop.methods.spa import SPA, confidence, least
 from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.rank.implicit import Implicit
-from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Response
+from prefloop.records import Candidates, Pair, Prompt, Reject, Response
 from prefloop.train.losses import GroupLogps
-from tests.conftest import tiny_llama
+from tests.conftest import labelled_prompts, tiny_llama
 
-PROMPTS = [
-    Prompt(
-        id=f"p{n}",
-        messages=(Message(role="user", content=f"Question {n}?"),),
-        chosen=f"good {n}",
-        rejected=f"bad {n}",
-    )
-    for n in range(10)
-]
+PROMPTS = labelled_prompts(10)
 
 
 class Fixed:

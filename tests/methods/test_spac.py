@@ -12,18 +12,11 @@ from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
 from prefloop.methods.spac import SPAC
 from prefloop.rank import Verdict
-from prefloop.records import Candidates, Message, Pair, Prompt, Reject
+from prefloop.records import Candidates, Pair, Prompt, Reject
 from prefloop.train.losses import GroupLogps
+from tests.conftest import labelled_prompts
 
-PROMPTS = [
-    Prompt(
-        id=f"p{n}",
-        messages=(Message(role="user", content=f"Question {n}?"),),
-        chosen=f"good {n}",
-        rejected=f"bad {n}",
-    )
-    for n in range(3)
-]
+PROMPTS = labelled_prompts(3)
 
 
 def play(method: SPAC, prompts: Sequence[Prompt], judge: Any = None) -> list[Pair | Reject]:
