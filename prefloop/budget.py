@@ -62,7 +62,7 @@ class Spent:
 
     generated_tokens: int
     read_tokens: int
-    """Prompts and given answers that generation and ranking put through the policy."""
+    """Prompts and given answers that the method put through the policy; what a judge reads is not counted."""
     trained_tokens: int
     flops: float
     seconds_by_stage: dict[str, float]

@@ -14,7 +14,7 @@ from prefloop.progress import Bar
 from prefloop.recipe import load_recipe
 from prefloop.records import Pair, PairRatios, Request, Scored, TokenLogps
 from prefloop.report.facts import LOGRATIOS, read_ratios
-from prefloop.rundir import RoundDir, RunDir, read_run
+from prefloop.rundir import RoundDir, RunDir, read_run, write_atomically
 from prefloop.session import Session
 from prefloop.train.sources import quiet
 
@@ -120,5 +120,7 @@ def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
 
 
 def _append(run: RunDir, found: Sequence[PairRatios]) -> None:
-    with (run.path / LOGRATIOS).open("a", encoding="utf-8") as file:
-        file.writelines(ratios.model_dump_json() + "\n" for ratios in found)
+    path = run.path / LOGRATIOS
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = "".join(ratios.model_dump_json() + "\n" for ratios in found)
+    write_atomically(path, known + lines)

@@ -41,7 +41,8 @@ class Parts:
 
     def read(self, chunk: int) -> tuple[list[Record], dict[str, int]]:
         """The records of a chunk, and what it cost."""
-        counts, *lines = self._path(chunk).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: texts may hold other line separators, which JSON leaves as they are.
+        counts, *lines, _ = self._path(chunk).read_text(encoding="utf-8").split("\n")
         found = []
         for line in lines:
             kind, _, record = line.partition(" ")

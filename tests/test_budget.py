@@ -21,6 +21,7 @@ from prefloop.records import Candidates, Message, Request, Response, Sampling
 from prefloop.rundir import Journal, RunDir
 from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.trainer import Trainer
+from tests.test_loop import OPEN
 
 SHORT = {"max_new_tokens": 5}
 
@@ -34,8 +35,7 @@ def recipe(model: Path, **loop: Any) -> Recipe:
                 "name": "arop",
                 "sampling": SHORT,
                 "margin": {"kind": "confidence"},
-                "gates": {"cut_off": False, "identical": False, "meta_talk": False}
-                | {"max_edit_share": None, "max_length_ratio": None},
+                "gates": OPEN,
             },
             "data": {"limit": 4},
             "generate": {"chunk_size": 1},
@@ -127,7 +127,9 @@ def test_a_killed_stage_keeps_what_it_has_spent(model_folder, tmp_path, monkeypa
 def test_parts_of_several_processes_bring_their_counts(tmp_path):
     parts = Parts(tmp_path, "candidates")
     prompt = {"id": "p", "messages": [{"role": "user", "content": "?"}]}
-    group = Candidates.model_validate({"prompt": prompt, "responses": {"a": Response(text="x")}})
+    # Separators of lines elsewhere, which JSON does not escape.
+    answer = Response(text="x\u2028y\x85z")
+    group = Candidates.model_validate({"prompt": prompt, "responses": {"a": answer}})
     parts.write(3, [group], {"generated_tokens": 7})
     assert parts.read(3) == ([group], {"generated_tokens": 7})
 
