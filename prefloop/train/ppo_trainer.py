@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.progress import Bar
@@ -217,8 +218,9 @@ class PPOTrainer(Trainer):
         """Without dropout: its noise in the ratio would look like a change of the policy."""
         with super()._training():
             for module in self.policy.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+                # Attention drops weights by its own flag, without a module for it. Of these layers the flag
+                # says only whether activations are computed again; dropout is in their parts.
+                module.training = isinstance(module, GradientCheckpointingLayer)
             yield
 
 

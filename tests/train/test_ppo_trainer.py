@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefloop.chat import Chat
 from prefloop.errors import RunFolderError, TrainingError
@@ -89,6 +91,39 @@ def test_at_the_first_step_every_ratio_is_1_and_the_policy_loss_0(model_folder, 
     assert row["clip_fraction"] == 0
     assert row["loss"] == pytest.approx(row["policy_loss"] + 0.1 * row["value_loss"], rel=1e-5)
     assert row["reward"] == pytest.approx(sum(p.scores["chosen"] for p in ANSWERS) / 8)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "starcoder2"])
+def test_no_layer_drops_anything_where_activations_are_computed_again(
+    tokenizer, tmp_path, monkeypatch, kind
+):
+    """Dropout is a module of its own, a function of a layer, or attention's, with a rate of 0.5 each."""
+    rates = {f"{part}_dropout": 0.5 for part in ("attention", "residual", "embedding")}
+    rates |= {f"{part}_pdrop": 0.5 for part in ("attn", "resid", "embd")}
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), num_attention_heads=2, **shape, **rates
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ModelOptions(
+        source=str(tmp_path), tuning="full", device="cpu", gradient_checkpointing=True
+    )
+    trainer = PPOTrainer(Policy.load(options), OPTIONS)
+    again = []
+    usual = GradientCheckpointingLayer.__call__
+
+    def counted(layer: Any, *args: Any, **options: Any) -> Any:
+        again.append(layer.gradient_checkpointing and layer.training)
+        return usual(layer, *args, **options)
+
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", counted)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        still = trainer.policy.model(ids, use_cache=False).logits
+        with trainer._training():
+            assert torch.equal(trainer.policy.model(ids, use_cache=False).logits, still)
+    assert again == [False, False, True, True]
 
 
 def test_what_is_kept_of_the_rollout_is_what_the_models_give(model_folder, tmp_path):
