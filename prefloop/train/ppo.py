@@ -144,9 +144,10 @@ def gae(
 
 def whiten(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Mean 0 and variance 1 over all tokens of the round; 0 elsewhere."""
-    tokens = values_NT[mask_NT]
-    spread = tokens.var(correction=0).sqrt()
-    return torch.where(mask_NT, (values_NT - tokens.mean()) / (spread + _EPSILON), 0.0)
+    tokens = values_NT[mask_NT].double()
+    # Over the spread of equal values, which rounding alone makes, even the rounding of their mean would count.
+    spread = tokens.var(correction=0).sqrt() + _EPSILON
+    return torch.where(mask_NT, (values_NT - tokens.mean()) / spread, 0.0)
 
 
 def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:
