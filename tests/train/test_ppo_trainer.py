@@ -21,6 +21,7 @@ from prefloop.methods.ppo import PPO
 from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import losses
+from prefloop.train.alarms import demand_known_start
 from prefloop.train.batches import encode_pairs
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import LossOutput
@@ -166,6 +167,14 @@ def test_a_rollout_of_another_policy_is_found_at_the_first_step(model_folder, tm
     trained = policy(model_folder)
     with pytest.raises(TrainingError, match=r"first loss is .* give .* delete that folder"):
         PPOTrainer(trained, OPTIONS).run(job(trained, tmp_path / "mine"))
+
+
+def test_of_a_large_first_loss_as_much_may_be_noise_below_zero_as_above(tmp_path):
+    """Advantages that are neither normalised nor whitened are in the judge's units."""
+    for expected in (40.0, -40.0):
+        demand_known_start(tmp_path, expected, expected + 1)
+        with pytest.raises(TrainingError, match="first loss"):
+            demand_known_start(tmp_path, expected, expected + 5)
 
 
 # Steps.
