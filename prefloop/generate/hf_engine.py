@@ -165,7 +165,12 @@ class HFEngine:
             if self._slots is None:
                 self._slots = Slots(count, longest)
             self._slots.grow(count, longest)
-            yield self._slots
+            try:
+                yield self._slots
+            except BaseException:
+                # Others that begin alike would wait for what an interrupted conversation has not computed.
+                self._slots = None
+                raise
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
