@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +137,18 @@ class PPOTrainer(Trainer):
         names, device = ("logps_NT", "values_NT", "reference_NT"), self.policy.device
         found = {name: torch.zeros(len(job.examples), longest, device=device) for name in names}
         with torch.inference_mode(), Bar("rollout", 2 * len(job.examples)) as bar:
-            for inside in (nullcontext, self._at_start):
-                with inside():
-                    for indices, _ in passes:
-                        logps_BT, values_BT = self._tokens(job, indices)
-                        here = (indices, slice(logps_BT.shape[1]))
-                        if inside is nullcontext:
-                            found["logps_NT"][here], found["values_NT"][here] = logps_BT, values_BT
-                        else:
-                            found["reference_NT"][here] = logps_BT
-                        bar.advance(len(indices))
-        for tensor in found.values():
-            self.ranks.add(tensor)
-        rollout = {name: tensor.cpu() for name, tensor in found.items()}
-        if self.ranks.first:
-            checkpoint.save_tensors(path, rollout)
-        return rollout
+
+            def read(*wanted: str) -> None:
+                """Keep every token's log-probs, and values where they are wanted too."""
+                for indices, _ in passes:
+                    for name, tensor_BT in zip(wanted, self._tokens(job, indices), strict=False):
+                        found[name][indices, : tensor_BT.shape[1]] = tensor_BT
+                    bar.advance(len(indices))
+
+            read("logps_NT", "values_NT")
+            with self._at_start():
+                read("reference_NT")
+        return self._kept(path, found)
 
     def _tokens(self, job: Job, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Log-probs and values of these answers' tokens, (B, T) each."""
