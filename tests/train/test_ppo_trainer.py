@@ -2,8 +2,6 @@
 
 import json
 import math
-import socket
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,12 @@ from prefloop.train.alarms import demand_known_start
 from prefloop.train.batches import encode_pairs
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import LossOutput
-from prefloop.train.models import LoraOptions, ModelOptions, Policy
+from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.ppo import TokenLogps
 from prefloop.train.ppo_trainer import CRITIC, ROLLOUT, PPOTrainer, ValueHead
-from prefloop.train.trainer import Job, Trainer
-from tests.train.test_ranks import PROCESSES, child
+from prefloop.train.trainer import Job
+from tests.train.test_ranks import together
+from tests.train.test_trainer import interrupt_before, policy, rows
 
 OPTIONS = TrainOptions(epochs=2, lr=1e-2, batch_size=4, micro_batch_size=2, schedule="constant")
 ANSWERS = [
@@ -46,14 +45,6 @@ ANSWERS = [
 ]
 
 
-def policy(folder: Path, tuning: str = "lora", dropout: float = 0.0) -> Policy:
-    lora = LoraOptions(r=4, alpha=8, dropout=dropout)
-    options = ModelOptions.model_validate(
-        {"source": str(folder), "tuning": tuning, "lora": lora, "dtype": "float32", "device": "cpu"}
-    )
-    return Policy.load(options, seed=0)
-
-
 def job(policy: Policy, folder: Path, method: PPO | None = None, **changes: Any) -> Job:
     method = method or PPO()
     examples = encode_pairs(Chat(policy.tokenizer), ANSWERS, method.roles, window=2048)
@@ -61,10 +52,6 @@ def job(policy: Policy, folder: Path, method: PPO | None = None, **changes: Any)
         examples, method.roles, method.loss, folder, seed=5, reference="initial", tokens=method
     )
     return replace(plain, **changes)
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -281,17 +268,6 @@ def test_a_lost_value_head_is_an_error_not_a_new_one(model_folder, tmp_path):
 # Resume.
 
 
-def interrupt_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original: Callable[..., dict[str, Any]] = Trainer._step
-
-    def guarded(self: Trainer, job: Job, ref: Any, chosen: Any, number: int, steps: int) -> Any:
-        if number == step:
-            raise KeyboardInterrupt
-        return original(self, job, ref, chosen, number, steps)
-
-    monkeypatch.setattr(Trainer, "_step", guarded)
-
-
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_second_round_killed_at_any_step_ends_in_the_same_weights_and_metrics(
     model_folder, tmp_path, monkeypatch, tuning
@@ -340,16 +316,7 @@ def train_alone(source: Path, folder: Path) -> None:
 
 def test_two_processes_train_as_one(model_folder, tmp_path):
     train_alone(model_folder, tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    call = partial(train_alone, model_folder, tmp_path / "two")
-    ranks = [PROCESSES.Process(target=child, args=(rank, 2, port, {}, call)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    together(2, {}, partial(train_alone, model_folder, tmp_path / "two"))
     for row, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
     one, two = (load_file(tmp_path / name / CRITIC) for name in ("one", "two"))
