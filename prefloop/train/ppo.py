@@ -39,7 +39,7 @@ class Rollout:
     values_NT: Tensor
     mask_NT: Tensor
     scores_N: Tensor
-    """What the judge gave, in its units."""
+    """In the judge's units: what it gave, less what the method takes off."""
 
 
 class Targets(NamedTuple):

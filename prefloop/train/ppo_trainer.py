@@ -173,7 +173,8 @@ class PPOTrainer(Trainer):
     ) -> LossOutput:
         """The method's loss of one micro-batch at `place` of the round, all of it finite."""
         policy_BT, values_BT = self._tokens(job, indices)
-        tokens = self._of(indices, reference, policy_BT, values_BT)
+        before = self._before(indices, reference)
+        tokens = dataclasses.replace(before, policy_BT=policy_BT, values_BT=values_BT)
         output = _asked(job).token_loss(tokens, place)
         sums_B = {"log_prob": policy_BT.sum(dim=1), "value": values_BT.sum(dim=1)}
         ids = [job.examples[index].id for index in indices]
@@ -181,14 +182,8 @@ class PPOTrainer(Trainer):
         facts = {name: torch.full((len(ids),), fact) for name, fact in self._facts.items()}
         return LossOutput(output.loss_B, {**output.metrics, **facts})
 
-    def _of(
-        self,
-        indices: Sequence[int],
-        reference: dict[str, Tensor],
-        policy_BT: Tensor | None = None,
-        values_BT: Tensor | None = None,
-    ) -> TokenLogps:
-        """These answers, as they are now, or else as they were before the first step."""
+    def _before(self, indices: Sequence[int], reference: dict[str, Tensor]) -> TokenLogps:
+        """These answers as they were before the first step."""
         old = {
             name: tensor_N[list(indices)].to(self.policy.device)
             for name, tensor_N in reference.items()
@@ -196,8 +191,8 @@ class PPOTrainer(Trainer):
         longest = int(old["mask_BT"].sum(dim=1).max())
         old |= {name: old[name][:, :longest] for name in old if name.endswith("_BT")}
         return TokenLogps(
-            policy_BT=old["old_policy_BT"] if policy_BT is None else policy_BT,
-            values_BT=old["old_values_BT"] if values_BT is None else values_BT,
+            policy_BT=old["old_policy_BT"],
+            values_BT=old["old_values_BT"],
             mean_length=self._mean_length,
             **old,
         )
@@ -206,7 +201,7 @@ class PPOTrainer(Trainer):
         self, job: Job, chosen: Sequence[int], reference: dict[str, Tensor]
     ) -> float | None:
         """With the log-probs and values kept: every ratio is 1."""
-        output = _asked(job).token_loss(self._of(chosen, reference), 0.0)
+        output = _asked(job).token_loss(self._before(chosen, reference), 0.0)
         return output.loss_B.mean().item()
 
     @contextmanager
