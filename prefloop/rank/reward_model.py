@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from prefloop.embedding import Embedder
 from prefloop.embedding_head import EmbeddingHead, load_head
 from prefloop.errors import JudgeError
-from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict
+from prefloop.rank import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Message, Prompt
 from prefloop.reward_encoding import (
     Encoded,
@@ -39,8 +39,6 @@ _MAX_LENGTH = 4096
 
 TOO_LONG = NoVerdict("longer than the reward model's window")
 REFUSED = NoVerdict("the reward model's chat template refuses the conversation")
-EMPTY = NoVerdict("empty response")
-NOT_FINITE = NoVerdict("score is not finite")
 
 
 class RewardModel(Judge):
@@ -123,7 +121,7 @@ class _OpenRewardModel:
         rows = [row for group in encoded if not isinstance(group, NoVerdict) for row in group]
         scores = iter(self._scores(rows))
         return [
-            group if isinstance(group, NoVerdict) else _verdict([next(scores) for _ in group])
+            group if isinstance(group, NoVerdict) else finite([next(scores) for _ in group])
             for group in encoded
         ]
 
@@ -182,7 +180,7 @@ class _OpenHead:
             else ()
         )
         return [
-            _verdict([next(scores) for _ in group]) if full else EMPTY
+            finite([next(scores) for _ in group]) if full else EMPTY
             for group, full in zip(groups, filled, strict=True)
         ]
 
@@ -199,10 +197,6 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
-
-
-def _verdict(scores: Sequence[float]) -> Verdict:
-    return tuple(scores) if all(map(math.isfinite, scores)) else NOT_FINITE
 
 
 def _load_model(name: str, dtype: str) -> Any:
