@@ -27,6 +27,7 @@ from prefloop.reward_encoding import (
     padded,
     padding_token,
     trained_with,
+    window_of,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class RewardModel(Judge):
             )
         wanted = self.max_length or trained.get("max_length", _MAX_LENGTH)
         cut = bool(trained) if self.too_long == "auto" else self.too_long == "cut"
-        window = _window(wanted, model.config.get_text_config(), tokenizer)
+        window = window_of(wanted, model.config.get_text_config(), tokenizer)
         return _OpenRewardModel(
             name=self.model,
             model=model,
@@ -235,12 +236,6 @@ def _part(kind: str, name: str, **options: Any) -> Any:
             f"reward model {name!r} cannot be loaded by {kind} ({_first_line(error)}); name a folder "
             "or Hub id with config, tokenizer and safetensors weights of a sequence classifier"
         ) from error
-
-
-def _window(max_length: int, config: Any, tokenizer: Any) -> int:
-    """Tokens that fit: the least of the option, the model's positions and the tokenizer's limit."""
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    return int(min(max_length, positions, tokenizer.model_max_length))
 
 
 def _first_line(error: BaseException) -> str:
