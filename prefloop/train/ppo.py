@@ -195,10 +195,11 @@ def value_loss(
 def next_kl_coef(coef: float, kl: float, answers: int, *, target: float, horizon: float) -> float:
     """The adaptive coefficient: β·(1 + clip(KL/target − 1, ±0.2)·answers/horizon) (Ziegler et al., section 2.2).
 
-    `kl` is that of whole answers: nats an answer, mean over the round's.
+    `kl` is that of whole answers: nats an answer, mean over the round's. More answers than the horizon count as
+    the horizon: their factor could be negative, and divergence be paid for.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * answers / horizon)
+    return coef * (1 + error * min(answers / horizon, 1.0))
 
 
 def token_metrics(tokens: TokenLogps, *, clip: float) -> dict[str, Tensor]:

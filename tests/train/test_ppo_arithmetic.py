@@ -195,6 +195,12 @@ def test_the_coefficient_follows_the_divergence_by_a_fifth_of_its_share_at_most(
         assert found == pytest.approx(expected)
 
 
+def test_a_horizon_of_less_than_a_round_does_not_turn_the_penalty_into_a_reward() -> None:
+    """640 answers are 64 horizons of 10: 1 − 0.2·64 would be negative; a fifth is what a step may take."""
+    assert ppo.next_kl_coef(1.0, 0.0, 640, target=6.0, horizon=10) == pytest.approx(0.8)
+    assert ppo.next_kl_coef(1.0, 99.0, 640, target=6.0, horizon=10) == pytest.approx(1.2)
+
+
 # What is logged.
 
 
