@@ -64,16 +64,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--pairs", type=int, default=20_000)
     options.add_argument("--in-page", type=int, default=1000, help="prefloop report --pairs")
-    options.add_argument("--keep", type=Path, help="leave run and page here")
+    options.add_argument("--keep", type=Path, help="leave run and page here, in a new folder")
     options.add_argument("--json", action="store_true")
     options.add_argument("--write", nargs=2, metavar=("RUN", "PAGE"), help=argparse.SUPPRESS)
     asked = options.parse_args()
     if asked.write:
         write(Path(asked.write[0]), Path(asked.write[1]), asked.in_page)
         return
+    if asked.keep and asked.keep.exists():
+        options.error(f"{asked.keep} is there already; name a new folder with --keep")
     folder = asked.keep or Path(tempfile.mkdtemp(prefix="prefloop-report-"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     make(folder / "run", asked.pairs)
     command = [sys.executable, __file__, "--in-page", str(asked.in_page)]
     page = folder / "report.html"
@@ -93,9 +94,7 @@ def main() -> None:
 def make(path: Path, pairs: int) -> None:
     """The folder of a run of so many pairs, and a tenth as many rejects."""
     draw = random.Random(0)
-    vocabulary = [
-        word for _, word in zip(range(4000), iter(lambda: word_of(draw), None), strict=False)
-    ]
+    vocabulary = [word_of(draw) for _ in range(4000)]
     vocabulary[0] = "river"
     with open_run(path, RECIPE) as run:
         run.event("begin")

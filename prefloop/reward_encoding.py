@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # Of a window that question and answer overfill, the least share that the question keeps.
 _QUESTION_SHARE = 0.25
-_SPECIAL_IN_PAIR = 3
 
 
 class Encoded(NamedTuple):
@@ -66,7 +65,15 @@ class RewardEncoder:
         pair = self._pair(question, answer)
         if len(pair.ids) <= self.window:
             return pair
-        return self._pair(*self._cut(question, answer)) if self.cut else None
+        if not self.cut:
+            return None
+        room = self.window - self.tokenizer.num_special_tokens_to_add(pair=True)
+        pair = self._pair(*self._cut(question, answer, room))
+        while room and (over := len(pair.ids) - self.window) > 0:
+            # What is left of a word that was cut can need more tokens than it had in the whole word.
+            room = max(0, room - over)
+            pair = self._pair(*self._cut(question, answer, room))
+        return pair
 
     def _pair(self, question: str, answer: str) -> Encoded:
         # verbose: the tokenizer's own limit is not the window; we look ourselves.
@@ -74,14 +81,14 @@ class RewardEncoder:
         types = pair.get("token_type_ids") if self.segments else None
         return Encoded(list(pair["input_ids"]), types)
 
-    def _cut(self, question: str, answer: str) -> tuple[str, str]:
-        room = self.window - _SPECIAL_IN_PAIR
+    def _cut(self, question: str, answer: str, room: int) -> tuple[str, str]:
         least = int(room * _QUESTION_SHARE)
         question_ends, answer_ends = self._ends(question), self._ends(answer)
         kept = min(len(answer_ends), room - min(len(question_ends), least))
         answer = answer[: answer_ends[kept - 1][1]] if kept else ""
+        begins = [*(begin for begin, _ in question_ends), len(question)]
         first = len(question_ends) - (room - kept)
-        return (question[question_ends[first][0] :] if first > 0 else question), answer
+        return (question[begins[first] :] if first > 0 else question), answer
 
     def _ends(self, text: str) -> list[tuple[int, int]]:
         encoded = self.tokenizer(
@@ -92,6 +99,12 @@ class RewardEncoder:
             verbose=False,
         )
         return list(encoded["offset_mapping"])
+
+
+def window_of(max_length: int, config: Any, tokenizer: Any) -> int:
+    """Tokens that fit: the least of `max_length`, the model's positions and the tokenizer's limit."""
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    return int(min(max_length, positions, tokenizer.model_max_length))
 
 
 def has_segments(model: Any) -> bool:

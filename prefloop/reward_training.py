@@ -32,7 +32,7 @@ from prefloop.preferences import (
 )
 from prefloop.rank.reward_model import RewardModel
 from prefloop.records import read_json, write_jsonl
-from prefloop.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments
+from prefloop.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments, window_of
 from prefloop.reward_recipe import RewardRecipe
 from prefloop.rundir import alone_in, differences, write_atomically
 from prefloop.train import checkpoint
@@ -132,8 +132,8 @@ def _train(
 
     watch = Stopwatch()
     base = load_base(recipe.model, recipe.seed)
-    positions = getattr(base.model.config, "max_position_embeddings", None)
-    window = min(recipe.train.max_length, positions or recipe.train.max_length)
+    config = base.model.config.get_text_config()
+    window = window_of(recipe.train.max_length, config, base.tokenizer)
     encoder = RewardEncoder(base.tokenizer, has_segments(base.model), window, cut=True)
     encoded = []
     for pair in pairs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,38 @@ def test_a_long_question_loses_its_beginning_then_a_long_answer_its_end(encoder_
     assert words(long) == "[CLS] w6 w7 [SEP] w8 w9 w10 w11 w12 w13 [SEP]"
     fits = encoder(encoder_folder, 16, cut=True).encode(question, "good")
     assert words(fits) == "[CLS] w0 w1 w2 w3 w4 w5 w6 w7 [SEP] good [SEP]"
+
+
+def test_what_is_cut_fits_however_many_tokens_a_tokenizer_adds_and_a_cut_word_needs(
+    encoder_folder, monkeypatch
+):
+    """RoBERTa has four special tokens about a pair; a word's rest may be spelt in more tokens than it was."""
+    question = (Message(role="user", content="w0 w1 w2 w3 w4 w5 w6 w7"),)
+    made = encoder(encoder_folder, 10, cut=True)
+    made.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    found = made.encode(question, "w8 w9 w10 w11 w12 w13")
+    assert words(found) == "[CLS] w7 [SEP] [SEP] w8 w9 w10 w11 w12 [SEP]"
+    usual = RewardEncoder._cut
+    monkeypatch.setattr(
+        RewardEncoder, "_cut", lambda *args: ["very " + text for text in usual(*args)]
+    )
+    found = made.encode(question, "w8 w9 w10 w11 w12 w13")
+    assert words(found) == "[CLS] very w7 [SEP] [SEP] very w8 w9 w10 [SEP]"
+
+
+def test_the_tokenizers_limit_holds_in_training_as_in_judging(encoder_folder, pairs_file, tmp_path):
+    """RoBERTa's is two below its positions, and a text of as many tokens as positions is an IndexError."""
+    shutil.copytree(encoder_folder, tmp_path / "encoder")
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder, model_max_length=9)
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    wanted = recipe(str(tmp_path / "encoder"), pairs_file, epochs=1)
+    train_reward(wanted, tmp_path / "r")
+    noted = json.loads((tmp_path / "r/config.json").read_text())["prefloop_reward"]
+    assert noted == {"max_length": 9}
 
 
 def test_a_trained_model_judges_with_the_window_it_was_trained_with(

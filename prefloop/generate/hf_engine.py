@@ -101,44 +101,33 @@ class HFEngine:
         ended: Callable[[list[int]], bool],
         label: str,
     ) -> dict[int, Sampled]:
-        """Continue all tasks, by place."""
-        with Bar(label, len(tasks)) as bar, _evaluating(self.model):
-            return self._continued(tasks, sampling, ended, bar) if tasks else {}
-
-    def _continued(
-        self,
-        tasks: Sequence[Task],
-        sampling: Sampling,
-        ended: Callable[[list[int]], bool],
-        bar: Bar,
-    ) -> dict[int, Sampled]:
-        """In slots where the model can be decoded so."""
+        """Continue all tasks, by place; in slots where the model can be decoded so."""
         found: dict[int, Sampled] = {}
-
-        def finished(place: int, sampled: Sampled) -> None:
-            found[place] = sampled
-            bar.advance(items=1, amount=len(sampled.ids))
-
-        def batch(places: list[int]) -> list[None]:
-            rows = [tasks[place] for place in places]
-            padded = _pad([row.prompt for row in rows], self.model.device, left=True)
-            for place, sampled in zip(
-                places, generate(self.model, rows, sampling, ended, padded), strict=True
-            ):
-                finished(place, sampled)
-            return [None] * len(places)
-
         prompts = [task.prompt for task in tasks]
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
-        if not self._servable(longest):
-            self._batched(prompts, batch)
-        while todo := [place for place in range(len(tasks)) if place not in found]:
-            done = partial(_at_place, finished, todo)
-            with (
-                self._limits(max(len(prompts[place]) for place in todo)),
-                self._ready(len(todo), longest) as slots,
-            ):
-                decode(self.model, slots, [tasks[p] for p in todo], sampling, ended, done)
+        longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+        with Bar(label, len(tasks)) as bar, _evaluating(self.model):
+
+            def finished(place: int, sampled: Sampled) -> None:
+                found[place] = sampled
+                bar.advance(items=1, amount=len(sampled.ids))
+
+            def batch(places: list[int]) -> list[None]:
+                rows = [tasks[place] for place in places]
+                padded = _pad([row.prompt for row in rows], self.model.device, left=True)
+                answers = generate(self.model, rows, sampling, ended, padded)
+                for place, sampled in zip(places, answers, strict=True):
+                    finished(place, sampled)
+                return [None] * len(places)
+
+            if tasks and not self._servable(longest):
+                self._batched(prompts, batch)
+            while todo := [place for place in range(len(tasks)) if place not in found]:
+                done = partial(_at_place, finished, todo)
+                with (
+                    self._limits(max(len(prompts[place]) for place in todo)),
+                    self._ready(len(todo), longest) as slots,
+                ):
+                    decode(self.model, slots, [tasks[p] for p in todo], sampling, ended, done)
         return found
 
     def _servable(self, longest: int) -> bool:
@@ -165,7 +154,12 @@ class HFEngine:
             if self._slots is None:
                 self._slots = Slots(count, longest)
             self._slots.grow(count, longest)
-            yield self._slots
+            try:
+                yield self._slots
+            except BaseException:
+                # Others that begin alike would wait for what an interrupted conversation has not computed.
+                self._slots = None
+                raise
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:

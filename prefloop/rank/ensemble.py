@@ -79,6 +79,11 @@ class Ensemble(Judge):
         return any(judge.needs_policy for judge in self.judges)
 
     @property
+    def needs_moved_policy(self) -> bool:
+        """If one of them does: where one has no verdict, none has the ensemble."""
+        return any(judge.needs_moved_policy for judge in self.judges)
+
+    @property
     def sources(self) -> dict[str, str]:
         """All that its members load."""
         return {

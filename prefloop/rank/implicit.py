@@ -114,7 +114,7 @@ class _OpenImplicit:
         if self.decoupled:
             asked = list(zip(asks, texts, strict=True))
             for start in range(0, len(asked), _AT_ONCE):
-                yield from self._decoupled_ratios(asked[start : start + _AT_ONCE])
+                yield from self._decoupled(asked[start : start + _AT_ONCE])
             return
         now = self.policy.score(asks, texts)
         with self.initial() as reference:
@@ -122,17 +122,19 @@ class _OpenImplicit:
         for mine, theirs in zip(now, before, strict=True):
             yield sum(mine.logprobs) - sum(theirs.logprobs)
 
-    def _decoupled_ratios(self, batch: Sequence[tuple[Request, str]]) -> Iterator[float]:
+    def _decoupled(self, batch: Sequence[tuple[Request, str]]) -> list[float]:
         now = [_log_softmax(self.policy, ask, text) for ask, text in batch]
+        ratios = []
         with self.initial() as reference:
-            before = [_log_softmax(reference, ask, text) for ask, text in batch]
-        for (now_TV, ids), (before_TV, theirs) in zip(now, before, strict=True):
-            if ids != theirs:
-                raise JudgeError(
-                    "judge.reference reads the answers in other tokens than judge.model; "
-                    "name two models with the same tokenizer"
-                )
-            yield decoupled_ratio(now_TV, before_TV, ids, self.decoupled)
+            for (ask, text), (now_TV, ids) in zip(batch, now, strict=True):
+                before_TV, theirs = _log_softmax(reference, ask, text)
+                if ids != theirs:
+                    raise JudgeError(
+                        "judge.reference reads the answers in other tokens than judge.model; "
+                        "name two models with the same tokenizer"
+                    )
+                ratios.append(decoupled_ratio(now_TV, before_TV, ids, self.decoupled))
+        return ratios
 
 
 def decoupled_ratio(now_TV: Tensor, before_TV: Tensor, ids: Sequence[int], amount: float) -> float:

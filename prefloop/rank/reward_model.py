@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from prefloop.embedding import Embedder
 from prefloop.embedding_head import EmbeddingHead, load_head
 from prefloop.errors import JudgeError
-from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict
+from prefloop.rank import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Message, Prompt
 from prefloop.reward_encoding import (
     Encoded,
@@ -27,6 +27,7 @@ from prefloop.reward_encoding import (
     padded,
     padding_token,
     trained_with,
+    window_of,
 )
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ _MAX_LENGTH = 4096
 
 TOO_LONG = NoVerdict("longer than the reward model's window")
 REFUSED = NoVerdict("the reward model's chat template refuses the conversation")
-EMPTY = NoVerdict("empty response")
-NOT_FINITE = NoVerdict("score is not finite")
 
 
 class RewardModel(Judge):
@@ -100,7 +99,7 @@ class RewardModel(Judge):
             )
         wanted = self.max_length or trained.get("max_length", _MAX_LENGTH)
         cut = bool(trained) if self.too_long == "auto" else self.too_long == "cut"
-        window = _window(wanted, model.config.get_text_config(), tokenizer)
+        window = window_of(wanted, model.config.get_text_config(), tokenizer)
         return _OpenRewardModel(
             name=self.model,
             model=model,
@@ -123,7 +122,7 @@ class _OpenRewardModel:
         rows = [row for group in encoded if not isinstance(group, NoVerdict) for row in group]
         scores = iter(self._scores(rows))
         return [
-            group if isinstance(group, NoVerdict) else _verdict([next(scores) for _ in group])
+            group if isinstance(group, NoVerdict) else finite([next(scores) for _ in group])
             for group in encoded
         ]
 
@@ -182,7 +181,7 @@ class _OpenHead:
             else ()
         )
         return [
-            _verdict([next(scores) for _ in group]) if full else EMPTY
+            finite([next(scores) for _ in group]) if full else EMPTY
             for group, full in zip(groups, filled, strict=True)
         ]
 
@@ -199,10 +198,6 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
-
-
-def _verdict(scores: Sequence[float]) -> Verdict:
-    return tuple(scores) if all(map(math.isfinite, scores)) else NOT_FINITE
 
 
 def _load_model(name: str, dtype: str) -> Any:
@@ -241,12 +236,6 @@ def _part(kind: str, name: str, **options: Any) -> Any:
             f"reward model {name!r} cannot be loaded by {kind} ({_first_line(error)}); name a folder "
             "or Hub id with config, tokenizer and safetensors weights of a sequence classifier"
         ) from error
-
-
-def _window(max_length: int, config: Any, tokenizer: Any) -> int:
-    """Tokens that fit: the least of the option, the model's positions and the tokenizer's limit."""
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    return int(min(max_length, positions, tokenizer.model_max_length))
 
 
 def _first_line(error: BaseException) -> str:

@@ -43,7 +43,7 @@ def demand_finite(
 
 def demand_known_start(folder: Path, expected: float | None, loss: float) -> None:
     """Raise TrainingError where the first step's loss is not the `expected` one; None expects nothing."""
-    if expected is not None and abs(loss - expected) > _START_TOLERANCE * max(1.0, expected):
+    if expected is not None and abs(loss - expected) > _START_TOLERANCE * max(1.0, abs(expected)):
         raise TrainingError(
             f"the first loss is {loss:.4f} where the log-probs kept in {folder} give {expected:.4f}; "
             "they are not of this policy, delete that folder to compute them again"

@@ -96,7 +96,8 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """Take over what `random_state` gave."""
+    """Take over what `random_state` gave, perhaps on another machine with other devices."""
     torch.set_rng_state(states["cpu"])
     for number in range(torch.cuda.device_count()):
-        torch.cuda.set_rng_state(states[f"cuda{number}"], number)
+        if (state := states.get(f"cuda{number}")) is not None:
+            torch.cuda.set_rng_state(state, number)

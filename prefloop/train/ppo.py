@@ -39,7 +39,7 @@ class Rollout:
     values_NT: Tensor
     mask_NT: Tensor
     scores_N: Tensor
-    """What the judge gave, in its units."""
+    """In the judge's units: what it gave, less what the method takes off."""
 
 
 class Targets(NamedTuple):
@@ -144,9 +144,10 @@ def gae(
 
 def whiten(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Mean 0 and variance 1 over all tokens of the round; 0 elsewhere."""
-    tokens = values_NT[mask_NT]
-    spread = tokens.var(correction=0).sqrt()
-    return torch.where(mask_NT, (values_NT - tokens.mean()) / (spread + _EPSILON), 0.0)
+    tokens = values_NT[mask_NT].double()
+    # Over the spread of equal values, which rounding alone makes, even the rounding of their mean would count.
+    spread = tokens.var(correction=0).sqrt() + _EPSILON
+    return torch.where(mask_NT, (values_NT - tokens.mean()) / spread, 0.0)
 
 
 def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:
@@ -194,10 +195,11 @@ def value_loss(
 def next_kl_coef(coef: float, kl: float, answers: int, *, target: float, horizon: float) -> float:
     """The adaptive coefficient: β·(1 + clip(KL/target − 1, ±0.2)·answers/horizon) (Ziegler et al., section 2.2).
 
-    `kl` is that of whole answers: nats an answer, mean over the round's.
+    `kl` is that of whole answers: nats an answer, mean over the round's. More answers than the horizon count as
+    the horizon: their factor could be negative, and divergence be paid for.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coef * (1 + error * answers / horizon)
+    return coef * (1 + error * min(answers / horizon, 1.0))
 
 
 def token_metrics(tokens: TokenLogps, *, clip: float) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.progress import Bar
@@ -136,22 +137,18 @@ class PPOTrainer(Trainer):
         names, device = ("logps_NT", "values_NT", "reference_NT"), self.policy.device
         found = {name: torch.zeros(len(job.examples), longest, device=device) for name in names}
         with torch.inference_mode(), Bar("rollout", 2 * len(job.examples)) as bar:
-            for inside in (nullcontext, self._at_start):
-                with inside():
-                    for indices, _ in passes:
-                        logps_BT, values_BT = self._tokens(job, indices)
-                        here = (indices, slice(logps_BT.shape[1]))
-                        if inside is nullcontext:
-                            found["logps_NT"][here], found["values_NT"][here] = logps_BT, values_BT
-                        else:
-                            found["reference_NT"][here] = logps_BT
-                        bar.advance(len(indices))
-        for tensor in found.values():
-            self.ranks.add(tensor)
-        rollout = {name: tensor.cpu() for name, tensor in found.items()}
-        if self.ranks.first:
-            checkpoint.save_tensors(path, rollout)
-        return rollout
+
+            def read(*wanted: str) -> None:
+                """Keep every token's log-probs, and values where they are wanted too."""
+                for indices, _ in passes:
+                    for name, tensor_BT in zip(wanted, self._tokens(job, indices), strict=False):
+                        found[name][indices, : tensor_BT.shape[1]] = tensor_BT
+                    bar.advance(len(indices))
+
+            read("logps_NT", "values_NT")
+            with self._at_start():
+                read("reference_NT")
+        return self._kept(path, found)
 
     def _tokens(self, job: Job, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Log-probs and values of these answers' tokens, (B, T) each."""
@@ -176,7 +173,8 @@ class PPOTrainer(Trainer):
     ) -> LossOutput:
         """The method's loss of one micro-batch at `place` of the round, all of it finite."""
         policy_BT, values_BT = self._tokens(job, indices)
-        tokens = self._of(indices, reference, policy_BT, values_BT)
+        before = self._before(indices, reference)
+        tokens = dataclasses.replace(before, policy_BT=policy_BT, values_BT=values_BT)
         output = _asked(job).token_loss(tokens, place)
         sums_B = {"log_prob": policy_BT.sum(dim=1), "value": values_BT.sum(dim=1)}
         ids = [job.examples[index].id for index in indices]
@@ -184,14 +182,8 @@ class PPOTrainer(Trainer):
         facts = {name: torch.full((len(ids),), fact) for name, fact in self._facts.items()}
         return LossOutput(output.loss_B, {**output.metrics, **facts})
 
-    def _of(
-        self,
-        indices: Sequence[int],
-        reference: dict[str, Tensor],
-        policy_BT: Tensor | None = None,
-        values_BT: Tensor | None = None,
-    ) -> TokenLogps:
-        """These answers, as they are now, or else as they were before the first step."""
+    def _before(self, indices: Sequence[int], reference: dict[str, Tensor]) -> TokenLogps:
+        """These answers as they were before the first step."""
         old = {
             name: tensor_N[list(indices)].to(self.policy.device)
             for name, tensor_N in reference.items()
@@ -199,8 +191,8 @@ class PPOTrainer(Trainer):
         longest = int(old["mask_BT"].sum(dim=1).max())
         old |= {name: old[name][:, :longest] for name in old if name.endswith("_BT")}
         return TokenLogps(
-            policy_BT=old["old_policy_BT"] if policy_BT is None else policy_BT,
-            values_BT=old["old_values_BT"] if values_BT is None else values_BT,
+            policy_BT=old["old_policy_BT"],
+            values_BT=old["old_values_BT"],
             mean_length=self._mean_length,
             **old,
         )
@@ -209,7 +201,7 @@ class PPOTrainer(Trainer):
         self, job: Job, chosen: Sequence[int], reference: dict[str, Tensor]
     ) -> float | None:
         """With the log-probs and values kept: every ratio is 1."""
-        output = _asked(job).token_loss(self._of(chosen, reference), 0.0)
+        output = _asked(job).token_loss(self._before(chosen, reference), 0.0)
         return output.loss_B.mean().item()
 
     @contextmanager
@@ -217,8 +209,9 @@ class PPOTrainer(Trainer):
         """Without dropout: its noise in the ratio would look like a change of the policy."""
         with super()._training():
             for module in self.policy.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.eval()
+                # Attention drops weights by its own flag, without a module for it. Of these layers the flag
+                # says only whether activations are computed again; dropout is in their parts.
+                module.training = isinstance(module, GradientCheckpointingLayer)
             yield
 
 

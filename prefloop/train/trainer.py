@@ -351,12 +351,16 @@ class Trainer:
                     found[role][indices] = logps.policy[role].float()
                 bar.advance(len(indices))
             self.placement.release()
-        for logps_N in found.values():
-            self.ranks.add(logps_N)
-        reference = {role: logps_N.cpu() for role, logps_N in found.items()}
+        return self._kept(path, found)
+
+    def _kept(self, path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each rank has found of some examples, for all of them and in main memory; kept on disk."""
+        for tensor in found.values():
+            self.ranks.add(tensor)
+        whole = {name: tensor.cpu() for name, tensor in found.items()}
         if self.ranks.first:
-            checkpoint.save_tensors(path, reference)
-        return reference
+            checkpoint.save_tensors(path, whole)
+        return whole
 
     @contextmanager
     def _at_start(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefloop.generate import decode
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.linears import ReorderedLinears, fingerprint
 from prefloop.generate.slot_attention import ATTENTION, _group, slot_attention
@@ -47,6 +48,29 @@ def test_the_last_two_tokens_are_always_computed() -> None:
     slots = Slots(2, 32)
     begun(slots, 0, [1, 2, 3, 4], 4)
     assert slots.find([1, 2, 3, 4], [1]).shared == 2
+
+
+def test_after_an_interruption_the_same_prompt_is_not_waited_for(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C in a notebook, between two pieces of a prompt."""
+    monkeypatch.setattr(decode, "STEP_TOKENS", 16)
+    request = Request(messages=(Message(role="user", content="Which bird is it? " * 5),))
+    greedy = Sampling(temperature=0, max_new_tokens=4)
+    expected = HFEngine(model, tokenizer).sample([request], greedy, seed=0)
+    engine, fed, usual = HFEngine(model, tokenizer), [], decode.feed
+
+    def interrupted(*step: Any) -> Any:
+        fed.append(step)
+        if len(fed) == 2:
+            raise KeyboardInterrupt
+        return usual(*step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "feed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.sample([request], greedy, seed=0)
+    assert engine.sample([request], greedy, seed=0) == expected
 
 
 def test_growing_keeps_what_is_there() -> None:

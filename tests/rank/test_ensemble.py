@@ -50,6 +50,9 @@ def test_it_needs_what_its_judges_need() -> None:
     neither = Ensemble.model_validate({"judges": [SHORT, NORTH]})
     assert not neither.needs_target
     assert not neither.needs_policy
+    assert not both.needs_moved_policy
+    members = [{"name": "implicit"}, SHORT]
+    assert Ensemble.model_validate({"judges": members}).needs_moved_policy
     with pytest.raises(JudgeError, match="no policy is loaded"):
         both.open(None, PromptSet("compact"))
     verdict = both.open(FakeEngine(), PromptSet("compact")).score([PROMPT], [["north", "x"]])[0]

@@ -16,7 +16,7 @@ from prefloop.errors import JudgeError
 from prefloop.generate.fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import NoVerdict, OpenJudge
+from prefloop.rank import NoVerdict, OpenJudge, implicit
 from prefloop.rank.implicit import Implicit, decoupled_ratio
 from prefloop.records import Message, Prompt
 from prefloop.train.models import LoraOptions, ModelOptions, Policy
@@ -88,7 +88,11 @@ def test_inside_merged_weights_the_reference_is_still_the_initial_policy(policy:
     assert open_on(policy).score([PROMPT], [ANSWERS]) == [plain]
 
 
-def test_the_decoupled_policy_is_a_softmax_away_from_the_reference(policy: Policy) -> None:
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_the_decoupled_policy_is_a_softmax_away_from_the_reference(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(implicit, "_AT_ONCE", at_once)
     (verdict,) = open_on(policy, beta=1.0, decoupled=0.7).score([PROMPT], [ANSWERS])
     expected = [ratio_by_hand(policy, a, 0.7) for a in ANSWERS]
     assert verdict == pytest.approx(expected, abs=1e-3)

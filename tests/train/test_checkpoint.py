@@ -176,3 +176,16 @@ def test_another_number_of_processes_cannot_go_on(tmp_path):
         RunFolderError, match=r"made by 1 processes and cannot go on exactly with 2"
     ):
         checkpoint.load_checkpoint(tmp_path, ranks=2)
+
+
+def test_a_state_without_accelerators_is_taken_over_where_there_are_some(monkeypatch):
+    """A run that was begun on another machine; generators that it had not begin where they are."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    state = checkpoint.random_state()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: taken.append(device))
+    checkpoint.set_random_state(state)
+    assert taken == []
+    checkpoint.set_random_state({**state, "cuda1": state["cpu"]})
+    assert taken == [1]

@@ -194,6 +194,28 @@ def test_what_a_model_does_to_its_heads_output_is_honoured(kind, packing):
     assert_same_gradients(gradients(model, got), gradients(model, wanted))
 
 
+@WAYS
+@pytest.mark.parametrize("kind", ["llama", "granite", "bloom"])
+def test_values_are_those_of_the_states_that_predict_beside_the_same_log_probs(kind, packing):
+    """A plain head, one that does more, and a type that is only padded."""
+    model, groups = tiny(kind), draw_groups(5)
+    head = nn.Sequential(nn.Linear(16, 1, bias=False), nn.Flatten(0))
+
+    def beside(prompt, completion, logps_L):
+        states = model.get_decoder()(input_ids=torch.tensor([prompt + completion]))
+        values_L = head(states.last_hidden_state[0, len(prompt) - 1 : -1])
+        return torch.stack([logps_L, values_L], dim=-1).flatten()
+
+    found = group_logprobs(model, groups, packing=packing, token_budget=40, value_head=head)
+    got = [[each_L2.flatten() for each_L2 in group] for group in found]
+    wanted = [
+        [beside(g.prompt, each, logps) for each, logps in zip(g.completions, known, strict=True)]
+        for g, known in zip(groups, one_at_a_time(model, groups), strict=True)
+    ]
+    assert_same(got, wanted)
+    assert_same_gradients(gradients(model, got), gradients(model, wanted))
+
+
 def test_eager_attention_is_masked_along_the_tree_too():
     model, groups = tiny("llama", attn_implementation="eager"), draw_groups(4)
     got = group_logprobs(model, groups, packing=True, token_budget=40)

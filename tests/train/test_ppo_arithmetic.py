@@ -101,8 +101,10 @@ def test_white_advantages_have_mean_0_and_variance_1_over_the_tokens_alone() -> 
     assert not white[~MASK].any()
 
 
-def test_whitening_equal_advantages_gives_zeros_not_nan() -> None:
-    assert not ppo.whiten(torch.full((N, T), 2.5), MASK).any()
+@pytest.mark.parametrize("value", [2.5, 0.3])
+def test_whitening_equal_advantages_gives_zeros_not_nan(value: float) -> None:
+    """A mean of many 0.3 in float32 is none of them, and what it is off by would be all the spread there is."""
+    assert not ppo.whiten(torch.full((N, T), value), MASK).any()
 
 
 def test_explained_variance_is_1_for_perfect_values_and_0_for_constant_ones() -> None:
@@ -191,6 +193,12 @@ def test_the_coefficient_follows_the_divergence_by_a_fifth_of_its_share_at_most(
     for kl, expected in ((12.0, 1.002), (6.6, 1.001), (0.0, 0.998), (6.0, 1.0)):
         found = ppo.next_kl_coef(1.0, kl, 64, target=6.0, horizon=6400)
         assert found == pytest.approx(expected)
+
+
+def test_a_horizon_of_less_than_a_round_does_not_turn_the_penalty_into_a_reward() -> None:
+    """640 answers are 64 horizons of 10: 1 − 0.2·64 would be negative; a fifth is what a step may take."""
+    assert ppo.next_kl_coef(1.0, 0.0, 640, target=6.0, horizon=10) == pytest.approx(0.8)
+    assert ppo.next_kl_coef(1.0, 99.0, 640, target=6.0, horizon=10) == pytest.approx(1.2)
 
 
 # What is logged.

@@ -2,8 +2,6 @@
 
 import json
 import math
-import socket
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefloop.chat import Chat
 from prefloop.errors import RunFolderError, TrainingError
@@ -19,14 +19,16 @@ from prefloop.methods.ppo import PPO
 from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import losses
+from prefloop.train.alarms import demand_known_start
 from prefloop.train.batches import encode_pairs
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import LossOutput
-from prefloop.train.models import LoraOptions, ModelOptions, Policy
+from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.ppo import TokenLogps
 from prefloop.train.ppo_trainer import CRITIC, ROLLOUT, PPOTrainer, ValueHead
-from prefloop.train.trainer import Job, Trainer
-from tests.train.test_ranks import PROCESSES, child
+from prefloop.train.trainer import Job
+from tests.train.test_ranks import together
+from tests.train.test_trainer import interrupt_before, policy, rows
 
 OPTIONS = TrainOptions(epochs=2, lr=1e-2, batch_size=4, micro_batch_size=2, schedule="constant")
 ANSWERS = [
@@ -43,14 +45,6 @@ ANSWERS = [
 ]
 
 
-def policy(folder: Path, tuning: str = "lora", dropout: float = 0.0) -> Policy:
-    lora = LoraOptions(r=4, alpha=8, dropout=dropout)
-    options = ModelOptions.model_validate(
-        {"source": str(folder), "tuning": tuning, "lora": lora, "dtype": "float32", "device": "cpu"}
-    )
-    return Policy.load(options, seed=0)
-
-
 def job(policy: Policy, folder: Path, method: PPO | None = None, **changes: Any) -> Job:
     method = method or PPO()
     examples = encode_pairs(Chat(policy.tokenizer), ANSWERS, method.roles, window=2048)
@@ -58,10 +52,6 @@ def job(policy: Policy, folder: Path, method: PPO | None = None, **changes: Any)
         examples, method.roles, method.loss, folder, seed=5, reference="initial", tokens=method
     )
     return replace(plain, **changes)
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -89,6 +79,39 @@ def test_at_the_first_step_every_ratio_is_1_and_the_policy_loss_0(model_folder, 
     assert row["clip_fraction"] == 0
     assert row["loss"] == pytest.approx(row["policy_loss"] + 0.1 * row["value_loss"], rel=1e-5)
     assert row["reward"] == pytest.approx(sum(p.scores["chosen"] for p in ANSWERS) / 8)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "starcoder2"])
+def test_no_layer_drops_anything_where_activations_are_computed_again(
+    tokenizer, tmp_path, monkeypatch, kind
+):
+    """Dropout is a module of its own, a function of a layer, or attention's, with a rate of 0.5 each."""
+    rates = {f"{part}_dropout": 0.5 for part in ("attention", "residual", "embedding")}
+    rates |= {f"{part}_pdrop": 0.5 for part in ("attn", "resid", "embd")}
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), num_attention_heads=2, **shape, **rates
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ModelOptions(
+        source=str(tmp_path), tuning="full", device="cpu", gradient_checkpointing=True
+    )
+    trainer = PPOTrainer(Policy.load(options), OPTIONS)
+    again = []
+    usual = GradientCheckpointingLayer.__call__
+
+    def counted(layer: Any, *args: Any, **options: Any) -> Any:
+        again.append(layer.gradient_checkpointing and layer.training)
+        return usual(layer, *args, **options)
+
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", counted)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        still = trainer.policy.model(ids, use_cache=False).logits
+        with trainer._training():
+            assert torch.equal(trainer.policy.model(ids, use_cache=False).logits, still)
+    assert again == [False, False, True, True]
 
 
 def test_what_is_kept_of_the_rollout_is_what_the_models_give(model_folder, tmp_path):
@@ -131,6 +154,14 @@ def test_a_rollout_of_another_policy_is_found_at_the_first_step(model_folder, tm
     trained = policy(model_folder)
     with pytest.raises(TrainingError, match=r"first loss is .* give .* delete that folder"):
         PPOTrainer(trained, OPTIONS).run(job(trained, tmp_path / "mine"))
+
+
+def test_of_a_large_first_loss_as_much_may_be_noise_below_zero_as_above(tmp_path):
+    """Advantages that are neither normalised nor whitened are in the judge's units."""
+    for expected in (40.0, -40.0):
+        demand_known_start(tmp_path, expected, expected + 1)
+        with pytest.raises(TrainingError, match="first loss"):
+            demand_known_start(tmp_path, expected, expected + 5)
 
 
 # Steps.
@@ -237,17 +268,6 @@ def test_a_lost_value_head_is_an_error_not_a_new_one(model_folder, tmp_path):
 # Resume.
 
 
-def interrupt_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original: Callable[..., dict[str, Any]] = Trainer._step
-
-    def guarded(self: Trainer, job: Job, ref: Any, chosen: Any, number: int, steps: int) -> Any:
-        if number == step:
-            raise KeyboardInterrupt
-        return original(self, job, ref, chosen, number, steps)
-
-    monkeypatch.setattr(Trainer, "_step", guarded)
-
-
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_second_round_killed_at_any_step_ends_in_the_same_weights_and_metrics(
     model_folder, tmp_path, monkeypatch, tuning
@@ -296,16 +316,7 @@ def train_alone(source: Path, folder: Path) -> None:
 
 def test_two_processes_train_as_one(model_folder, tmp_path):
     train_alone(model_folder, tmp_path / "one")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    call = partial(train_alone, model_folder, tmp_path / "two")
-    ranks = [PROCESSES.Process(target=child, args=(rank, 2, port, {}, call)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    together(2, {}, partial(train_alone, model_folder, tmp_path / "two"))
     for row, other in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-4)
     one, two = (load_file(tmp_path / name / CRITIC) for name in ("one", "two"))

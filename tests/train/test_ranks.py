@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -113,21 +114,15 @@ def child(
     torch.distributed.destroy_process_group()
 
 
-class Call:
-    """`train` with its arguments, as processes can be given it."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-
-    def __call__(self) -> None:
-        train(*self.args, **self.options)
-
-
 def in_ranks(count: int, extra: dict[str, str], *args: Any, **options: Any) -> None:
+    """`train` with these arguments, by so many processes."""
+    together(count, extra, partial(train, *args, **options))
+
+
+def together(count: int, extra: dict[str, str], call: Callable[[], None]) -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    call = Call(*args, **options)
     ranks = [
         PROCESSES.Process(target=child, args=(rank, count, port, extra, call))
         for rank in range(count)
