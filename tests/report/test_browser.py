@@ -65,10 +65,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     one, two = make_run(folder / "one"), make_run(folder / "two", rounds=1)
     evil = make_run(folder / "<u>evil", names=[*HOSTILE], text=hostile_text, reject="link")
+    empty = make_run(folder / "empty", text=lambda prompt, round, name: "" if round < 1 else "yes")
     many = make_run(folder / "many", names=[f"p{n}" for n in range(60)], rounds=1, reject="p59")
     return {
         "two": write_report([one, two], folder / "two.html").page,
         "evil": write_report([evil], folder / "evil.html").page,
+        "empty": write_report([empty], folder / "empty.html").page,
         "many": write_report([many], folder / "many.html", limit=20).page,
     }
 
@@ -204,6 +206,15 @@ def test_half_a_surrogate_pair_and_a_megabyte_are_shown(page: Any, pages: dict[s
     assert len(visit.detail) < 30_000
     page.click("text=show all 1,000,000 characters")
     assert page.evaluate("document.getElementById('detail').textContent.length") > 1_000_000
+    assert visit.wrong == []
+
+
+def test_what_was_made_from_an_empty_answer_is_marked_as_new(
+    page: Any, pages: dict[str, Path]
+) -> None:
+    visit = Visit(page, pages["empty"], "#pair=0/eval-0")
+    assert page.inner_text("#detail .step ins") == "yes"
+    assert visit.detail.count("(empty)") == 2
     assert visit.wrong == []
 
 
