@@ -95,7 +95,8 @@ def _write_all(runs: Sequence[RunFacts], path: Path) -> tuple[int, int]:
                 # Plain ASCII: half a surrogate pair is kept as what it is.
                 file.write(json.dumps(values).encode() + b"\n")
                 total += 1
-                cut += any(len(step.text) > _LONGEST for step in chain.steps)
+                texts = (*(step.text for step in chain.steps), *(text for _, text in chain.prompt))
+                cut += any(len(text) > _LONGEST for text in texts)
     return total, cut
 
 
@@ -123,7 +124,10 @@ def _shortened(chain: dict[str, Any]) -> dict[str, Any]:
         if len(step.get("text", "")) > _LONGEST:
             step["cut"] = len(step["text"])
             step["text"] = step["text"][:_LONGEST]
-    chain["prompt"] = [[role, text[:_LONGEST]] for role, text in chain.get("prompt", [])]
+    chain["prompt"] = [
+        [role, text] if len(text) <= _LONGEST else [role, text[:_LONGEST], len(text)]
+        for role, text in chain.get("prompt", [])
+    ]
     return chain
 
 

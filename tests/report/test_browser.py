@@ -196,10 +196,13 @@ def test_half_a_surrogate_pair_and_a_megabyte_are_shown(page: Any, pages: dict[s
         '{"id": "0/half", "kind": "pair", "round": 0, "run": 0, "prompt": [["user", "\\ud83d!"]]}',
         '{"id": "0/long", "kind": "pair", "round": 0, "run": 0, "steps": [{"name": "draft", '
         f'"text": "{"word " * 200_000}"}}]}}',
+        '{"id": "0/cut", "kind": "pair", "round": 0, "run": 0, "prompt": [["user", "begins", 1000000]]}',
     ]
     file = {"name": "all.jsonl", "mimeType": "text/plain", "buffer": "\n".join(lines).encode()}
     page.set_input_files("#open-all", files=[file])
-    visit.waits_for("2 of 2")
+    visit.waits_for("3 of 3")
+    page.click("#list .row >> nth=2")
+    assert "begins\n\nCut here; the whole text has 1,000,000 characters" in visit.detail
     page.click("#list .row >> nth=0")
     assert "U+D83D!" in visit.detail
     page.keyboard.press("j")

@@ -128,6 +128,23 @@ def test_an_answer_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path
         assert json.loads(next(file))["steps"][3]["text"] == long
 
 
+def test_a_prompt_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path: Path) -> None:
+    long = "word " * 200_000
+
+    def text(prompt: str, round: int, name: str) -> str:
+        return long if (prompt, name) == ("p0", "question") else "short"
+
+    written = write_report(
+        [make_run(tmp_path / "run", rounds=1, text=text)], tmp_path / "page.html"
+    )
+    assert "1 have a text that is cut short in it." in written.page.read_text("utf-8")
+    ((role, start, whole),) = Page(written.page).chains[0]["prompt"]
+    assert (role, len(start), whole) == ("user", 20_000, 1_000_000)
+    assert written.beside is not None
+    with gzip.open(written.beside, "rt") as file:
+        assert json.loads(next(file))["prompt"] == [["user", long]]
+
+
 def test_nothing_a_model_or_recipe_says_becomes_part_of_the_page(tmp_path: Path) -> None:
     """The same elements as with harmless texts, and every text comes out as it went in."""
     evil = f"<script>hurt</script> {HOSTILE['image']}"
