@@ -251,6 +251,6 @@ def read_evaluation(path: Path, runs: Sequence[RunFacts]) -> list[Evaluated]:
 
 
 def _run_of(source: str, runs: Sequence[RunFacts]) -> int | None:
-    """A source is a run's folder, perhaps with ":ROUND" behind it."""
-    folders = {Path(source).resolve(), Path(source.rpartition(":")[0] or source).resolve()}
+    """A source is a run's folder, perhaps with "@ROUND" behind it."""
+    folders = {Path(source).resolve(), Path(source.rpartition("@")[0] or source).resolve()}
     return next((n for n, run in enumerate(runs) if run.run.path.resolve() in folders), None)

@@ -264,12 +264,17 @@ def test_an_evaluation_is_shown_beside_the_runs_it_measured(made_run: Path, tmp_
     estimate = {"value": 0.625, "low": 0.5, "high": 0.75, "count": 40}
     measures = {"win_rate": {"estimates": {"raw": estimate}}}
     subjects = {
-        "made": {"source": f"{made_run}:1", "measures": measures},
+        "made@1": {"source": f"{made_run}@1", "measures": measures},
+        "made": {"source": str(made_run), "measures": {}},
         "<b>other": {"source": "a/model", "measures": {}},
     }
     (tmp_path / "evaluation.json").write_text(json.dumps({"subjects": subjects}))
     found = read_evaluation(tmp_path, [read_facts(made_run)])
-    assert [(one.subject, one.run) for one in found] == [("made", 0), ("<b>other", None)]
+    assert [(one.subject, one.run) for one in found] == [
+        ("made@1", 0),
+        ("made", 0),
+        ("<b>other", None),
+    ]
     page = write_report([made_run], tmp_path / "page.html", evaluations=[tmp_path]).page
     text = page.read_text("utf-8")
     assert "0.625" in text
