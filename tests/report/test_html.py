@@ -100,6 +100,18 @@ def test_what_a_page_cannot_carry_lies_beside_it_and_a_fair_sample_is_in_it(
     assert min(of_rounds[0], of_rounds[1]) >= 9, "evenly picked over the rounds"
 
 
+def test_a_report_that_fails_leaves_the_older_one_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", names=[f"p{n}" for n in range(40)])
+    old = write_report([run], tmp_path / "page.html", limit=20)
+    assert old.beside is not None
+    before = old.page.read_bytes(), old.beside.read_bytes()
+    (run / "rounds/0001/ranked.jsonl").write_text("no record\n")
+    with pytest.raises(RunFolderError, match=r"ranked\.jsonl:1 is not a Candidates record"):
+        write_report([run], tmp_path / "page.html", limit=20)
+    assert (old.page.read_bytes(), old.beside.read_bytes()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run", old.page.name, old.beside.name}
+
+
 def test_texts_that_do_not_pack_are_left_out_until_the_page_is_small_enough(
     tmp_path: Path,
 ) -> None:
