@@ -158,7 +158,8 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     charts = []
     for name in [key for key in names if key not in skip and key not in rewards]:
         lines = [line for n, run in enumerate(runs) if (line := _by_step(n, run, name)).x]
-        charts.append(_lines(*step_meaning(name), lines, ends=_ends(runs)))
+        if lines:
+            charts.append(_lines(*step_meaning(name), lines, ends=_ends(runs)))
     both = [
         line
         for n, run in enumerate(runs)

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from prefloop.errors import RunFolderError
 from prefloop.report.facts import read_evaluation, read_facts
 from prefloop.report.html import write_report
-from prefloop.report.page_tables import measures, notices, recipe_differences, rejects
+from prefloop.report.page_tables import about, measures, notices, recipe_differences, rejects
 from prefloop.report.visible import visible
 from tests.report.conftest import RECIPE, make_run
 
@@ -260,6 +261,14 @@ def test_tables_count_what_the_rounds_hold(made_run: Path) -> None:
         "pair": 0.2,
         "train": 8.0,
     }
+
+
+def test_the_time_is_told_by_stages_that_took_longer_than_a_second(made_run: Path) -> None:
+    facts = read_facts(made_run)
+    rows = dict(about([facts]))
+    assert rows["time"] == ["19 s (evaluate 4.5 s, generate 4.0 s, rank 2.0 s, train 8.0 s)"]
+    quick = replace(facts, rounds=[], start_seconds={"evaluate": 0.5})
+    assert dict(about([quick]))["time"] == ["0.5 s"]
 
 
 def test_two_runs_are_compared_where_their_recipes_differ(tmp_path: Path) -> None:
