@@ -1,12 +1,10 @@
 """The page in a real browser, from disk: people's way through it, and that hostile text stays text.
 
-One browser for all of it. Skipped where playwright or a Chromium is not installed.
+One browser for all of it. Skipped where there is no browser.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,9 @@ from typing import Any
 import pytest
 
 from prefloop.report.html import write_report
+from tests.browser import chromium, expect
 from tests.report.conftest import make_run
 from tests.report.test_html import HOSTILE, hostile_text
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = os.environ.get("PREFLOOP_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 class Visit:
@@ -40,7 +33,7 @@ class Visit:
 
     def waits_for(self, count: str) -> None:
         # Not by a script in the page: its policy refuses to evaluate one.
-        playwright.expect(self.page.locator("#count")).to_contain_text(count)
+        expect(self.page.locator("#count")).to_contain_text(count)
 
     @property
     def count(self) -> str:
@@ -53,11 +46,8 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as engine:
-        offline = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        found = engine.chromium.launch(executable_path=CHROMIUM, args=offline)
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
