@@ -45,7 +45,6 @@ ROUND_MEASURES: dict[str, Meaning] = {
         "Stop rate", "Share of answers that end by themselves, not at the length limit."
     ),
     "score_rewrite": Meaning("Judge's score of rewrites", "Mean over the held-out prompts."),
-    "ACS": Meaning("ACS", "Alignment consistency score, of the measures by prefloop evaluate."),
 }
 
 STEP_MEASURES: dict[str, Meaning] = {
