@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
 from prefloop.report.console import duration, glance, printable, round_name, show_rounds, stage_line
+from prefloop.report.facts import read_recipe
 from prefloop.rundir import RoundDir, RunDir, read_run
 
 _SECONDS = 1.0
@@ -88,8 +88,7 @@ class _Now:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        recipe = yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))
-        self._recipe: dict[str, Any] = recipe if isinstance(recipe, dict) else {}
+        _, self._recipe = read_recipe(run)
         self._seen: tuple[str, int, float] | None = None
         """The stage in progress, how far it was when it was first seen, and when that was."""
 
@@ -152,7 +151,7 @@ def _chunks(note: Path) -> int:
 
 def _last_loss(here: RoundDir) -> float | None:
     path = here.train / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return float(json.loads(lines[-1])["loss"]) if lines else None
     except (ValueError, KeyError):

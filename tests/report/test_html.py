@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from prefloop.errors import RunFolderError
 from prefloop.report.facts import read_evaluation, read_facts
 from prefloop.report.html import write_report
 from prefloop.report.page_tables import about, measures, notices, recipe_differences, rejects
 from prefloop.report.visible import visible
+from prefloop.report.watch import watch_run
 from tests.report.conftest import RECIPE, make_run
 
 HOSTILE = {
@@ -301,11 +303,29 @@ def test_an_evaluation_is_shown_beside_the_runs_it_measured(made_run: Path, tmp_
     assert "0.625" in text
     assert "0.500 to 0.750, 40" in text
     assert "&lt;b&gt;other" in text
-    (tmp_path / "evaluation.json").write_text('{"subjects": {"a": 1}}')
-    with pytest.raises(RunFolderError, match="no evaluation that prefloop wrote"):
-        read_evaluation(tmp_path, [])
+    holes = {"a": {"source": "b", "measures": {"m": {"estimates": {"n": {"value": 1.0}}}}}}
+    for damaged in ({"a": 1}, holes):
+        (tmp_path / "evaluation.json").write_text(json.dumps({"subjects": damaged}))
+        with pytest.raises(RunFolderError, match="no evaluation that prefloop wrote"):
+            read_evaluation(tmp_path, [])
     with pytest.raises(RunFolderError, match="name what an evaluation wrote"):
         read_evaluation(tmp_path / "absent", [])
+
+
+@pytest.mark.parametrize("recipe", [b"name: \xff", b"[1"])
+@pytest.mark.parametrize("look", [read_facts, lambda folder: watch_run(folder, Console())])
+def test_a_damaged_recipe_is_a_sentence(recipe: bytes, look: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rounds=1)
+    (run / "recipe.yaml").write_bytes(recipe)
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml is damaged"):
+        look(run)
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rounds=1)
+    (run / "rounds/0000/train/metrics.jsonl").write_bytes(b'{"step": 0}\n\xff\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is damaged"):
+        read_facts(run)
 
 
 def test_a_folder_in_the_pages_place_is_refused(made_run: Path, tmp_path: Path) -> None:
