@@ -124,6 +124,15 @@ def test_every_command_parses_and_its_recipe_loads(
         load(recipe, context.params["overrides"] or ())
 
 
+def test_make_bench_leaves_out_what_wants_an_argument() -> None:
+    (out,) = re.findall(
+        r"filter-out \$\(addprefix benchmarks/,([^)]*)\)", (ROOT / "Makefile").read_text()
+    )
+    wanting = re.compile(r"""add_argument\("[a-z]|required=True""")
+    scripts = ROOT.glob("benchmarks/*.py")
+    assert sorted(out.split()) == sorted(s.name for s in scripts if wanting.search(s.read_text()))
+
+
 def test_the_recipe_reference_is_up_to_date() -> None:
     path = ROOT / "docs/generate_recipe_reference.py"
     spec = importlib.util.spec_from_file_location("generate_recipe_reference", path)
