@@ -98,10 +98,11 @@ class _Now:
         here = next((place for place in reversed(places) if place.path.is_dir()), None)
         if here is None:
             return "loading"
-        notes = sorted(here.path.glob("*.progress.json"), key=lambda path: path.stat().st_mtime)
-        if notes:
-            stage = notes[-1].name.removesuffix(".progress.json")
-            return self._say(here, stage, "chunk", _chunks(notes[-1]), self._all_chunks(stage))
+        for note in here.path.glob("*.progress.json"):
+            stage = note.name.removesuffix(".progress.json")
+            # A run that was killed at a stage's very end leaves a note beside the manifest.
+            if not here.manifest(stage):
+                return self._say(here, stage, "chunk", _chunks(note), self._all_chunks(stage))
         if here.manifest("pairs") and not here.manifest("train"):
             loss = _last_loss(here)
             line = self._say(here, "train", "step", here.steps(), self._all_steps(here))
