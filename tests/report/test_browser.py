@@ -5,6 +5,7 @@ One browser for all of it. Skipped where there is no browser.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,25 @@ def test_what_was_made_from_an_empty_answer_is_marked_as_new(
     visit = Visit(page, pages["empty"], "#pair=0/eval-0")
     assert page.inner_text("#detail .step ins") == "yes"
     assert visit.detail.count("(empty)") == 2
+    assert visit.wrong == []
+
+
+def test_a_pair_of_which_one_answer_has_no_tokens_is_sorted_by_the_others(
+    page: Any, pages: dict[str, Path]
+) -> None:
+    visit = Visit(page, pages["many"])
+    ratios = {"pieces": ["no", ""], "policy": [-1.0, -2.0], "reference": [-1.0, -1.0]}
+    rejected = {"name": "flawed", "text": "no", "roles": ["rejected"], "ratios": ratios}
+    steps = [{"name": "draft", "text": "", "roles": ["chosen"]}, rejected]
+    chains = [{"id": "0/a", "kind": "pair", "round": 0, "run": 0, "steps": steps[:1]}]
+    chains.append({**chains[0], "id": "0/b", "steps": steps})
+    lines = "\n".join(map(json.dumps, chains)).encode()
+    file = {"name": "all.jsonl", "mimeType": "text/plain", "buffer": lines}
+    page.set_input_files("#open-all", files=[file])
+    visit.waits_for("2 of 2")
+    page.select_option("#sort", "learnt")
+    page.click("#list .row >> nth=0")
+    assert "r = -1 nats over 2 tokens" in visit.detail
     assert visit.wrong == []
 
 
