@@ -173,7 +173,8 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
         both += [
             line
             for n, run in enumerate(runs)
-            if run.steps and "penalty" in run.steps[0]
+            # Of most methods it is the chosen answer's reward, which is drawn already.
+            if any(row.get("real_reward") != row.get("reward_chosen") for row in run.steps)
             if (line := _by_step(n, run, "real_reward", "--", "target")).x
         ]
         charts.insert(min(3, len(charts)), _lines(*step_meaning("rewards"), both, ends=_ends(runs)))
