@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -272,30 +273,26 @@ def schema(
 
 def _methods() -> dict[str, str]:
     import prefloop.methods as package
-    from prefloop.plugins import find, names
 
-    return {
-        name: _first_line(find(package, name, package.Method, "method")) for name in names(package)
-    }
+    return _plugins(package, package.Method, "method")
 
 
 def _judges() -> dict[str, str]:
     import prefloop.rank as package
-    from prefloop.plugins import find, names
 
-    return {
-        name: _first_line(find(package, name, package.Judge, "judge")) for name in names(package)
-    }
+    return _plugins(package, package.Judge, "judge")
 
 
 def _engines() -> dict[str, str]:
     import prefloop.generate.engines as package
+
+    return _plugins(package, package.EngineOptions, "engine")
+
+
+def _plugins(package: ModuleType, base: type, what: str) -> dict[str, str]:
     from prefloop.plugins import find, names
 
-    return {
-        name: _first_line(find(package, name, package.EngineOptions, "engine"))
-        for name in names(package)
-    }
+    return {name: _first_line(find(package, name, base, what)) for name in names(package)}
 
 
 def _measures() -> dict[str, str]:

@@ -13,6 +13,7 @@ import typer.main
 
 import prefloop.methods
 from prefloop import cli
+from prefloop.compare.file import cells, load_comparison
 from prefloop.methods import Method
 from prefloop.plugins import find, names
 from prefloop.recipe import load_recipe, shipped_recipes
@@ -122,6 +123,18 @@ def test_every_command_parses_and_its_recipe_loads(
     if recipe is not None and recipe != "RECIPE":
         load = load_reward_recipe if verb == "train" else load_recipe
         load(recipe, context.params["overrides"] or ())
+    comparison = context.params.get("comparison")
+    if comparison is not None and comparison.name != "COMPARE.yaml":
+        cells(load_comparison(comparison if comparison.exists() else ROOT / comparison), tmp_path)
+
+
+def test_make_bench_leaves_out_what_wants_an_argument() -> None:
+    (out,) = re.findall(
+        r"filter-out \$\(addprefix benchmarks/,([^)]*)\)", (ROOT / "Makefile").read_text()
+    )
+    wanting = re.compile(r"""add_argument\("[a-z]|required=True""")
+    scripts = ROOT.glob("benchmarks/*.py")
+    assert sorted(out.split()) == sorted(s.name for s in scripts if wanting.search(s.read_text()))
 
 
 def test_the_recipe_reference_is_up_to_date() -> None:

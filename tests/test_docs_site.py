@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ from types import ModuleType, SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+from tests.browser import chromium, expect
 
 pytest.importorskip("material", reason="the extra docs is not installed")
 ROOT = Path(__file__).parents[1]
@@ -132,16 +133,8 @@ def test_the_api_reference_has_the_docstrings(site: Path) -> None:
 
 @pytest.mark.slow
 def test_search_works_from_disk_and_asks_nobody(site: Path) -> None:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = os.environ.get("PREFLOOP_CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
     wrong: list[str] = []
-    with playwright.sync_playwright() as engine:
-        offline = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        browser = engine.chromium.launch(executable_path=chromium, args=offline)
+    with chromium() as browser:
         page = browser.new_page()
         page.on("console", lambda message: wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -152,7 +145,6 @@ def test_search_works_from_disk_and_asks_nobody(site: Path) -> None:
         page.keyboard.press("s")
         page.keyboard.type("identical_rate")
         found = page.locator(".md-search-result__item")
-        playwright.expect(found.first).to_be_visible(timeout=20_000)
+        expect(found.first).to_be_visible(timeout=20_000)
         assert "Measures" in " ".join(found.all_inner_texts())
-        browser.close()
     assert wrong == []

@@ -31,7 +31,6 @@ def test_steps_are_counted_over_all_rounds_and_the_mean_ends_with_the_shortest_s
 
 
 def test_it_draws(comparison, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
     out = comparison / "curves.png"
     monkeypatch.setattr(sys, "argv", ["plot_curves.py", str(comparison), "--out", str(out)])
     plot_curves.main()

@@ -59,9 +59,9 @@ class Chain:
     detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values, empty ones left out."""
+        """The same as plain values, empty ones left out, but of a step's text: an empty answer is an answer."""
         full = asdict(self)
-        full["steps"] = [_without_empty(step) for step in full["steps"]]
+        full["steps"] = [{**_without_empty(step), "text": step["text"]} for step in full["steps"]]
         return _without_empty(full)
 
 

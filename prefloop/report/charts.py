@@ -158,7 +158,8 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     charts = []
     for name in [key for key in names if key not in skip and key not in rewards]:
         lines = [line for n, run in enumerate(runs) if (line := _by_step(n, run, name)).x]
-        charts.append(_lines(*step_meaning(name), lines, ends=_ends(runs)))
+        if lines:
+            charts.append(_lines(*step_meaning(name), lines, ends=_ends(runs)))
     both = [
         line
         for n, run in enumerate(runs)
@@ -172,7 +173,8 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
         both += [
             line
             for n, run in enumerate(runs)
-            if run.steps and "penalty" in run.steps[0]
+            # Of most methods it is the chosen answer's reward, which is drawn already.
+            if any(row.get("real_reward") != row.get("reward_chosen") for row in run.steps)
             if (line := _by_step(n, run, "real_reward", "--", "target")).x
         ]
         charts.insert(min(3, len(charts)), _lines(*step_meaning("rewards"), both, ends=_ends(runs)))

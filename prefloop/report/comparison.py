@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,10 @@ from rich.text import Text
 
 from prefloop.report.console import duration, printable
 from prefloop.report.plain_table import show_table
+from prefloop.report.typeset import latex_text, markdown_table
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _STAGES = ("generate", "rank", "pair", "train", "evaluate")
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-}
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
     parts = [report["note"]] if report["note"] else []
     for table in tables(report):
-        lines = [table.head, ["---", *["---:"] * (len(table.head) - 1)], *table.rows]
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        body = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        body = markdown_table(table.head, table.rows, texts=1)
         parts.append("\n\n".join([f"**{table.title}**", body, *table.notes]))
     parts += [f"Missing: {name}: {reason}" for name, reason in report["missing"].items()]
     return "\n\n".join(parts) + "\n"
@@ -71,13 +62,13 @@ def latex(report: Mapping[str, Any]) -> str:
     """All tables as LaTeX; needs \\usepackage{booktabs}."""
     parts = ["% needs \\usepackage{booktabs}"]
     for table in tables(report):
-        rows = [" & ".join(map(_escaped, row)) + r" \\" for row in [table.head, *table.rows]]
+        rows = [" & ".join(map(latex_text, row)) + r" \\" for row in [table.head, *table.rows]]
         caption = " ".join([f"{table.title}.", *table.notes])
         parts.append(
             "\n".join(
                 [
                     r"\begin{table}",
-                    rf"\caption{{{_escaped(caption)}}}",
+                    rf"\caption{{{latex_text(caption)}}}",
                     rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}",
                     r"\toprule",
                     rows[0],
@@ -90,10 +81,6 @@ def latex(report: Mapping[str, Any]) -> str:
             )
         )
     return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"[\\~^±&%$#_{}]", lambda found: _LATEX[found[0]], text)
 
 
 def _measures(report: Mapping[str, Any]) -> Table:

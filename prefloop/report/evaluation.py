@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from prefloop.report.plain_table import show_table
+from prefloop.report.typeset import latex_text, markdown_table
+from prefloop.rundir import write_atomically
 
 Report = Mapping[str, Any]
 _ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}
@@ -43,12 +45,12 @@ def show_evaluation(report: Report, console: Console) -> None:
 
 def write_tables(report: Report, folder: Path) -> None:
     """Write evaluation.md and evaluation.tex."""
-    (folder / "evaluation.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "evaluation.tex").write_text(latex(report), encoding="utf-8")
+    write_atomically(folder / "evaluation.md", markdown(report))
+    write_atomically(folder / "evaluation.tex", latex(report))
 
 
 def measure_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a metric; of each subject value and interval; items and seconds of the first."""
+    """Head and rows: a row a metric; of each subject value and interval; items, and seconds over all."""
     subjects = report["subjects"]
     head = ["measure", "metric", *subjects, "items", "seconds"]
     rows = []
@@ -95,9 +97,9 @@ def difference_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def markdown(report: Report) -> str:
     """The tables as GitHub reads them."""
-    blocks = ["# Evaluation", _subtitle(report), _markdown_table(*measure_table(report))]
+    blocks = ["# Evaluation", _subtitle(report), markdown_table(*measure_table(report), texts=2)]
     if report["comparisons"]:
-        blocks += [_markdown_table(*difference_table(report)), CAVEAT]
+        blocks += [markdown_table(*difference_table(report), texts=2), CAVEAT]
     blocks += [f"- {line}" for line in (*_steps(report), *_skipped(report))]
     return "\n\n".join(blocks) + "\n"
 
@@ -108,7 +110,7 @@ def latex(report: Report) -> str:
     lines = [
         f"% prefloop {report['prefloop']}; {_subtitle(report)}",
         f"% \\begin{{tabular}}{{l{'r' * len(subjects)}}}",
-        " & ".join(["", *map(_tex, subjects)]) + r" \\ \midrule",
+        " & ".join(["", *map(latex_text, subjects)]) + r" \\ \midrule",
     ]
     for measure, metric in _metrics(report):
         cells = []
@@ -121,8 +123,8 @@ def latex(report: Report) -> str:
                 else f"{_number(found['value'], found)}{mark} {{\\footnotesize "
                 f"[{_number(found['low'], found)}, {_number(found['high'], found)}]}}"
             )
-        lines.append(" & ".join([_tex(metric), *cells]) + r" \\")
-    return "\n".join(lines).replace("\u2013", "--") + "\n"
+        lines.append(" & ".join([latex_text(metric), *cells]) + r" \\")
+    return "\n".join(lines) + "\n"
 
 
 def with_interval(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
@@ -195,15 +197,3 @@ def _once(rows: Sequence[list[str]]) -> list[list[str]]:
         found.append(["", *row[1:-1], ""] if row[0] in seen else row)
         seen.add(row[0])
     return found
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
-
-
-def _tex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

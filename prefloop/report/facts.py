@@ -122,19 +122,28 @@ def read_ratios(run: RunDir) -> Iterator[PairRatios]:
     return read_jsonl(path, PairRatios) if path.exists() else iter(())
 
 
+def read_recipe(run: RunDir) -> tuple[str, dict[str, Any]]:
+    """The run's recipe, as its file says it and as values. Raises RunFolderError."""
+    path = run.path / "recipe.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8
+        raise RunFolderError(
+            f"{path} is damaged ({error}); put back the recipe that the run began with"
+        ) from error
+    return text, recipe if isinstance(recipe, dict) else {}
+
+
 def read_facts(folder: Path) -> RunFacts:
     """Everything but the chains. Reads runs that are still going on. Raises RunFolderError."""
     run = read_run(folder)
-    text = (folder / "recipe.yaml").read_text(encoding="utf-8")
-    try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RunFolderError(f"{folder}/recipe.yaml is damaged ({error})") from error
+    text, recipe = read_recipe(run)
     around = folder / "environment.json"
     return RunFacts(
         run=run,
         name=folder.resolve().name,
-        recipe=recipe if isinstance(recipe, dict) else {},
+        recipe=recipe,
         recipe_text=text,
         environment=read_json(around) if around.exists() else {},
         events=run.events(),
@@ -206,7 +215,7 @@ def _steps(run: RunDir) -> Iterator[dict[str, Any]]:
 
 def _rows(here: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that may be growing; a last one that is half written is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
             yield json.loads(line)
@@ -239,7 +248,7 @@ def read_evaluation(path: Path, runs: Sequence[RunFacts]) -> list[Evaluated]:
                 subject=name,
                 run=_run_of(str(part["source"]), runs),
                 estimates={
-                    f"{measure}: {metric}": estimate
+                    f"{measure}: {metric}": _numbers(estimate)
                     for measure, row in part["measures"].items()
                     for metric, estimate in row["estimates"].items()
                 },
@@ -247,10 +256,17 @@ def read_evaluation(path: Path, runs: Sequence[RunFacts]) -> list[Evaluated]:
             for name, part in subjects.items()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"{file} is no evaluation that prefloop wrote ({error!r})") from error
+        raise RunFolderError(
+            f"{file} is no evaluation that prefloop wrote ({error!r}); name one of prefloop evaluate"
+        ) from error
+
+
+def _numbers(estimate: dict[str, Any]) -> dict[str, float]:
+    numbers = {key: float(estimate[key]) for key in ("value", "low", "high")}
+    return {**numbers, "count": int(estimate["count"])}
 
 
 def _run_of(source: str, runs: Sequence[RunFacts]) -> int | None:
-    """A source is a run's folder, perhaps with ":ROUND" behind it."""
-    folders = {Path(source).resolve(), Path(source.rpartition(":")[0] or source).resolve()}
+    """A source is a run's folder, perhaps with "@ROUND" behind it."""
+    folders = {Path(source).resolve(), Path(source.rpartition("@")[0] or source).resolve()}
     return next((n for n, run in enumerate(runs) if run.run.path.resolve() in folders), None)

@@ -34,6 +34,7 @@ from prefloop.report.charts import (
 from prefloop.report.console import measure_names
 from prefloop.report.facts import Evaluated, RunFacts, read_evaluation, read_facts
 from prefloop.report.visible import visible
+from prefloop.rundir import write_atomically
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("text.js", "charts.js", "detail.js", "pairs.js")
@@ -69,17 +70,22 @@ def write_report(
     runs = [read_facts(folder) for folder in folders]
     evaluated = [found for path in evaluations for found in read_evaluation(path, runs)]
     beside = out.with_name(f"{out.stem}.pairs.jsonl.gz")
-    total, cut = _write_all(runs, beside)
-    sample, packed = _sample(beside, total, limit)
-    whole = sample == total and not cut
-    if whole:
-        beside.unlink()
-    title = ", ".join(run.name for run in runs)
-    about = _about_sample(sample, total, cut)
-    text = _render(runs, evaluated, title, packed, about, None if whole else beside)
-    temporary = out.with_name(f".{out.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out)
+    # An older report and the file beside it stay as they are until the new ones are whole.
+    temporary = beside.with_name(f".{beside.name}.part")
+    try:
+        total, cut = _write_all(runs, temporary)
+        sample, packed = _sample(temporary, total, limit)
+        whole = sample == total and not cut
+        title = ", ".join(run.name for run in runs)
+        about = _about_sample(sample, total, cut)
+        text = _render(runs, evaluated, title, packed, about, None if whole else beside)
+        if whole:
+            beside.unlink(missing_ok=True)
+        else:
+            temporary.replace(beside)
+        write_atomically(out, text)
+    finally:
+        temporary.unlink(missing_ok=True)
     return Written(out, None if whole else beside, sample, total)
 
 
@@ -95,7 +101,8 @@ def _write_all(runs: Sequence[RunFacts], path: Path) -> tuple[int, int]:
                 # Plain ASCII: half a surrogate pair is kept as what it is.
                 file.write(json.dumps(values).encode() + b"\n")
                 total += 1
-                cut += any(len(step.text) > _LONGEST for step in chain.steps)
+                texts = (*(step.text for step in chain.steps), *(text for _, text in chain.prompt))
+                cut += any(len(text) > _LONGEST for text in texts)
     return total, cut
 
 
@@ -123,7 +130,10 @@ def _shortened(chain: dict[str, Any]) -> dict[str, Any]:
         if len(step.get("text", "")) > _LONGEST:
             step["cut"] = len(step["text"])
             step["text"] = step["text"][:_LONGEST]
-    chain["prompt"] = [[role, text[:_LONGEST]] for role, text in chain.get("prompt", [])]
+    chain["prompt"] = [
+        [role, text] if len(text) <= _LONGEST else [role, text[:_LONGEST], len(text)]
+        for role, text in chain.get("prompt", [])
+    ]
     return chain
 
 

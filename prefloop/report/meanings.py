@@ -45,7 +45,6 @@ ROUND_MEASURES: dict[str, Meaning] = {
         "Stop rate", "Share of answers that end by themselves, not at the length limit."
     ),
     "score_rewrite": Meaning("Judge's score of rewrites", "Mean over the held-out prompts."),
-    "ACS": Meaning("ACS", "Alignment consistency score, of the measures by prefloop evaluate."),
 }
 
 STEP_MEASURES: dict[str, Meaning] = {
@@ -69,7 +68,9 @@ STEP_MEASURES: dict[str, Meaning] = {
     ),
     "accuracy": Meaning("Accuracy", "Share of pairs in the right order of implicit reward."),
     "over_margin": Meaning("Over the margin", "Share of pairs with R above M."),
-    "penalty": Meaning("Penalty P", "How far the target fell below the reference, nats."),
+    "penalty": Meaning(
+        "Penalty P", "How far the answer that is taught fell below the reference, nats."
+    ),
     "M": Meaning("Margin M", "Mean of what R must exceed, by step."),
     "lr": Meaning("Learning rate", ""),
     "grad_norm": Meaning("Gradient norm", "Before clipping."),

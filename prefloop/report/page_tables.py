@@ -178,7 +178,7 @@ def _time(run: RunFacts) -> str:
     if not seconds:
         return ""
     parts = ", ".join(f"{stage} {duration(value)}" for stage, value in seconds.items() if value > 1)
-    return f"{duration(sum(seconds.values()))} ({parts})"
+    return duration(sum(seconds.values())) + (f" ({parts})" if parts else "")
 
 
 def _tokens(run: RunFacts) -> str:

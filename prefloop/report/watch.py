@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
 from prefloop.report.console import duration, glance, printable, round_name, show_rounds, stage_line
+from prefloop.report.facts import read_recipe
 from prefloop.rundir import RoundDir, RunDir, read_run
 
 _SECONDS = 1.0
@@ -88,8 +88,7 @@ class _Now:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        recipe = yaml.safe_load((run.path / "recipe.yaml").read_text(encoding="utf-8"))
-        self._recipe: dict[str, Any] = recipe if isinstance(recipe, dict) else {}
+        _, self._recipe = read_recipe(run)
         self._seen: tuple[str, int, float] | None = None
         """The stage in progress, how far it was when it was first seen, and when that was."""
 
@@ -99,10 +98,11 @@ class _Now:
         here = next((place for place in reversed(places) if place.path.is_dir()), None)
         if here is None:
             return "loading"
-        notes = sorted(here.path.glob("*.progress.json"), key=lambda path: path.stat().st_mtime)
-        if notes:
-            stage = notes[-1].name.removesuffix(".progress.json")
-            return self._say(here, stage, "chunk", _chunks(notes[-1]), self._all_chunks(stage))
+        for note in here.path.glob("*.progress.json"):
+            stage = note.name.removesuffix(".progress.json")
+            # A run that was killed at a stage's very end leaves a note beside the manifest.
+            if not here.manifest(stage):
+                return self._say(here, stage, "chunk", _chunks(note), self._all_chunks(stage))
         if here.manifest("pairs") and not here.manifest("train"):
             loss = _last_loss(here)
             line = self._say(here, "train", "step", here.steps(), self._all_steps(here))
@@ -152,7 +152,7 @@ def _chunks(note: Path) -> int:
 
 def _last_loss(here: RoundDir) -> float | None:
     path = here.train / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return float(json.loads(lines[-1])["loss"]) if lines else None
     except (ValueError, KeyError):

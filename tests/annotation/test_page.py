@@ -1,14 +1,12 @@
 """The page in a real browser: a round of votes with a kill in the middle, hostile text, keys.
 
-Skipped where playwright or a Chromium is not installed.
+Skipped where there is no browser.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +17,7 @@ import pytest
 from prefloop.annotation.items import read_comparison
 from prefloop.annotation.votes import read_votes
 from tests.annotation.conftest import Command, write_answers
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = os.environ.get("PREFLOOP_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+from tests.browser import chromium, expect
 
 Start = Callable[..., Command]
 
@@ -46,7 +39,7 @@ class Visitor:
         self.page.goto(link)
         self.page.fill("#name", name)
         self.page.keyboard.press("Enter")
-        playwright.expect(self.page.locator("#bar")).to_be_visible()
+        expect(self.page.locator("#bar")).to_be_visible()
         if self.page.locator("#help-dialog").is_visible():
             self.page.keyboard.press("Enter")
 
@@ -54,7 +47,7 @@ class Visitor:
         self.page.wait_for_timeout(170)  # votes within 150 ms of a new item are not taken
 
     def shows(self, done: int, total: int) -> None:
-        playwright.expect(self.page.locator("#count")).to_have_text(f"{done} of {total}")
+        expect(self.page.locator("#count")).to_have_text(f"{done} of {total}")
 
     @property
     def item(self) -> str:
@@ -66,11 +59,8 @@ class Visitor:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as engine:
-        offline = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        found = engine.chromium.launch(executable_path=CHROMIUM, args=offline)
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture
@@ -136,9 +126,7 @@ def test_a_round_with_a_kill_in_the_middle_loses_no_vote(
     ann.settles()
     lost = ann.item
     ann.page.keyboard.press("1")
-    playwright.expect(ann.page.locator("#trouble")).to_contain_text(
-        "Not saved: the server does not"
-    )
+    expect(ann.page.locator("#trouble")).to_contain_text("Not saved: the server does not")
     ann.shows(total // 2, total)
     own = [f"http://127.0.0.1:{server.link.split(':')[2].partition('/')[0]}/"]
 
@@ -149,7 +137,7 @@ def test_a_round_with_a_kill_in_the_middle_loses_no_vote(
     assert ann.item == lost
     while len(script.expected) < total:
         script.votes()
-    playwright.expect(ann.page.locator("#done")).to_be_visible()
+    expect(ann.page.locator("#done")).to_be_visible()
 
     stored = read_votes(
         Path("annotations/a-vs-b.jsonl"), read_comparison("a.jsonl", "b.jsonl")
@@ -286,12 +274,12 @@ def test_a_link_without_its_secret_shows_no_prompt(
 ) -> None:
     link = command().link
     ann.page.goto(link.partition("#")[0])
-    playwright.expect(ann.page.locator("#locked")).to_be_visible()
+    expect(ann.page.locator("#locked")).to_be_visible()
     ann.page.goto("about:blank")
     ann.page.goto(link[:-3])
     ann.page.fill("#name", "Ann")
     ann.page.keyboard.press("Enter")
-    playwright.expect(ann.page.locator("#trouble")).to_contain_text("not of this session")
+    expect(ann.page.locator("#trouble")).to_contain_text("not of this session")
     assert not ann.page.locator("#work").is_visible()
 
 

@@ -1,12 +1,11 @@
 """The page in a real browser, from disk: people's way through it, and that hostile text stays text.
 
-One browser for all of it. Skipped where playwright or a Chromium is not installed.
+One browser for all of it. Skipped where there is no browser.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,9 @@ from typing import Any
 import pytest
 
 from prefloop.report.html import write_report
+from tests.browser import chromium, expect
 from tests.report.conftest import make_run
 from tests.report.test_html import HOSTILE, hostile_text
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = os.environ.get("PREFLOOP_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 class Visit:
@@ -40,7 +34,7 @@ class Visit:
 
     def waits_for(self, count: str) -> None:
         # Not by a script in the page: its policy refuses to evaluate one.
-        playwright.expect(self.page.locator("#count")).to_contain_text(count)
+        expect(self.page.locator("#count")).to_contain_text(count)
 
     @property
     def count(self) -> str:
@@ -53,11 +47,8 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as engine:
-        offline = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        found = engine.chromium.launch(executable_path=CHROMIUM, args=offline)
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +56,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     one, two = make_run(folder / "one"), make_run(folder / "two", rounds=1)
     evil = make_run(folder / "<u>evil", names=[*HOSTILE], text=hostile_text, reject="link")
+    empty = make_run(folder / "empty", text=lambda prompt, round, name: "" if round < 1 else "yes")
     many = make_run(folder / "many", names=[f"p{n}" for n in range(60)], rounds=1, reject="p59")
     return {
         "two": write_report([one, two], folder / "two.html").page,
         "evil": write_report([evil], folder / "evil.html").page,
+        "empty": write_report([empty], folder / "empty.html").page,
         "many": write_report([many], folder / "many.html", limit=20).page,
     }
 
@@ -194,16 +187,47 @@ def test_half_a_surrogate_pair_and_a_megabyte_are_shown(page: Any, pages: dict[s
         '{"id": "0/half", "kind": "pair", "round": 0, "run": 0, "prompt": [["user", "\\ud83d!"]]}',
         '{"id": "0/long", "kind": "pair", "round": 0, "run": 0, "steps": [{"name": "draft", '
         f'"text": "{"word " * 200_000}"}}]}}',
+        '{"id": "0/cut", "kind": "pair", "round": 0, "run": 0, "prompt": [["user", "begins", 1000000]]}',
     ]
     file = {"name": "all.jsonl", "mimeType": "text/plain", "buffer": "\n".join(lines).encode()}
     page.set_input_files("#open-all", files=[file])
-    visit.waits_for("2 of 2")
+    visit.waits_for("3 of 3")
+    page.click("#list .row >> nth=2")
+    assert "begins\n\nCut here; the whole text has 1,000,000 characters" in visit.detail
     page.click("#list .row >> nth=0")
     assert "U+D83D!" in visit.detail
     page.keyboard.press("j")
     assert len(visit.detail) < 30_000
     page.click("text=show all 1,000,000 characters")
     assert page.evaluate("document.getElementById('detail').textContent.length") > 1_000_000
+    assert visit.wrong == []
+
+
+def test_what_was_made_from_an_empty_answer_is_marked_as_new(
+    page: Any, pages: dict[str, Path]
+) -> None:
+    visit = Visit(page, pages["empty"], "#pair=0/eval-0")
+    assert page.inner_text("#detail .step ins") == "yes"
+    assert visit.detail.count("(empty)") == 2
+    assert visit.wrong == []
+
+
+def test_a_pair_of_which_one_answer_has_no_tokens_is_sorted_by_the_others(
+    page: Any, pages: dict[str, Path]
+) -> None:
+    visit = Visit(page, pages["many"])
+    ratios = {"pieces": ["no", ""], "policy": [-1.0, -2.0], "reference": [-1.0, -1.0]}
+    rejected = {"name": "flawed", "text": "no", "roles": ["rejected"], "ratios": ratios}
+    steps = [{"name": "draft", "text": "", "roles": ["chosen"]}, rejected]
+    chains = [{"id": "0/a", "kind": "pair", "round": 0, "run": 0, "steps": steps[:1]}]
+    chains.append({**chains[0], "id": "0/b", "steps": steps})
+    lines = "\n".join(map(json.dumps, chains)).encode()
+    file = {"name": "all.jsonl", "mimeType": "text/plain", "buffer": lines}
+    page.set_input_files("#open-all", files=[file])
+    visit.waits_for("2 of 2")
+    page.select_option("#sort", "learnt")
+    page.click("#list .row >> nth=0")
+    assert "r = -1 nats over 2 tokens" in visit.detail
     assert visit.wrong == []
 
 

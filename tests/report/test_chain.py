@@ -63,6 +63,14 @@ def test_a_pair_whose_groups_are_gone_still_shows_both_answers() -> None:
     ]
 
 
+def test_an_empty_answer_stays_a_text_for_the_page() -> None:
+    asked = (Message(role="user", content="Count."),)
+    origin = {"chosen": "chosen", "rejected": "rejected"}
+    pair = Pair(prompt_id="a", round=0, prompt=asked, chosen="", rejected="no", origin=origin)
+    steps = pair_chain(pair, None).to_json()["steps"]
+    assert [step["text"] for step in steps] == ["", "no"]
+
+
 def test_a_method_of_single_answers_shows_one_and_a_third_answer_is_shown_too() -> None:
     asked = (Message(role="user", content="Count."),)
     alone = Pair(prompt_id="a", round=0, prompt=asked, chosen="yes", rejected="")

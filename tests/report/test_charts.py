@@ -94,6 +94,25 @@ def test_a_long_training_is_drawn_with_as_many_points_as_can_be_seen(tmp_path: P
     assert line.x[0] == pytest.approx(line.y[0] + 1), "means of the same steps"
 
 
+@pytest.mark.parametrize(("taught", "labels"), [(0.5, []), (2.0, ["target"])])
+def test_the_targets_reward_is_drawn_where_it_is_not_the_chosen_ones(
+    taught: float, labels: list[str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", rounds=1)
+    row = {"reward_chosen": 0.5, "reward_rejected": 0.1, "real_reward": taught, "penalty": 0.0}
+    (run / "rounds/0000/train/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    charts = {chart.title: chart for chart in step_charts([read_facts(run)])}
+    found = [label for _, label in charts["Reward of each response"].labels]
+    assert found == ["chosen", "rejected", *labels]
+
+
+def test_a_metric_without_a_number_has_no_picture(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rounds=1)
+    rows = '{"step": 0, "loss": 1.0, "odd": NaN, "other": null}\n'
+    (run / "rounds/0000/train/metrics.jsonl").write_text(rows)
+    assert [chart.title for chart in step_charts([read_facts(run)])] == ["Loss"]
+
+
 def test_the_win_rate_during_training_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     rows = [

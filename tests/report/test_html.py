@@ -7,17 +7,20 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from prefloop.errors import RunFolderError
 from prefloop.report.facts import read_evaluation, read_facts
 from prefloop.report.html import write_report
-from prefloop.report.page_tables import measures, notices, recipe_differences, rejects
+from prefloop.report.page_tables import about, measures, notices, recipe_differences, rejects
 from prefloop.report.visible import visible
+from prefloop.report.watch import watch_run
 from tests.report.conftest import RECIPE, make_run
 
 HOSTILE = {
@@ -100,6 +103,18 @@ def test_what_a_page_cannot_carry_lies_beside_it_and_a_fair_sample_is_in_it(
     assert min(of_rounds[0], of_rounds[1]) >= 9, "evenly picked over the rounds"
 
 
+def test_a_report_that_fails_leaves_the_older_one_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", names=[f"p{n}" for n in range(40)])
+    old = write_report([run], tmp_path / "page.html", limit=20)
+    assert old.beside is not None
+    before = old.page.read_bytes(), old.beside.read_bytes()
+    (run / "rounds/0001/ranked.jsonl").write_text("no record\n")
+    with pytest.raises(RunFolderError, match=r"ranked\.jsonl:1 is not a Candidates record"):
+        write_report([run], tmp_path / "page.html", limit=20)
+    assert (old.page.read_bytes(), old.beside.read_bytes()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run", old.page.name, old.beside.name}
+
+
 def test_texts_that_do_not_pack_are_left_out_until_the_page_is_small_enough(
     tmp_path: Path,
 ) -> None:
@@ -126,6 +141,23 @@ def test_an_answer_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path
     assert (len(step["text"]), step["cut"]) == (20_000, 1_000_000)
     with gzip.open(written.beside, "rt") as file:
         assert json.loads(next(file))["steps"][3]["text"] == long
+
+
+def test_a_prompt_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path: Path) -> None:
+    long = "word " * 200_000
+
+    def text(prompt: str, round: int, name: str) -> str:
+        return long if (prompt, name) == ("p0", "question") else "short"
+
+    written = write_report(
+        [make_run(tmp_path / "run", rounds=1, text=text)], tmp_path / "page.html"
+    )
+    assert "1 have a text that is cut short in it." in written.page.read_text("utf-8")
+    ((role, start, whole),) = Page(written.page).chains[0]["prompt"]
+    assert (role, len(start), whole) == ("user", 20_000, 1_000_000)
+    assert written.beside is not None
+    with gzip.open(written.beside, "rt") as file:
+        assert json.loads(next(file))["prompt"] == [["user", long]]
 
 
 def test_nothing_a_model_or_recipe_says_becomes_part_of_the_page(tmp_path: Path) -> None:
@@ -233,6 +265,14 @@ def test_tables_count_what_the_rounds_hold(made_run: Path) -> None:
     }
 
 
+def test_the_time_is_told_by_stages_that_took_longer_than_a_second(made_run: Path) -> None:
+    facts = read_facts(made_run)
+    rows = dict(about([facts]))
+    assert rows["time"] == ["19 s (evaluate 4.5 s, generate 4.0 s, rank 2.0 s, train 8.0 s)"]
+    quick = replace(facts, rounds=[], start_seconds={"evaluate": 0.5})
+    assert dict(about([quick]))["time"] == ["0.5 s"]
+
+
 def test_two_runs_are_compared_where_their_recipes_differ(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one")
     two = make_run(tmp_path / "two", recipe=RECIPE.replace("0.0001", "0.5"))
@@ -247,22 +287,45 @@ def test_an_evaluation_is_shown_beside_the_runs_it_measured(made_run: Path, tmp_
     estimate = {"value": 0.625, "low": 0.5, "high": 0.75, "count": 40}
     measures = {"win_rate": {"estimates": {"raw": estimate}}}
     subjects = {
-        "made": {"source": f"{made_run}:1", "measures": measures},
+        "made@1": {"source": f"{made_run}@1", "measures": measures},
+        "made": {"source": str(made_run), "measures": {}},
         "<b>other": {"source": "a/model", "measures": {}},
     }
     (tmp_path / "evaluation.json").write_text(json.dumps({"subjects": subjects}))
     found = read_evaluation(tmp_path, [read_facts(made_run)])
-    assert [(one.subject, one.run) for one in found] == [("made", 0), ("<b>other", None)]
+    assert [(one.subject, one.run) for one in found] == [
+        ("made@1", 0),
+        ("made", 0),
+        ("<b>other", None),
+    ]
     page = write_report([made_run], tmp_path / "page.html", evaluations=[tmp_path]).page
     text = page.read_text("utf-8")
     assert "0.625" in text
     assert "0.500 to 0.750, 40" in text
     assert "&lt;b&gt;other" in text
-    (tmp_path / "evaluation.json").write_text('{"subjects": {"a": 1}}')
-    with pytest.raises(RunFolderError, match="no evaluation that prefloop wrote"):
-        read_evaluation(tmp_path, [])
+    holes = {"a": {"source": "b", "measures": {"m": {"estimates": {"n": {"value": 1.0}}}}}}
+    for damaged in ({"a": 1}, holes):
+        (tmp_path / "evaluation.json").write_text(json.dumps({"subjects": damaged}))
+        with pytest.raises(RunFolderError, match="no evaluation that prefloop wrote"):
+            read_evaluation(tmp_path, [])
     with pytest.raises(RunFolderError, match="name what an evaluation wrote"):
         read_evaluation(tmp_path / "absent", [])
+
+
+@pytest.mark.parametrize("recipe", [b"name: \xff", b"[1"])
+@pytest.mark.parametrize("look", [read_facts, lambda folder: watch_run(folder, Console())])
+def test_a_damaged_recipe_is_a_sentence(recipe: bytes, look: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rounds=1)
+    (run / "recipe.yaml").write_bytes(recipe)
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml is damaged"):
+        look(run)
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", rounds=1)
+    (run / "rounds/0000/train/metrics.jsonl").write_bytes(b'{"step": 0}\n\xff\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is damaged"):
+        read_facts(run)
 
 
 def test_a_folder_in_the_pages_place_is_refused(made_run: Path, tmp_path: Path) -> None:

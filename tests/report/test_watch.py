@@ -73,6 +73,7 @@ def test_the_line_of_now_says_stage_place_and_loss(tmp_path: Path) -> None:
         here.finish("candidates")
         write_round(here, ["a", "b", "c"], plain_text)
         (here.path / "train.done.json").unlink()
+        (here.path / "candidates.progress.json").write_text('{"chunks": 2}')
         with (here.train / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')
         assert now.line() == "round 0  train  step 2 of 2, loss 0.500"

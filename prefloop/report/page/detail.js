@@ -8,9 +8,10 @@ function showChain(chain, target, move) {
   const parts = [heading(chain, move)];
   if (chain.reason) parts.push(element("p", "notice bad", `Rejected by ${chain.stage}: ${chain.reason}${chain.detail ? ". " + chain.detail : ""}`));
   if (!chain.prompt?.length) parts.push(element("p", "small", "What was asked was not kept with this reject."));
-  for (const [role, text] of chain.prompt ?? []) {
+  for (const [role, text, whole] of chain.prompt ?? []) {
     const turn = element("div", "step");
     turn.append(element("h4", "", role), longText(text));
+    if (whole) turn.append(cutNote(whole));
     parts.push(turn);
   }
   const byName = new Map((chain.steps ?? []).map((step) => [step.name, step]));
@@ -57,9 +58,11 @@ function stepCard(step, base) {
   if (!step.text) card.append(element("p", "small", "(empty)"));
   else if (base) card.append(markedText(base.text, step.text, ["old", "new"]));
   else card.append(longText(step.text));
-  if (step.cut) card.append(element("p", "small", `Cut here; the whole text has ${step.cut.toLocaleString("en")} characters and is in the run's folder.`));
+  if (step.cut) card.append(cutNote(step.cut));
   return card;
 }
+
+const cutNote = (whole) => element("p", "small", `Cut here; the whole text has ${whole.toLocaleString("en")} characters and is in the run's folder.`);
 
 function longText(text) {
   const box = element("div", "model-text");

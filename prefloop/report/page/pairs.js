@@ -21,12 +21,14 @@ function take(found) {
   for (const chain of chains) {
     const texts = chain.steps ?? [];
     const of = (role) => texts.find((step) => step.roles?.includes(role));
-    const chosen = of("chosen") ?? texts[texts.length - 1], rejected = of("rejected");
+    const chosen = of("chosen") ?? texts[texts.length - 1];
     chain.runName = facts.runs.length > 1 ? facts.runs[chain.run] : "";
     chain.score = chosen?.score;
     chain.length = chosen?.text?.length;
     chain.first = chain.prompt?.length ? chain.prompt[chain.prompt.length - 1][1].slice(0, 160) : chain.detail?.slice(0, 160) ?? "";
-    chain.learnt = rejected?.ratios ? Math.abs(sum(rejected.ratios)) + Math.abs(sum(chosen.ratios)) : undefined;
+    // An empty answer, or the other one of a method of single answers, has no tokens to compare.
+    const scored = [of("chosen"), of("rejected")].filter((step) => step?.ratios);
+    chain.learnt = scored.length ? scored.reduce((total, step) => total + Math.abs(sum(step.ratios)), 0) : undefined;
   }
   options("round", [...new Set(chains.map((chain) => chain.round))].sort((a, b) => a - b), (n) => (n < 0 ? "start" : String(n)));
   options("reason", [...new Set(chains.map((chain) => chain.reason).filter(Boolean))].sort(), String);
