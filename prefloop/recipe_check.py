@@ -47,7 +47,7 @@ def check(recipe: Recipe) -> list[str]:
     if recipe.method.needs_judge and judge is not None and judge.needs_moved_policy:
         raise RecipeError(
             f"judge {name_of(prefloop.rank, judge)!r} compares the policy with the initial one, and in round 0 they are the same; "
-            "name judge.model and judge.reference, or choose another judge"
+            "name the implicit judge's model and reference, or choose another judge"
         )
     if judge is not None:
         judge.check()

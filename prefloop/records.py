@@ -216,14 +216,19 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
         file.writelines(record.model_dump_json() + "\n" for record in records)
 
 
-def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
-    """Read a file of records of one kind; a damaged line is named by file and number."""
+def read_jsonl(path: Path, kind: type[R], *, growing: bool = False) -> Iterator[R]:
+    """Read a file of records of one kind; a damaged line is named by file and number.
+
+    Of a `growing` file a last line without its end is left out: it is being written, or its writer was killed.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError as error:
         raise RunFolderError(f"{path} is gone; delete {path.parent} to redo the round") from error
     with file:
         for number, line in enumerate(file, start=1):
+            if growing and not line.endswith(b"\n"):
+                return
             try:
                 yield kind.model_validate_json(line)
             except ValidationError as error:

@@ -140,7 +140,7 @@ class RoundDir:
     def rejects(self) -> Iterator[Reject]:
         """The round's rejects so far, one by one."""
         path = self.path / REJECTS
-        return read_jsonl(path, Reject) if path.exists() else iter(())
+        return read_jsonl(path, Reject, growing=True) if path.exists() else iter(())
 
     def reasons(self) -> Counter[str]:
         """Why prompts gave no pair so far, and how many."""
@@ -206,8 +206,8 @@ class RunDir:
     def events(self) -> list[dict[str, Any]]:
         """The diary so far, without a line that is still being written."""
         path = self.path / "events.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         try:
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
             return [json.loads(line) for line in lines]
         except ValueError as error:
             raise RunFolderError(

@@ -405,7 +405,7 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
         (
             "method: {name: ial}\njudge: {name: implicit}\n",
             "judge 'implicit' compares the policy with the initial one, and in round 0 they are the "
-            "same; name judge.model and judge.reference, or choose another judge",
+            "same; name the implicit judge's model and reference, or choose another judge",
         ),
         (
             "method: {name: ial, prompt_set: papr}\njudge: {name: similarity}\n",

@@ -67,6 +67,20 @@ def test_a_torn_write_is_cut_back_to_the_last_whole_chunk(tmp_path, torn):
     assert RoundDir(tmp_path, 0).records("pairs", Pair) == [pair(0), pair(1)]
 
 
+def test_a_reject_that_is_still_being_written_is_left_out(tmp_path):
+    """A report reads beside a run, or after a kill."""
+    Journal(tmp_path, "pairs").append([reject(0)])
+    with (tmp_path / "rejects.jsonl").open("ab") as file:
+        file.write(b'{"prompt_id": "p9", "rou')
+    assert list(RoundDir(tmp_path, 0).rejects()) == [reject(0)]
+
+
+def test_a_diary_that_is_no_text_is_said_to_be_damaged(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(RunFolderError, match="damaged"):
+        RunDir(tmp_path).events()
+
+
 def test_a_chunk_whose_note_is_missing_is_written_again(tmp_path, monkeypatch):
     """Killed between the records and the note that vouches for them."""
     journal = Journal(tmp_path, "pairs")

@@ -201,11 +201,16 @@ def _run(work: Callable[[], Awaitable[T]]) -> T:
 
 
 def _answer(response: httpx2.Response) -> Any:
-    """The body of an answer. Refusal for what no other attempt would change, HTTPStatusError for the rest."""
+    """The body of an answer. Refusal for what no other attempt would change, HTTPError for the rest."""
     if response.status_code in (400, 404, 413, 422):
         raise Refusal(_message(response))
     response.raise_for_status()
-    return response.json() if "json" in response.headers.get("content-type", "") else response.text
+    if "json" not in response.headers.get("content-type", ""):
+        return response.text
+    try:
+        return response.json()
+    except ValueError:
+        raise httpx2.DecodingError("its answer is damaged", request=response.request) from None
 
 
 def _message(response: httpx2.Response) -> str:

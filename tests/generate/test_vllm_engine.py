@@ -24,6 +24,7 @@ from prefloop.generate.engines import Setting, Weights
 from prefloop.generate.engines.vllm import VLLM
 from prefloop.generate.probe import probe
 from prefloop.generate.vllm_engine import VLLMEngine
+from prefloop.generate.vllm_server import _answer
 from prefloop.records import Message, Request, Sampling, Scored
 from tests.stand_in.vllm.entrypoints.cli.main import fingerprint, logprobs
 
@@ -280,6 +281,15 @@ def test_a_server_that_runs_already_gets_the_adapter_and_is_left_as_it_was(
         GenerationError, match=r"server at http://127.* is gone or failing .*start it"
     ):
         engine.sample(requests(), SAMPLING, seed=1)
+
+
+def test_a_damaged_answer_is_a_failure_of_the_server():
+    """Like one that cannot be reached, which Server says in a sentence."""
+    request = httpx2.Request("POST", "http://x/v1/completions")
+    kind = {"Content-Type": "application/json"}
+    response = httpx2.Response(200, headers=kind, content=b'{"choices": [', request=request)
+    with pytest.raises(httpx2.HTTPError, match="damaged"):
+        _answer(response)
 
 
 # The command.
