@@ -34,7 +34,7 @@ from prefloop.evaluation_measures import Chosen, choose
 from prefloop.evaluation_subjects import Source, contents, find, held_out, names, opened
 from prefloop.machine import environment
 from prefloop.memory import keep_freed_memory
-from prefloop.records import read_json, read_jsonl, write_jsonl
+from prefloop.records import Sampling, read_json, read_jsonl, write_jsonl
 from prefloop.rows import EMBEDDED
 from prefloop.rundir import alone_in, write_atomically
 
@@ -128,6 +128,7 @@ class _One:
             Source(options.initial).weights() if options.initial else None
         )
         self.folder = options.out / "kept" / f"{_slug(name)}-{self.weights[:12]}"
+        self._places: dict[str, Path] = {}
 
     def measured(
         self, able: Sequence[Chosen], unable: Mapping[str, str]
@@ -216,20 +217,31 @@ class _One:
         return {**read_json(path), "kept_from_before": True} if path.is_file() else None
 
     def _place(self, one: Chosen) -> Path:
-        options = one.measure.model_dump(mode="json")
+        # Once: a file that changes while it is measured must not lead elsewhere.
+        if one.name not in self._places:
+            self._places[one.name] = self.folder / f"{_slug(one.name)}-{self._key(one)[:12]}"
+        return self._places[one.name]
+
+    def _key(self, one: Chosen) -> str:
+        options = {
+            # What ends an answer is a text, whatever file or folder is called so.
+            name: value
+            if isinstance(getattr(one.measure, name), Sampling)
+            else _with_contents(value)
+            for name, value in one.measure.model_dump(mode="json").items()
+        }
         # What measures share decides as well as the measure's own file.
         shared = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
         code = [contents(file) for file in (*shared, Path(inspect.getfile(type(one.measure))))]
-        key = digest(
+        return digest(
             one.name,
-            _with_contents(options),
+            options,
             self.initial,
             self.judge.key if _asks_judge(one.measure) else None,
             self.options.seed,
             __version__,
             code,
         )
-        return self.folder / f"{_slug(one.name)}-{key[:12]}"
 
 
 def _asks_judge(measure: Measure) -> bool:
@@ -242,12 +254,15 @@ def _with_contents(value: Any) -> Any:
         return {key: _with_contents(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_with_contents(inner) for inner in value]
-    if isinstance(value, str) and value and len(value) < 1000:
-        path = Path(value).expanduser()
-        if (path / "recipe.yaml").is_file():  # of a run, what is asked for is its method
-            return contents(path / "recipe.yaml")
-        if path.exists():
-            return contents(path)
+    if isinstance(value, str) and value:
+        try:
+            path = Path(value).expanduser()
+            if (path / "recipe.yaml").is_file():  # of a run, what is asked for is its method
+                return contents(path / "recipe.yaml")
+            if path.exists():
+                return contents(path)
+        except (OSError, RuntimeError):  # too long for a path, or no user's home: a text
+            pass
     return value
 
 

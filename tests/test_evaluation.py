@@ -157,6 +157,26 @@ def test_what_is_measured_already_is_not_measured_again(
     assert second == first
 
 
+def test_a_text_that_ends_answers_is_no_path_whatever_lies_there(shell: Shell) -> None:
+    file = measures({"health": {"sampling": {**SHORT, "stop": [".", "~~~", "x" * 300]}}})
+    for again in (False, True):  # "." holds the report of the first call by then
+        part = shell.report("runs/r", "--measures", file)["subjects"]["r"]
+        assert part["measures"]["health"]["kept_from_before"] is again
+
+
+def test_a_file_that_changes_while_it_is_measured_is_measured_again_the_next_time(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = measures({"health": {"held_out": "rows.jsonl", "limit": 2, "sampling": SHORT}})
+    real = evaluation.opened
+    monkeypatch.setattr(
+        evaluation, "opened", lambda *names: (write("rows.jsonl", ROWS[:3]), real(*names))[1]
+    )
+    for _ in range(2):
+        part = shell.report("runs/r", "--measures", file)["subjects"]["r"]
+        assert not part["measures"]["health"]["kept_from_before"]
+
+
 @pytest.mark.parametrize("change", ["data", "option", "weights"])
 def test_what_has_changed_is_measured_again_and_nothing_else(
     shell: Shell, change: str, made: Path
