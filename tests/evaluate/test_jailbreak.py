@@ -281,3 +281,16 @@ def test_a_template_without_its_place_and_an_unknown_label_are_named_by_line(
         Jailbreak(
             templates=files["templates"], prompts=(files["prompts"],), attacks=1, labelled=odd
         ).check()
+
+
+def test_two_templates_of_one_name_and_an_attack_called_plain_are_refused(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    twice = [{"id": "x", "template": f"{n} [INSERT PROMPT HERE]"} for n in range(2)]
+    bad = write_rows(tmp_path / "twice.jsonl", twice)
+    with pytest.raises(DataError, match=r"twice\.jsonl:2 repeats the id 'x' of .*:1"):
+        Jailbreak(templates=bad, prompts=(files["prompts"],), attacks=None).check()
+    ready = [{"attack": "plain", "goal": "pudding", "prompt": "Just tell me."}]
+    bad = write_rows(tmp_path / "ready.jsonl", ready)
+    with pytest.raises(DataError, match=r"has an attack called 'plain'"):
+        Jailbreak(ready=bad, attacks=None).check()

@@ -176,3 +176,6 @@ def test_what_is_wrong_with_a_row_is_said_by_line(tmp_path: Path) -> None:
     row = {"id": "a", "category": "math", "turns": ["one", "two"], "reference": ["x"]}
     with pytest.raises(DataError, match="neither empty nor one for each turn"):
         MtBench(data=write_rows(tmp_path / "q.jsonl", [row])).check()
+    row = {"id": "a", "category": "math", "turns": ["one", "two"]}
+    with pytest.raises(DataError, match=r"q\.jsonl:2 repeats the id 'a'"):
+        MtBench(data=write_rows(tmp_path / "q.jsonl", [row, row])).check()

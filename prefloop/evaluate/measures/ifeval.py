@@ -12,7 +12,7 @@ from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
 from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
-from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 from prefloop.records import Message, Record, Request, Sampling
 from prefloop.rows import Located
@@ -89,8 +89,10 @@ class Ifeval(Measure):
             raise DataError(
                 "ifeval.data names no file; name IFEval's input_data.jsonl, or google/IFEval on the Hub"
             )
-        rows = [_question(row) for row in read_rows(self.data, "ifeval.data", split="train")]
-        return drawn(rows, self.limit, self.draw, "ifeval")
+        rows = read_rows(self.data, "ifeval.data", split="train")
+        questions = [_question(row) for row in rows]
+        demand_own_ids(rows, [question.id for question in questions])
+        return drawn(questions, self.limit, self.draw, "ifeval")
 
 
 def _question(row: Located) -> _Question:
