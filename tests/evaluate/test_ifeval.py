@@ -125,6 +125,9 @@ def test_rows_of_another_form_are_named_by_line(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "plain.jsonl", [{"prompt": "Write"}])
     with pytest.raises(DataError, match=r"plain\.jsonl:1 has no lists instruction_id_list"):
         Ifeval(data=data).check()
+    data = write_rows(tmp_path / "text.jsonl", [{**ROWS[0], "kwargs": [{}, "at least 3 words"]}])
+    with pytest.raises(DataError, match=r"text\.jsonl:1 has kwargs that are no objects"):
+        Ifeval(data=data).check()
     twice = write_rows(tmp_path / "twice.jsonl", [ROWS[0]] * 2)
     with pytest.raises(DataError, match=r"twice\.jsonl:2 repeats the id 'commas'"):
         Ifeval(data=twice).check()

@@ -102,6 +102,8 @@ def _question(row: Located) -> _Question:
         raise DataError(
             f"{row[0]} has no lists instruction_id_list and kwargs; IFEval's rows have both"
         )
+    if not all(isinstance(options, Mapping | None) for options in kwargs):
+        raise DataError(f"{row[0]} has kwargs that are no objects; IFEval's rows have one for each")
     given = tuple(dict(options or {}) for options in kwargs)
     return _Question(
         id=id_of(row, prompt), prompt=prompt, instructions=tuple(map(str, names)), kwargs=given
