@@ -129,8 +129,9 @@ class WinRate(Measure):
 
     @property
     def _stored(self) -> bool:
+        """Answers that lie there; a file's name is one also where there is no such file, which is then said."""
         path = Path(self.opponent).expanduser()
-        return self.opponent == TARGETS or (path.suffix.lower() in READERS and path.is_file())
+        return self.opponent == TARGETS or (path.suffix.lower() in READERS and not path.is_dir())
 
     def _opponents(self, prompts: Sequence[Prompt], subject: Subject) -> list[str]:
         if self._stored:
@@ -153,25 +154,25 @@ class WinRate(Measure):
 
     def _stored_answers(self, prompts: Sequence[Prompt]) -> list[str]:
         if self.opponent == TARGETS:
-            found = [prompt.target for prompt in prompts]
-            if not all(found):
+            found = [prompt.target for prompt in prompts if prompt.target]
+            if missing := len(prompts) - len(found):
                 raise DataError(
-                    f"opponent targets: {found.count(None)} of {len(found)} prompts have no response; "
+                    f"opponent targets: {missing} of {len(prompts)} prompts have no response; "
                     "name prompts that have one, or another opponent"
                 )
-            return [text or "" for text in found]
+            return found
         stored = {
             _key(prompt): prompt.target
             for prompt in read_prompts(self.opponent, DataOptions(), part="eval")
             if prompt.target
         }
-        missing = [prompt for prompt in prompts if _key(prompt) not in stored]
-        if missing:
+        unanswered = [prompt for prompt in prompts if _key(prompt) not in stored]
+        if unanswered:
             raise DataError(
-                f"opponent {self.opponent}: no response to {len(missing)} of {len(prompts)} prompts, such as "
-                f"{missing[0].id!r}; give it a row with prompt and response for each"
+                f"opponent {self.opponent}: no response to {len(unanswered)} of {len(prompts)} prompts, such as "
+                f"{unanswered[0].id!r}; give it a row with prompt and response for each"
             )
-        return [stored[_key(prompt)] or "" for prompt in prompts]
+        return [stored[_key(prompt)] for prompt in prompts]
 
     # The judge.
 
