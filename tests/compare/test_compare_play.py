@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,24 @@ def test_a_failing_cell_is_named_with_its_reason_and_the_others_go_on(tmp_path):
     # It left nothing to take: the next one does the work itself, and leaves it to the last.
     assert "b seed 0: begins" in lines
     assert f"a seed 0: failed: {failed['a seed 0']}" in lines
+
+
+def test_the_reason_is_that_of_this_attempt_and_a_kill_is_called_one(tmp_path):
+    [cell] = all_cells(tmp_path, {"a": {}}, (0,))
+    play([cell], jobs=1, say=lambda line: None, start=Stage(failing=(cell.name,)).start)
+    for last_words, code, reason in (
+        ("", 1, "exit code 1, and no word"),
+        ("KeyError: 'x'\n", 1, "KeyError: 'x'"),
+        ("round 0: 3 of 9\n", -9, "ended by signal 9"),
+    ):
+
+        def start(cell: Cell, jobs: int, words: str = last_words, code: int = code) -> Any:
+            with (cell.folder / "console.log").open("a") as log:
+                log.write(words)
+            return SimpleNamespace(poll=lambda: code)
+
+        failed = play([cell], jobs=1, say=lambda line: None, start=start)
+        assert failed[cell.name].startswith(f"{reason} (all it said is in ")
 
 
 def test_the_same_call_goes_on_with_what_is_missing(tmp_path):
