@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.asking import subject, write_rows
-
-pytest.importorskip("lm_eval")
-pytest.importorskip("langdetect")
-pytest.importorskip("punkt")
-
 from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules
 from prefloop.evaluate.measures.ifeval import Ifeval
 from prefloop.records import Request
+from tests.evaluate.asking import subject, write_rows
+
+for module in ("lm_eval", "langdetect", "punkt"):
+    pytest.importorskip(module, reason="the extra eval is not installed")
 
 
 def row(name: str, prompt: str, *instructions: tuple[str, dict[str, object]]) -> dict[str, object]:
