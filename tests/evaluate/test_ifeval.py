@@ -11,7 +11,7 @@ from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules
 from prefloop.evaluate.measures.ifeval import Ifeval
 from prefloop.records import Request
-from tests.evaluate.asking import subject, write_rows
+from tests.evaluate.asking import KilledAt, subject, write_rows
 
 for module in ("lm_eval", "langdetect", "punkt"):
     pytest.importorskip(module, reason="the extra eval is not installed")
@@ -133,20 +133,9 @@ def test_rows_of_another_form_are_named_by_line(tmp_path: Path) -> None:
 
 def test_a_killed_measure_goes_on(tmp_path: Path) -> None:
     measure = Ifeval(data=write_rows(tmp_path / "ifeval.jsonl", ROWS), chunk=1)
-
-    def killed(request: Request, seed: int) -> str:
-        if "End" in request.messages[-1].content:
-            raise KeyboardInterrupt
-        return answer(request, seed)
-
+    killed = KilledAt(3, answer)
     with pytest.raises(KeyboardInterrupt):
         measure.run(subject(tmp_path / "work", killed))
-    asked = []
-
-    def rest(request: Request, seed: int) -> str:
-        asked.append(request.messages[-1].content)
-        return answer(request, seed)
-
-    found = measure.run(subject(tmp_path / "work", rest))
-    assert asked == ["End with BYE"]
+    found = measure.run(subject(tmp_path / "work", killed))
+    assert killed.calls == 3 + 1
     assert found == measure.run(subject(tmp_path / "unbroken", answer))
