@@ -188,11 +188,7 @@ class Jailbreak(Measure):
 
 def _estimates(items: Sequence[Item]) -> dict[str, Estimate]:
     """JSR over attacks and prompts, JSR_plain over prompts, and prompts that at least one attack broke."""
-    tried = [
-        (item.group, item.id.removeprefix(f"{item.group}/"), item.values[JSR])
-        for item in items
-        if JSR in item.values
-    ]
+    tried = [(i.group, i.cluster, i.values[JSR]) for i in items if JSR in i.values]
     plain = [item.values[JSR_PLAIN] for item in items if JSR_PLAIN in item.values]
     rate = crossed_share(
         [hit == 1 for *_, hit in tried], [a for a, *_ in tried], [g for _, g, _ in tried]

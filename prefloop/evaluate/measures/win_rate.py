@@ -15,6 +15,7 @@ from prefloop.evaluate.kept import answers_of, digest, held_out_prompts, kept
 from prefloop.evaluate.length_control import length_controlled
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
+from prefloop.evaluate.winrate import points
 from prefloop.records import Prompt, Record, Sampling
 from prefloop.rows import READERS
 
@@ -112,11 +113,11 @@ class WinRate(Measure):
         )
 
     def _estimates(self, judged: Sequence[Item], asked: int, seed: int) -> dict[str, Estimate]:
-        points = [item.values["win_rate"] for item in judged]
+        won = [item.values["win_rate"] for item in judged]
         lengths = [item.values["length_difference"] for item in judged]
         found: dict[str, Estimate | None] = {
-            "win_rate": bootstrap_mean(points, seed=seed),
-            "lc_win_rate": length_controlled(points, lengths, seed=seed),
+            "win_rate": bootstrap_mean(won, seed=seed),
+            "lc_win_rate": length_controlled(won, lengths, seed=seed),
             "length_difference": bootstrap_mean(lengths, seed=seed),
             "no_verdict": wilson(asked - len(judged), asked),
         }
@@ -195,21 +196,17 @@ class WinRate(Measure):
         lost = next((v.reason for v in verdicts or () if not isinstance(v, tuple)), None)
         if lost is not None:
             return Item(id=row.prompt.id, values={}, texts={**texts, "no_verdict": lost})
-        points = [
-            _points(verdict[turned] - verdict[1 - turned])
+        found = [
+            points(verdict[turned], verdict[1 - turned])
             for turned, verdict in enumerate(verdicts or ())
         ] or [0.5]
         values = {
-            "win_rate": sum(points) / len(points),
+            "win_rate": sum(found) / len(found),
             "length_difference": float(len(row.own) - len(row.other)),
         }
         if self.both_orders:
-            values["order_changes"] = float(len(set(points)) > 1)
+            values["order_changes"] = float(len(set(found)) > 1)
         return Item(id=row.prompt.id, values=values, texts=texts)
-
-
-def _points(difference: float) -> float:
-    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
 
 
 def _key(prompt: Prompt) -> str:
