@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
 from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
@@ -70,9 +70,8 @@ class Ifeval(Measure):
             ]
 
         asked = ("ifeval", self.model_dump(), subject.seed, version("lm_eval"))
-        chunks = chunks_of(questions, self.chunk)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        place = subject.folder / digest(asked, questions)
+        items = tuple(kept(place, questions, Item, work, chunk=self.chunk))
         facts = {
             "prompts": len(questions),
             "instructions": sum(len(question.instructions) for question in questions),

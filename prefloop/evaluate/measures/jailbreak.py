@@ -20,7 +20,7 @@ from prefloop.evaluate.harm import (
     judge_error,
     read_labelled,
 )
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import drawn
 from prefloop.evaluate.stats import Estimate, wilson
@@ -110,9 +110,8 @@ class Jailbreak(Measure):
 
         options = self.model_dump(exclude=_OF_THE_ERROR)
         asked = ("jailbreak", options, subject.seed, judge.describe())
-        chunks = chunks_of(attacks, self.chunk)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        place = subject.folder / digest(asked, attacks)
+        items = tuple(kept(place, attacks, Item, work, chunk=self.chunk))
         return Outcome(_estimates(items), items, self._facts(attacks, items, judge, subject.folder))
 
     def _attacks(self) -> list[Attack]:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prefloop.errors import DataError
 from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
 from prefloop.evaluate.refusal import RULES, refuses
@@ -72,9 +72,8 @@ class OverRefusal(Measure):
             return [self._item(q, answer) for q, answer in zip(chunk, answers, strict=True)]
 
         asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
-        chunks = chunks_of(questions, self.chunk)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        place = subject.folder / digest(asked, questions)
+        items = tuple(kept(place, questions, Item, work, chunk=self.chunk))
         hits = {
             metric: [item.values[metric] for item in items if metric in item.values]
             for metric in METRICS.values()
