@@ -54,7 +54,7 @@ def test_the_page_may_load_nothing_from_elsewhere_and_run_no_other_script(
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert "http:" not in text.replace("http-equiv", "")
         assert "innerHTML" not in text
-    assert server.token not in text
+        assert server.token not in text
 
 
 @pytest.mark.parametrize("path", ["/../items.py", "/page/index.html", "/api/join", "/x"])

@@ -64,12 +64,11 @@ def test_the_four_accuracies_of_answers_worked_out_by_hand(tmp_path: Path) -> No
 
 
 def test_they_equal_the_harness_own_scoring_item_by_item(tmp_path: Path) -> None:
-    rules = InstructionRules()  # its sentence model must be there before the harness is imported
+    InstructionRules()  # its sentence model must be there before the harness is imported
     from lm_eval.tasks.ifeval.utils import process_results
 
     measure = Ifeval(data=write_rows(tmp_path / "ifeval.jsonl", ROWS))
     found = {item.id: item for item in measure.run(subject(tmp_path / "work", answer)).items}
-    assert rules
     for given in ROWS:
         name = str(given["id"])
         theirs = process_results({**given, "key": 0}, [ANSWERS[name]])
