@@ -228,16 +228,18 @@ def test_a_malformed_row_is_named(engine: HFEngine, folder: Path, tmp_path: Path
         text = (folder / f"{name}.jsonl").read_text()
         (tmp_path / f"{name}.jsonl").write_text(text)
     path = tmp_path / "winogrande_val.jsonl"
-    path.write_text(path.read_text() + '{"sentence": "no options _ here"}\n')
-    with pytest.raises(DataError, match=r"winogrande_val.jsonl:8 .*option1"):
-        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
-            subject_of(engine, tmp_path / "subject")
-        )
-    path.write_text("")
-    with pytest.raises(DataError, match=r"winogrande_val.jsonl holds no rows"):
-        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
-            subject_of(engine, tmp_path / "subject")
-        )
+    whole = path.read_bytes()
+    for data, says in (
+        (b'\n{"sentence": "no options _ here"}\n', r"winogrande_val.jsonl:9 .*option1"),
+        (b'{"sentence": "\xe9"}\n', r"winogrande_val.jsonl:8 is not UTF-8"),
+        (b"{sentence}\n", r"winogrande_val.jsonl:8 is not JSON"),
+        (None, r"winogrande_val.jsonl holds no rows"),
+    ):
+        path.write_bytes(b"" if data is None else whole + data)
+        with pytest.raises(DataError, match=says):
+            Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
+                subject_of(engine, tmp_path / "subject")
+            )
 
 
 def test_too_few_examples_are_an_error_of_the_data(
