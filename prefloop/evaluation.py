@@ -141,15 +141,15 @@ class _One:
                 done[one.name] = kept
         if missing := [one for one in todo if one.name not in done]:
             with opened(self.source, self.options.initial) as model:
-                for one in missing:
-                    subject = self._subject(one, model)
-                    lacks = one.measure.lacks(subject)
-                    if lacks is not None and one.asked:
-                        raise RecipeError(f"{one.name}: {lacks}")
-                    if lacks is not None:
+                subjects = {one.name: self._subject(one, model) for one in missing}
+                for one in missing:  # all of them before the first is taken, which may last hours
+                    if (lacks := one.measure.lacks(subjects[one.name])) is not None:
+                        if one.asked:
+                            raise RecipeError(f"{one.name}: {lacks}")
                         skipped[one.name] = lacks
-                    else:
-                        done[one.name] = self._take(one, subject)
+                for one in missing:
+                    if one.name not in skipped:
+                        done[one.name] = self._take(one, subjects[one.name])
         part = {
             "source": self.source.text,
             "weights": self.weights,
@@ -174,9 +174,6 @@ class _One:
         return Chosen(one.name, bound, one.asked)
 
     def _subject(self, one: Chosen, model: Any) -> Subject:
-        folder, answers = self._place(one) / "on-its-way", self.folder / f"answers-{__version__}"
-        folder.mkdir(parents=True, exist_ok=True)
-        answers.mkdir(parents=True, exist_ok=True)
         return Subject(
             name=self.name,
             engine=model.engine,
@@ -184,13 +181,16 @@ class _One:
             model=model.model,
             tokenizer=model.tokenizer,
             judge=self.judge.opened if _asks_judge(one.measure) else None,
-            folder=folder,
+            folder=self._place(one) / "on-its-way",
             seed=self.options.seed,
-            answers=answers,
+            answers=self.folder / f"answers-{__version__}",
         )
 
     def _take(self, one: Chosen, subject: Subject) -> dict[str, Any]:
         """Take the measure, keep its outcome, and return its part of the report."""
+        for folder in (subject.folder, subject.answers):
+            assert folder is not None
+            folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         outcome = one.measure.run(subject)
         seconds = round(time.perf_counter() - start, 1)

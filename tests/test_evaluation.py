@@ -287,6 +287,7 @@ def test_a_model_that_is_no_runs_policy_is_measured_without_a_start(
     assert row["measures"]["win_rate"]["estimates"]["win_rate"]["count"] == 3
     assert "is no run's policy" in row["skipped"]["divergence"]
     assert "skipped divergence" in out
+    assert list(Path("evaluations").rglob("on-its-way")) == []
 
 
 def test_a_models_start_can_be_named(shell: Shell, model_folder: Path) -> None:
@@ -300,7 +301,7 @@ def test_a_models_start_can_be_named(shell: Shell, model_folder: Path) -> None:
 
 
 def measures(values: dict[str, Any]) -> str:
-    Path("measures.yaml").write_text(yaml.safe_dump(values))
+    Path("measures.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return "measures.yaml"
 
 
@@ -378,16 +379,12 @@ def test_a_judge_that_compares_with_responses_needs_prompts_that_have_some(shell
     assert "--judge" in report["subjects"]["r"]["skipped"]["win_rate"]
 
 
-def test_asking_a_model_for_what_only_a_run_has_is_an_error(
-    shell: Shell, model_folder: Path
+def test_asking_a_model_for_what_only_a_run_has_is_an_error_before_anything_is_measured(
+    shell: Shell, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (
-        str(model_folder),
-        "--measures",
-        measures({"divergence": None}),
-        "--data",
-        "rows.jsonl",
-    )
+    monkeypatch.setattr(HFEngine, "sample", lambda *_, **__: pytest.fail("it was measured first"))
+    file = measures({"health": None, "divergence": None})
+    words = (str(model_folder), "--measures", file, "--data", "rows.jsonl")
     shell.refuses(*words, saying=("divergence", "is no run's policy", "--initial"))
 
 
