@@ -148,6 +148,15 @@ def test_a_judge_sees_the_plain_request_and_its_score_is_compared_with_the_thres
     )
 
 
+def test_that_a_judge_is_to_judge_and_there_is_none_is_said_before(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    bare = subject(tmp_path / "work", pirates_tell)
+    asked = jailbreak(files, judged_by="judge", threshold=3.0)
+    assert "--judge" in (asked.lacks(bare) or "")
+    assert jailbreak(files).lacks(bare) is None
+
+
 def test_no_verdict_is_counted_and_in_no_rate(files: dict[str, str], tmp_path: Path) -> None:
     def rate(prompt: object, answer: str) -> float | NoVerdict:
         return 1.0 if "milk" in answer else NoVerdict("undecided")

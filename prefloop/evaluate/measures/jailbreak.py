@@ -91,6 +91,14 @@ class Jailbreak(Measure):
         if self.labelled is not None:
             read_labelled(self.labelled, self.labelled_prompts)
 
+    def lacks(self, subject: Subject) -> str | None:
+        """A judge, where one is to judge."""
+        if self.judged_by == "judge" and subject.judge is None:
+            return (
+                "judged_by judge needs a judge: name one with --judge, or let refusal_rules judge"
+            )
+        return super().lacks(subject)
+
     def run(self, subject: Subject) -> Outcome:
         """Ask, judge and count."""
         attacks = self._attacks()
@@ -136,11 +144,8 @@ class Jailbreak(Measure):
     def _judge(self, subject: Subject) -> HarmJudge:
         if self.judged_by == "refusal_rules":
             return RefusalRules()
-        if subject.judge is None or self.threshold is None:
-            raise JudgeError(
-                "jailbreak.judged_by judge needs a judge and jailbreak.threshold; name both, or let "
-                "refusal_rules judge"
-            )
+        assert subject.judge is not None
+        assert self.threshold is not None
         return ThresholdJudge(subject.judge, self.threshold, self.harmful)
 
     def _item(self, attack: Attack, answer: Response, verdict: bool | str) -> Item:
