@@ -275,7 +275,11 @@ def _prompts(options: Options, sources: Sequence[Source]) -> tuple[str, str]:
     if options.data is not None:
         next(read_prompts(options.data, DataOptions(), part="eval"), None)  # raises in time
         return options.data, options.data
-    found = {source.text: prompts for source in sources if (prompts := held_out(source))}
+    found = {
+        str(source.run.path): prompts
+        for source in sources
+        if source.run and (prompts := held_out(source))
+    }
     for (first, mine), (other, theirs) in pairwise(found.items()):
         if mine != theirs:
             raise DataError(
@@ -297,7 +301,7 @@ def _prompts(options: Options, sources: Sequence[Source]) -> tuple[str, str]:
     ]
     path = options.out / f"prompts-{digest(rows)[:12]}.jsonl"
     write_atomically(path, "\n".join(rows) + "\n")
-    return str(path), f"held out by {first.partition('@')[0]}"
+    return str(path), f"held out by {first}"
 
 
 def _comparisons(

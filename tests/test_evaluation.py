@@ -27,12 +27,8 @@ PAIRS = [
 ]
 SHORT = {"max_new_tokens": 6}
 QUICK = [
-    *(
-        "--set",
-        "win_rate.sampling={max_new_tokens: 6}",
-        "--set",
-        "health.sampling={max_new_tokens: 6}",
-    ),
+    *("--set", "win_rate.sampling={max_new_tokens: 6}"),
+    *("--set", "health.sampling={max_new_tokens: 6}"),
     *("--set", "divergence.max_new_tokens=6"),
 ]
 
@@ -310,6 +306,12 @@ def test_a_file_of_measures_takes_those_alone(shell: Shell) -> None:
     part = shell.report("runs/r", "--measures", file)["subjects"]["r"]
     assert set(part["measures"]) == {"health"}
     assert part["skipped"] == {}
+
+
+def test_the_report_names_the_run_whole_whatever_its_name_holds(shell: Shell) -> None:
+    Path("a@b").symlink_to("runs/r")
+    file = measures({"health": {"sampling": SHORT}})
+    assert shell.report("a@b", "--measures", file)["prompts"] == "held out by a@b"
 
 
 def test_a_measure_of_the_users_own_is_found_by_its_module(
