@@ -102,7 +102,7 @@ class _Table:
             if _is_played(cell):
                 return
             shared = self.plan.hand_over(cell)
-        except PrefloopError as error:
+        except (PrefloopError, OSError) as error:  # OSError: of another cell's folder
             self._fail(cell.name, str(error))
             return
         self.say(f"{cell.name}: begins" + f", {', '.join(shared)} done before" * bool(shared))

@@ -158,6 +158,16 @@ def test_a_cell_whose_recipe_has_changed_fails_and_the_others_are_played(tmp_pat
     assert stage.begun == ["d seed 0", "d seed 1"]
 
 
+def test_a_cell_that_cannot_take_what_another_has_done_stops_no_other(tmp_path):
+    found = all_cells(tmp_path, {**LOSSES, "other": {"method.advisor": False}}, (0,))
+    play(found[:1], jobs=1, say=lambda line: None, start=Stage().start)
+    (found[0].folder / "rounds/0000/ranked.jsonl").unlink()
+    failed = play(found, jobs=2, say=lambda line: None, start=Stage().start)
+    assert list(failed) == ["b seed 0", "c seed 0"]
+    assert "No such file" in failed["b seed 0"]
+    assert (found[3].folder / "policy").is_dir()
+
+
 def test_one_variant_alone_takes_what_the_others_have_done(tmp_path):
     found = all_cells(tmp_path, LOSSES)
     by_name = {cell.name: cell for cell in found}
