@@ -34,7 +34,7 @@ from prefloop.evaluation_measures import Chosen, choose
 from prefloop.evaluation_subjects import Source, contents, find, held_out, names, opened
 from prefloop.machine import environment
 from prefloop.memory import keep_freed_memory
-from prefloop.records import read_json, read_jsonl, write_jsonl
+from prefloop.records import Sampling, read_json, read_jsonl, write_jsonl
 from prefloop.rows import EMBEDDED
 from prefloop.rundir import alone_in, write_atomically
 
@@ -128,6 +128,7 @@ class _One:
             Source(options.initial).weights() if options.initial else None
         )
         self.folder = options.out / "kept" / f"{_slug(name)}-{self.weights[:12]}"
+        self._places: dict[str, Path] = {}
 
     def measured(
         self, able: Sequence[Chosen], unable: Mapping[str, str]
@@ -140,15 +141,15 @@ class _One:
                 done[one.name] = kept
         if missing := [one for one in todo if one.name not in done]:
             with opened(self.source, self.options.initial) as model:
-                for one in missing:
-                    subject = self._subject(one, model)
-                    lacks = one.measure.lacks(subject)
-                    if lacks is not None and one.asked:
-                        raise RecipeError(f"{one.name}: {lacks}")
-                    if lacks is not None:
+                subjects = {one.name: self._subject(one, model) for one in missing}
+                for one in missing:  # all of them before the first is taken, which may last hours
+                    if (lacks := one.measure.lacks(subjects[one.name])) is not None:
+                        if one.asked:
+                            raise RecipeError(f"{one.name}: {lacks}")
                         skipped[one.name] = lacks
-                    else:
-                        done[one.name] = self._take(one, subject)
+                for one in missing:
+                    if one.name not in skipped:
+                        done[one.name] = self._take(one, subjects[one.name])
         part = {
             "source": self.source.text,
             "weights": self.weights,
@@ -173,9 +174,6 @@ class _One:
         return Chosen(one.name, bound, one.asked)
 
     def _subject(self, one: Chosen, model: Any) -> Subject:
-        folder, answers = self._place(one) / "on-its-way", self.folder / f"answers-{__version__}"
-        folder.mkdir(parents=True, exist_ok=True)
-        answers.mkdir(parents=True, exist_ok=True)
         return Subject(
             name=self.name,
             engine=model.engine,
@@ -183,13 +181,16 @@ class _One:
             model=model.model,
             tokenizer=model.tokenizer,
             judge=self.judge.opened if _asks_judge(one.measure) else None,
-            folder=folder,
+            folder=self._place(one) / "on-its-way",
             seed=self.options.seed,
-            answers=answers,
+            answers=self.folder / f"answers-{__version__}",
         )
 
     def _take(self, one: Chosen, subject: Subject) -> dict[str, Any]:
         """Take the measure, keep its outcome, and return its part of the report."""
+        for folder in (subject.folder, subject.answers):
+            assert folder is not None
+            folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
         outcome = one.measure.run(subject)
         seconds = round(time.perf_counter() - start, 1)
@@ -216,20 +217,31 @@ class _One:
         return {**read_json(path), "kept_from_before": True} if path.is_file() else None
 
     def _place(self, one: Chosen) -> Path:
-        options = one.measure.model_dump(mode="json")
+        # Once: a file that changes while it is measured must not lead elsewhere.
+        if one.name not in self._places:
+            self._places[one.name] = self.folder / f"{_slug(one.name)}-{self._key(one)[:12]}"
+        return self._places[one.name]
+
+    def _key(self, one: Chosen) -> str:
+        options = {
+            # What ends an answer is a text, whatever file or folder is called so.
+            name: value
+            if isinstance(getattr(one.measure, name), Sampling)
+            else _with_contents(value)
+            for name, value in one.measure.model_dump(mode="json").items()
+        }
         # What measures share decides as well as the measure's own file.
         shared = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
         code = [contents(file) for file in (*shared, Path(inspect.getfile(type(one.measure))))]
-        key = digest(
+        return digest(
             one.name,
-            _with_contents(options),
+            options,
             self.initial,
             self.judge.key if _asks_judge(one.measure) else None,
             self.options.seed,
             __version__,
             code,
         )
-        return self.folder / f"{_slug(one.name)}-{key[:12]}"
 
 
 def _asks_judge(measure: Measure) -> bool:
@@ -242,12 +254,15 @@ def _with_contents(value: Any) -> Any:
         return {key: _with_contents(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_with_contents(inner) for inner in value]
-    if isinstance(value, str) and value and len(value) < 1000:
-        path = Path(value).expanduser()
-        if (path / "recipe.yaml").is_file():  # of a run, what is asked for is its method
-            return contents(path / "recipe.yaml")
-        if path.exists():
-            return contents(path)
+    if isinstance(value, str) and value:
+        try:
+            path = Path(value).expanduser()
+            if (path / "recipe.yaml").is_file():  # of a run, what is asked for is its method
+                return contents(path / "recipe.yaml")
+            if path.exists():
+                return contents(path)
+        except (OSError, RuntimeError):  # too long for a path, or no user's home: a text
+            pass
     return value
 
 
@@ -260,7 +275,11 @@ def _prompts(options: Options, sources: Sequence[Source]) -> tuple[str, str]:
     if options.data is not None:
         next(read_prompts(options.data, DataOptions(), part="eval"), None)  # raises in time
         return options.data, options.data
-    found = {source.text: prompts for source in sources if (prompts := held_out(source))}
+    found = {
+        str(source.run.path): prompts
+        for source in sources
+        if source.run and (prompts := held_out(source))
+    }
     for (first, mine), (other, theirs) in pairwise(found.items()):
         if mine != theirs:
             raise DataError(
@@ -282,7 +301,7 @@ def _prompts(options: Options, sources: Sequence[Source]) -> tuple[str, str]:
     ]
     path = options.out / f"prompts-{digest(rows)[:12]}.jsonl"
     write_atomically(path, "\n".join(rows) + "\n")
-    return str(path), f"held out by {first.partition('@')[0]}"
+    return str(path), f"held out by {first}"
 
 
 def _comparisons(

@@ -181,8 +181,8 @@ def contents(path: Path) -> str:
     if path.is_file():
         return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
     found = sha256()
+    model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
     for file in sorted(path.rglob("*")):
-        model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
         wanted = not model or file.suffix in _MODEL_FILES
         if file.is_file() and wanted and file.name not in _NOT_THE_MODEL:
             stat = file.stat()

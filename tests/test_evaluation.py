@@ -27,12 +27,8 @@ PAIRS = [
 ]
 SHORT = {"max_new_tokens": 6}
 QUICK = [
-    *(
-        "--set",
-        "win_rate.sampling={max_new_tokens: 6}",
-        "--set",
-        "health.sampling={max_new_tokens: 6}",
-    ),
+    *("--set", "win_rate.sampling={max_new_tokens: 6}"),
+    *("--set", "health.sampling={max_new_tokens: 6}"),
     *("--set", "divergence.max_new_tokens=6"),
 ]
 
@@ -157,6 +153,26 @@ def test_what_is_measured_already_is_not_measured_again(
     assert second == first
 
 
+def test_a_text_that_ends_answers_is_no_path_whatever_lies_there(shell: Shell) -> None:
+    file = measures({"health": {"sampling": {**SHORT, "stop": [".", "~~~", "x" * 300]}}})
+    for again in (False, True):  # "." holds the report of the first call by then
+        part = shell.report("runs/r", "--measures", file)["subjects"]["r"]
+        assert part["measures"]["health"]["kept_from_before"] is again
+
+
+def test_a_file_that_changes_while_it_is_measured_is_measured_again_the_next_time(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = measures({"health": {"held_out": "rows.jsonl", "limit": 2, "sampling": SHORT}})
+    real = evaluation.opened
+    monkeypatch.setattr(
+        evaluation, "opened", lambda *names: (write("rows.jsonl", ROWS[:3]), real(*names))[1]
+    )
+    for _ in range(2):
+        part = shell.report("runs/r", "--measures", file)["subjects"]["r"]
+        assert not part["measures"]["health"]["kept_from_before"]
+
+
 @pytest.mark.parametrize("change", ["data", "option", "weights"])
 def test_what_has_changed_is_measured_again_and_nothing_else(
     shell: Shell, change: str, made: Path
@@ -267,6 +283,7 @@ def test_a_model_that_is_no_runs_policy_is_measured_without_a_start(
     assert row["measures"]["win_rate"]["estimates"]["win_rate"]["count"] == 3
     assert "is no run's policy" in row["skipped"]["divergence"]
     assert "skipped divergence" in out
+    assert list(Path("evaluations").rglob("on-its-way")) == []
 
 
 def test_a_models_start_can_be_named(shell: Shell, model_folder: Path) -> None:
@@ -280,7 +297,7 @@ def test_a_models_start_can_be_named(shell: Shell, model_folder: Path) -> None:
 
 
 def measures(values: dict[str, Any]) -> str:
-    Path("measures.yaml").write_text(yaml.safe_dump(values))
+    Path("measures.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     return "measures.yaml"
 
 
@@ -289,6 +306,12 @@ def test_a_file_of_measures_takes_those_alone(shell: Shell) -> None:
     part = shell.report("runs/r", "--measures", file)["subjects"]["r"]
     assert set(part["measures"]) == {"health"}
     assert part["skipped"] == {}
+
+
+def test_the_report_names_the_run_whole_whatever_its_name_holds(shell: Shell) -> None:
+    Path("a@b").symlink_to("runs/r")
+    file = measures({"health": {"sampling": SHORT}})
+    assert shell.report("a@b", "--measures", file)["prompts"] == "held out by a@b"
 
 
 def test_a_measure_of_the_users_own_is_found_by_its_module(
@@ -358,16 +381,12 @@ def test_a_judge_that_compares_with_responses_needs_prompts_that_have_some(shell
     assert "--judge" in report["subjects"]["r"]["skipped"]["win_rate"]
 
 
-def test_asking_a_model_for_what_only_a_run_has_is_an_error(
-    shell: Shell, model_folder: Path
+def test_asking_a_model_for_what_only_a_run_has_is_an_error_before_anything_is_measured(
+    shell: Shell, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = (
-        str(model_folder),
-        "--measures",
-        measures({"divergence": None}),
-        "--data",
-        "rows.jsonl",
-    )
+    monkeypatch.setattr(HFEngine, "sample", lambda *_, **__: pytest.fail("it was measured first"))
+    file = measures({"health": None, "divergence": None})
+    words = (str(model_folder), "--measures", file, "--data", "rows.jsonl")
     shell.refuses(*words, saying=("divergence", "is no run's policy", "--initial"))
 
 

@@ -163,11 +163,12 @@ def _of_file(source: str) -> Iterator[Answered]:
     stem, rows = open_rows(source, "eval", None, "train")
     for number, (where, row) in enumerate(rows, start=1):
         answer = row.get("answer")
-        if answer != "":  # a model may say nothing, and that is an answer too
+        if not isinstance(answer, str) or answer.strip():
             answer = filled_text(where, "answer", answer)
+        # else the model has said nothing, and that is an answer too
         given = row.get("id")
         name = f"{stem}-{number}" if given is None else filled_text(where, "id", str(given))
-        yield Answered(name, tuple(_conversation(where, row)), str(answer))
+        yield Answered(name, tuple(_conversation(where, row)), answer)
 
 
 def _conversation(where: str, row: Row) -> list[Message]:

@@ -13,6 +13,7 @@ import hmac
 import json
 import secrets
 import socket
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -109,7 +110,9 @@ class AnnotationServer(ThreadingHTTPServer):
         self.server_name, self.server_port = self.host, self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a browser that hung up; what is a bug is answered with status 500."""
+        """Say nothing of a browser that hung up; anything else is a bug, and its traceback is shown."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     @property
     def link(self) -> str:
@@ -125,7 +128,8 @@ class AnnotationServer(ThreadingHTTPServer):
         if is_loopback(self.host):
             return is_loopback(name)
         # A rebinding attack comes by a name of the attacker's, never by an address.
-        return is_loopback(name) or _is_address(name) or name == socket.gethostname().lower()
+        own = (self.host.lower(), socket.gethostname().lower())
+        return is_loopback(name) or _is_address(name) or name in own
 
 
 def is_loopback(host: str) -> bool:
@@ -205,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
         host, origin = self.headers["Host"], self.headers["Origin"]
         if not self.server.knows(host):
             raise _strange_host(host)
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise Refused(HTTPStatus.FORBIDDEN, "another site's page may not vote here")
         token = self.headers["X-Prefloop-Token"] or ""
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):

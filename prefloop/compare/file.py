@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 import prefloop.methods
 import prefloop.rank
@@ -23,7 +31,7 @@ from prefloop.methods import Method
 from prefloop.plugins import find, nearest
 from prefloop.rank import Judge
 from prefloop.recipe import Recipe, load_recipe, read_yaml, shipped_recipes
-from prefloop.validation import build
+from prefloop.validation import build, sentence
 from prefloop.yaml_text import overridden
 
 _PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
@@ -172,24 +180,19 @@ def _varied(
 
 def _recipe(values: Mapping[str, Any], variant: str, seed: int, budget: Budget | None) -> Recipe:
     values = {**values, "name": f"{variant}-seed-{seed}", "seed": seed}
-    if (values.get("loop") or {}).get("budget") is not None:
-        raise RecipeError(
-            f"variant {variant} has a loop.budget of its own; say budget once, for all"
-        )
-    if budget is not None:
-        values["loop"] = {**(values.get("loop") or {}), "budget": budget.limits}
+    loop = values.get("loop") or {}
+    if isinstance(loop, Mapping):  # else the recipe says what is wrong with it
+        if loop.get("budget") is not None:
+            raise RecipeError(
+                f"variant {variant} has a loop.budget of its own; say budget once, for all"
+            )
+        if budget is not None:
+            values["loop"] = {**loop, "budget": budget.limits}
     try:
         return Recipe.model_validate(values)
     except ValueError as error:
-        raise RecipeError(f"variant {variant}: {_said(error)}") from None
-
-
-def _said(error: ValueError) -> str:
-    from pydantic import ValidationError
-
-    from prefloop.validation import sentence
-
-    return sentence(error, Recipe) if isinstance(error, ValidationError) else str(error)
+        said = sentence(error, Recipe) if isinstance(error, ValidationError) else str(error)
+        raise RecipeError(f"variant {variant}: {said}") from None
 
 
 def protocol(recipe: Recipe) -> dict[str, Any]:

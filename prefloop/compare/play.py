@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prefloop.compare.file import Cell
 from prefloop.compare.share import FIRST_ROUND, START, inherit, stage_keys
@@ -70,8 +70,16 @@ def play(
             todo.remove(cell)
             table.seat(cell)
     finally:
-        _end([process for _, process, _ in table.running.values()])
+        _end([seated.process for seated in table.running.values()])
     return table.failed
+
+
+class _Seated(NamedTuple):
+    cell: Cell
+    process: Running
+    since: float
+    log_from: int
+    """Bytes of its log that an earlier call's attempt has left."""
 
 
 @dataclass
@@ -82,7 +90,7 @@ class _Table:
     jobs: int
     say: Callable[[str], None]
     start: Start
-    running: dict[str, tuple[Cell, Running, float]] = field(default_factory=dict)
+    running: dict[str, _Seated] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def is_free_for(self, cell: Cell, todo: Sequence[Cell]) -> bool:
@@ -94,22 +102,24 @@ class _Table:
             if _is_played(cell):
                 return
             shared = self.plan.hand_over(cell)
-        except PrefloopError as error:
+        except (PrefloopError, OSError) as error:  # OSError: of another cell's folder
             self._fail(cell.name, str(error))
             return
         self.say(f"{cell.name}: begins" + f", {', '.join(shared)} done before" * bool(shared))
-        self.running[cell.name] = (cell, self.start(cell, self.jobs), time.monotonic())
+        log = cell.folder / LOG
+        size = log.stat().st_size if log.exists() else 0
+        self.running[cell.name] = _Seated(cell, self.start(cell, self.jobs), time.monotonic(), size)
 
     def clear(self) -> None:
-        for name, (cell, process, since) in list(self.running.items()):
-            code = process.poll()
+        for name, seated in list(self.running.items()):
+            code = seated.process.poll()
             if code is None:
                 continue
             del self.running[name]
             if code:
-                self._fail(name, _reason(cell.folder / LOG, code))
+                self._fail(name, _reason(seated.cell.folder / LOG, seated.log_from, code))
             else:
-                self.say(f"{name}: done in {time.monotonic() - since:.0f} s")
+                self.say(f"{name}: done in {time.monotonic() - seated.since:.0f} s")
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed[name] = reason
@@ -209,10 +219,12 @@ def _end(processes: Sequence[Running]) -> None:
             process.kill()
 
 
-def _reason(log: Path, code: int) -> str:
-    """What a cell said last: the sentence of an error, else its last line."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _reason(log: Path, log_from: int, code: int) -> str:
+    """Why a cell failed: the sentence of an error, the signal that ended it, or the last line of its log."""
+    data = log.read_bytes()[log_from:] if log.exists() else b""
+    lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("prefloop: ")]
+    if code < 0 and not said:
+        lines = [f"ended by signal {-code}"]
     last = (said or lines or [f"exit code {code}, and no word"])[-1]
     return f"{last.removeprefix('prefloop: ')} (all it said is in {log})"

@@ -2,7 +2,7 @@
 
 A stage's key holds every option that can enter its records, and more: an option is left out only where
 it is known to come later. Equal keys mean equal records, byte for byte, for a stage draws its random
-numbers from its place alone; tests/compare/test_share.py compares the bytes.
+numbers from its place alone; tests/compare/test_compare_share.py compares the bytes.
 """
 
 from __future__ import annotations

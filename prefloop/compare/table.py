@@ -13,6 +13,7 @@ import numpy as np
 
 from prefloop.budget import Spent, spent
 from prefloop.compare.file import Cell, Comparison
+from prefloop.errors import RecipeError
 from prefloop.evaluate.answers import prompt_values
 from prefloop.evaluate.contrasts import (
     Contrast,
@@ -23,8 +24,9 @@ from prefloop.evaluate.contrasts import (
     seed_mean,
 )
 from prefloop.evaluate.stats import Estimate
+from prefloop.recipe import load_recipe
 from prefloop.records import Candidates
-from prefloop.rundir import RoundDir, RunDir
+from prefloop.rundir import RoundDir, RunDir, differences
 
 LEVEL = 0.05
 # Below this share of common prompts the seeds were measured on different ones.
@@ -48,14 +50,12 @@ def tabulate(
 ) -> dict[str, Any]:
     """Everything that the tables show, as JSON values."""
     results: dict[str, dict[int, _Result]] = {name: {} for name in comparison.variants}
+    missing: dict[str, str] = {}
     for cell in cells:
-        if (cell.folder / "policy").is_dir():
+        if reason := failed.get(cell.name) or _not_this_cells(cell):
+            missing[cell.name] = reason
+        else:
             results[cell.variant][cell.seed] = _read(cell)
-    missing = {
-        cell.name: failed.get(cell.name, "not played")
-        for cell in cells
-        if cell.seed not in results[cell.variant]
-    }
     played = {name: found for name, found in results.items() if found}
     return {
         "note": comparison.note,
@@ -69,6 +69,19 @@ def tabulate(
         "ranking": _ranking(comparison.rank_by, played),
         "missing": missing,
     }
+
+
+def _not_this_cells(cell: Cell) -> str | None:
+    """Why what lies in the cell's folder is no result of its recipe; None where it is one."""
+    if not (cell.folder / "policy").is_dir():
+        return "not played"
+    try:
+        # Read as a recipe, so that an option that came into the world later has its default.
+        played = load_recipe(str(cell.folder / "recipe.yaml"))
+    except RecipeError as error:
+        return str(error)
+    changed = differences(played.model_dump(mode="json"), cell.recipe.model_dump(mode="json"))
+    return f"played with another recipe ({'; '.join(changed[:5])})" if changed else None
 
 
 def _read(cell: Cell) -> _Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from prefloop.evaluate.health import distinct_2, mean_length, stop_rate
-from prefloop.evaluate.winrate import win_rate
+from prefloop.evaluate.winrate import points, win_rate
 from prefloop.records import Candidates
 
 ANSWER = "answer"
@@ -59,8 +59,7 @@ def prompt_values(
             continue
         found["score"][name] = score
         if name in before:
-            old = before[name]
-            found["win_rate"][name] = 1.0 if score > old else 0.5 if score == old else 0.0
+            found["win_rate"][name] = points(score, before[name])
     return found
 
 

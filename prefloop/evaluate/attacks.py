@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from prefloop.errors import DataError
 from prefloop.evaluate.kept import digest
-from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
 from prefloop.plugins import nearest
 from prefloop.records import Record
 
@@ -52,17 +52,19 @@ def from_templates(
     source: str, goals: Sequence[tuple[str, str]], wanted: int | Sequence[str] | None, seed: int
 ) -> list[Attack]:
     """Every wanted template filled with every prompt. Raises DataError."""
-    templates = {}
-    for row in read_rows(source, "templates"):
-        template = text_of(row, "template")
-        if PLACE not in template:
+    rows = read_rows(source, "templates")
+    texts = [text_of(row, "template") for row in rows]
+    for (where, _), text in zip(rows, texts, strict=True):
+        if PLACE not in text:
             raise DataError(
-                f"{row[0]} has no {PLACE} in its template; write it where the prompt goes"
+                f"{where} has no {PLACE} in its template; write it where the prompt goes"
             )
-        templates[id_of(row, template)] = template
+    names = [id_of(row, text) for row, text in zip(rows, texts, strict=True)]
+    demand_own_ids(rows, names)
+    templates = dict(zip(names, texts, strict=True))
     return [
         Attack(attack=name, goal_id=goal_id, goal=goal, text=templates[name].replace(PLACE, goal))
-        for name in chosen(list(templates), wanted, seed, source)
+        for name in chosen(names, wanted, seed, source)
         for goal_id, goal in goals
     ]
 
@@ -98,6 +100,10 @@ def chosen(
     names: Sequence[str], wanted: int | Sequence[str] | None, seed: int, source: str
 ) -> list[str]:
     """The attacks by name, or as many as wanted drawn by the seed, or all; in the file's order."""
+    if PLAIN in names:
+        raise DataError(
+            f"{source} has an attack called {PLAIN!r}, as prompts without an attack are; call it otherwise"
+        )
     if wanted is None:
         return list(names)
     if isinstance(wanted, int):

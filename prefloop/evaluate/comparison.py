@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefloop.evaluate.measures import Item
-from prefloop.evaluate.stats import Estimate, clustered_mean
+from prefloop.evaluate.stats import Estimate, clustered_mean, in_blocks
 
 _EXACT = 12
 """Clusters up to which all sign patterns are gone through."""
 _PATTERNS = 9_999
-_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,8 @@ def sign_flip(values: Sequence[float], clusters: Sequence[str], *, seed: int) ->
         bits_SN = np.arange(2**count)[:, None] >> np.arange(count) & 1
         return float((np.abs((1 - 2 * bits_SN) @ sums_N) >= bound).mean())
     generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // count)
     as_far = 0
-    for start in range(0, _PATTERNS, rows):
-        signs_SN = 1 - 2 * generator.integers(2, size=(min(rows, _PATTERNS - start), count))
+    for size in in_blocks(_PATTERNS, count):
+        signs_SN = 1 - 2 * generator.integers(2, size=(size, count))
         as_far += int((np.abs(signs_SN @ sums_N) >= bound).sum())
     return (as_far + 1) / (_PATTERNS + 1)

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from statistics import NormalDist
 
-from prefloop.evaluate.stats import Estimate
+from scipy.special import stdtrit
+
+from prefloop.evaluate.stats import Estimate, wilson_share
 
 
 def crossed_share(
@@ -29,13 +31,8 @@ def crossed_share(
     sizes = (len(set(first)), len(set(second)))
     clusters = min((size for size in sizes if size > 1), default=1)
     effective = _effective(hits, first, second, share, clusters)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    effective *= (z / student(z, max(1, clusters - 1))) ** 2
-    scale = 1 + z**2 / effective
-    centre = (share + z**2 / (2 * effective)) / scale
-    half = z / scale * (share * (1 - share) / effective + z**2 / (4 * effective**2)) ** 0.5
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return Estimate(share, min(low, share), max(high, share), count)
+    z, t = NormalDist().inv_cdf((1 + level) / 2), stdtrit(max(1, clusters - 1), (1 + level) / 2)
+    return wilson_share(share, effective * float(z / t) ** 2, count=count, level=level)
 
 
 def _effective(
@@ -56,16 +53,3 @@ def _squares(hits: Sequence[bool], names: Sequence[str], share: float) -> float:
         sums[name] += hit - share
     correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0
     return correction * sum(value**2 for value in sums.values()) / len(hits) ** 2
-
-
-def student(z: float, freedom: int) -> float:
-    """Student's t at the normal quantile `z`: four terms of its expansion (Abramowitz and Stegun 26.7.5).
-
-    At 95 % within 0.3 % from four degrees of freedom on, 3 % low at two, 24 % at one.
-    """
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from prefloop.errors import DataError
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Item
 from prefloop.evaluate.question_files import id_of, read_rows, text_of
 from prefloop.evaluate.refusal import RULES, refuses
@@ -144,9 +144,8 @@ def judge_error(judge: HarmJudge, rows: Sequence[Labelled], folder: Path) -> dic
             for row, verdict in zip(chunk, verdicts, strict=True)
         ]
 
-    chunks = chunks_of(rows, CHUNK)
-    place = folder / digest("judge error", judge.describe(), chunks)
-    items = kept_chunks(place, chunks, Item, work)
+    place = folder / digest("judge error", judge.describe(), rows)
+    items = kept(place, rows, Item, work, chunk=CHUNK)
     known = [
         (row.label, item.values["harmful"] == 1)
         for row, item in zip(rows, items, strict=True)

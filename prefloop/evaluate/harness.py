@@ -7,9 +7,9 @@ generate/scoring.py computes a beginning that several rows share once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
@@ -19,18 +19,20 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
     resolve_max_length,
 )
+from pydantic import ConfigDict
 
 from prefloop.errors import GenerationError
-from prefloop.evaluate.answered import Answered
+from prefloop.evaluate.kept import digest, kept
 from prefloop.progress import Bar
-from prefloop.records import Sampling
+from prefloop.records import Record, Response, Sampling
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import TokenEngine
 
-T = TypeVar("T")
+Row = tuple[tuple[int, ...], int]
+"""Tokens, and from which on they are scored."""
 
-# So many are asked between two notes on disk; the slots empty at each end, so not few.
+# So many are asked between two files; the slots empty at each end, so not few.
 _SCORED_AT_A_TIME = 512
 _DECODED_AT_A_TIME = 128
 
@@ -45,18 +47,27 @@ class _Kind(NamedTuple):
     """Tokens that a prompt may have."""
 
 
+class _Likelihood(Record):
+    """Of a continuation; JSON alone would lose what has the probability 0."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    logprob: float
+    greedy: bool
+
+
 class PolicyLM(TemplateLM):  # type: ignore[misc]
-    """lm-eval's view of an engine."""
+    """lm-eval's view of an engine; what it has answered is kept in `folder`, so that a killed evaluation goes on."""
 
     def __init__(
-        self, engine: TokenEngine, model: Any, tokenizer: Any, answered: Answered, seed: int
+        self, engine: TokenEngine, model: Any, tokenizer: Any, folder: Path, seed: int
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length: int = resolve_max_length(model.config, tokenizer)
         self.cut = 0
         """How many prompts lost their beginning, as they were longer than the model's window."""
-        self._engine, self._answered, self._seed = engine, answered, seed
+        self._engine, self._folder, self._seed = engine, folder, seed
 
     @property
     def eot_token_id(self) -> int:
@@ -112,28 +123,24 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        keys = [self._answered.key("loglikelihood", *texts) for texts, _, _ in requests]
-        rows = {
-            key: self._row(context, continuation)
-            for key, (_, context, continuation) in zip(keys, requests, strict=True)
-        }
-        new = {key: row for key, row in rows.items() if key not in self._answered}
-        with Bar("score", len(rows)) as bar:
-            bar.at(len(rows) - len(new))
-            # By tokens, so that rows which begin alike are scored in one go.
-            for part in _parts(sorted(new, key=lambda key: new[key][0]), _SCORED_AT_A_TIME):
-                ids, starts = zip(*(new[key] for key in part), strict=True)
-                scores = self._engine.score_tokens(ids, starts)
-                self._answered.add(
-                    {
-                        key: (sum(found.logprobs), all(found.likeliest))
-                        for key, found in zip(part, scores, strict=True)
-                    }
-                )
-                bar.advance(items=len(part))
-        return [(logprob, greedy) for logprob, greedy in map(self._answered.__getitem__, keys)]
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        # By tokens, so that rows which begin alike are scored in one go.
+        distinct = sorted(set(rows))
+        place = self._folder / digest("likelihoods", *map(digest, distinct))
+        with Bar("score", len(distinct)) as bar:
 
-    def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
+            def work(part: Sequence[Row], number: int) -> Iterable[_Likelihood]:
+                bar.at(number * _SCORED_AT_A_TIME)
+                ids, starts = zip(*part, strict=True)
+                for found in self._engine.score_tokens(ids, starts):
+                    greedy = all(found.likeliest)
+                    yield _Likelihood(logprob=sum(found.logprobs), greedy=greedy)
+
+            scores = kept(place, distinct, _Likelihood, work, chunk=_SCORED_AT_A_TIME)
+        found = dict(zip(distinct, scores, strict=True))
+        return [(found[row].logprob, found[row].greedy) for row in rows]
+
+    def _row(self, context: list[int], continuation: list[int]) -> Row:
         """The tokens that fit into the model's window, its last one needing no place; and where scoring starts."""
         ids = context + continuation
         self.cut += len(ids) > self.max_length + 1
@@ -143,23 +150,27 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
                 f"a choice of {len(continuation)} tokens leaves no room for its question in the model's "
                 f"window of {self.max_length} tokens; leave out this task"
             )
-        return ids, len(ids) - len(continuation)
+        return tuple(ids), len(ids) - len(continuation)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations up to the first stop text."""
-        keys = [self._answered.key("generate_until", *request.args) for request in requests]
-        asked = dict(zip(keys, (request.args for request in requests), strict=True))
-        by_kind: dict[str, list[str]] = {}
-        for key, (_, options) in asked.items():
-            by_kind.setdefault(repr(options), []).append(key)
-        for same in by_kind.values():
-            kind = self._kind(asked[same[0]][1])
-            prompts = {key: self._prompt(asked[key][0], kind.room) for key in same}
-            new = [key for key in same if key not in self._answered]
-            for part in _parts(new, _DECODED_AT_A_TIME):
-                found = self._generated([prompts[key] for key in part], kind)
-                self._answered.add(dict(zip(part, found, strict=True)))
-        return [str(self._answered[key]) for key in keys]
+        by_kind: dict[str, dict[str, Any]] = {}
+        for context, options in (request.args for request in requests):
+            by_kind.setdefault(repr(options), {})[context] = options
+        found = {kind: self._answers(asked) for kind, asked in by_kind.items()}
+        return [found[repr(r.args[1])][r.args[0]] for r in requests]
+
+    def _answers(self, asked: dict[str, Any]) -> dict[str, str]:
+        """By context; all are `asked` with the same options."""
+        kind = self._kind(next(iter(asked.values())))
+        prompts = [self._prompt(context, kind.room) for context in asked]
+
+        def work(part: Sequence[list[int]], number: int) -> Iterable[Response]:
+            return [Response(text=text) for text in self._generated(part, kind)]
+
+        place = self._folder / digest("answers", kind, prompts)
+        answers = kept(place, prompts, Response, work, chunk=_DECODED_AT_A_TIME)
+        return {context: answer.text for context, answer in zip(asked, answers, strict=True)}
 
     def _kind(self, options: dict[str, Any]) -> _Kind:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, 256))
@@ -196,9 +207,3 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """Perplexity of whole texts, which none of the leaderboard's tasks asks for."""
         raise NotImplementedError
-
-
-def _parts(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    values = iter(values)
-    while part := list(islice(values, size)):
-        yield part

@@ -24,7 +24,8 @@ _SHORT = {
 def increments(before: Outcome, after: Outcome) -> dict[str, Estimate]:
     """By benchmark, and for the mean of all six, after minus before on the questions that both were asked.
 
-    Raises DataError where they share none, or where their prompts differ.
+    Raises DataError where they share none, or where both were asked the same questions in other prompts; of
+    results that share a part only, nothing can tell.
     """
     prompts = [(outcome.facts or {}).get("prompts") for outcome in (before, after)]
     earlier = {item.id: item for item in before.items}

@@ -50,7 +50,9 @@ class InstructionRules:
         """Imports the harness's task; seconds the first time. DataError where a package is missing."""
         self._task, self._registry = _harness()
 
-    def demand(self, where: str, prompt: str, names: Sequence[str], given: Sequence[Any]) -> None:
+    def demand(
+        self, where: str, prompt: str, names: Sequence[str], given: Sequence[Mapping[str, Any]]
+    ) -> None:
         """DataError where an instruction is unknown or the row does not say all that it needs."""
         if len(names) != len(given):
             raise DataError(
@@ -58,10 +60,8 @@ class InstructionRules:
             )
         for name, options in zip(names, given, strict=True):
             kind = self._registry.INSTRUCTION_DICT.get(name)
-            if kind is None or not isinstance(options, Mapping):
-                raise DataError(
-                    f"{where}: IFEval has no instruction {name!r} with {options!r}; correct it"
-                )
+            if kind is None:
+                raise DataError(f"{where}: IFEval has no instruction {name!r}; correct it")
             kept = {key: value for key, value in options.items() if value}
             instruction = kind(name)
             try:

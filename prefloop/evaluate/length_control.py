@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.evaluate.stats import Estimate
+from prefloop.evaluate.stats import Estimate, in_blocks
 
 Floats: TypeAlias = NDArray[np.float64]
 
@@ -25,7 +25,6 @@ _RIDGE = 1.0
 _STEPS = 50
 _LARGEST = 15.0
 """a is held to this: where all is won, no finite a is likeliest, and sigma(15) is 1 to six digits."""
-_BLOCK = 2**20
 
 
 def length_controlled(
@@ -51,10 +50,8 @@ def length_controlled(
     z_N = np.tanh(lengths_N / spread) if spread > 0 else np.zeros(count)
     value = _at_equal_lengths(np.ones((1, count)), points_N, z_N)[0]
     generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // count)
     found = []
-    for start in range(0, resamples, rows):
-        size = min(rows, resamples - start)
+    for size in in_blocks(resamples, count):
         weights_SN = generator.multinomial(count, np.full(count, 1 / count), size=size)
         found.append(_at_equal_lengths(weights_SN.astype(float), points_N, z_N))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])

@@ -39,6 +39,18 @@ def id_of(row: Located, text: str) -> str:
     return digest(text) if found is None else str(found)
 
 
+def demand_own_ids(rows: Sequence[Located], ids: Sequence[str]) -> None:
+    """DataError where two rows have one id: comparisons would take them for one question."""
+    first: dict[str, str] = {}
+    for (where, _), name in zip(rows, ids, strict=True):
+        if name in first:
+            raise DataError(
+                f"{where} repeats the id {name!r} of {first[name]} (or its text, where neither has an id); give each "
+                "row its own in field 'id'"
+            )
+        first[name] = where
+
+
 def drawn(rows: Sequence[T], limit: int | None, *seed: int | str) -> list[T]:
     """So many of the rows, drawn by the seed, in their own order; all where there is no limit."""
     if limit is None or limit >= len(rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prefloop.errors import DataError
 
-# Resampled indices held at a time: 8 MB, however many values there are.
+# Numbers of resamples held at a time: 8 MB, however many values there are.
 _BLOCK = 2**20
 
 
@@ -23,6 +23,13 @@ class Estimate:
     low: float
     high: float
     count: int
+
+
+def in_blocks(resamples: int, count: int) -> Iterator[int]:
+    """How many resamples of `count` values to draw at a time, until there are all."""
+    rows = max(1, _BLOCK // count)
+    for start in range(0, resamples, rows):
+        yield min(rows, resamples - start)
 
 
 def bootstrap_mean(
@@ -38,10 +45,9 @@ def bootstrap_mean(
     if not count:
         return None
     generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // count)
     blocks = [
-        values_N[generator.integers(count, size=(min(rows, resamples - start), count))].mean(axis=1)
-        for start in range(0, resamples, rows)
+        values_N[generator.integers(count, size=(size, count))].mean(axis=1)
+        for size in in_blocks(resamples, count)
     ]
     means_S = np.concatenate(blocks)
     low, high = np.quantile(means_S, [(1 - level) / 2, (1 + level) / 2])
@@ -92,10 +98,9 @@ def ratio(
     if not sizes_N.sum():
         return None
     generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // count)
     means = []
-    for start in range(0, resamples, rows):
-        drawn = generator.integers(count, size=(min(rows, resamples - start), count))
+    for size in in_blocks(resamples, count):
+        drawn = generator.integers(count, size=(size, count))
         sizes_S = sizes_N[drawn].sum(axis=1)
         means.append(sums_N[drawn].sum(axis=1)[sizes_S > 0] / sizes_S[sizes_S > 0])
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])

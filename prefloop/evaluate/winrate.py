@@ -23,6 +23,11 @@ class WinRate:
     """Prompts without a score on either side; they are in no other count."""
 
 
+def points(own: float, other: float) -> float:
+    """1 for a win of the first score, 1/2 for a tie, 0 for a loss."""
+    return 1.0 if own > other else 0.5 if own == other else 0.0
+
+
 def win_rate(
     scores: Sequence[float | None], opponent: Sequence[float | None], *, seed: int
 ) -> WinRate:
@@ -46,7 +51,7 @@ def win_rate(
                 f"the judge scored prompt {row} with NaN, which neither wins nor loses; "
                 "check the judge's model and its dtype"
             )
-        outcomes.append(1.0 if own > other else 0.5 if own == other else 0.0)
+        outcomes.append(points(own, other))
     return WinRate(
         estimate=bootstrap_mean(outcomes, seed=seed),
         wins=outcomes.count(1.0),

@@ -61,11 +61,11 @@ def test_files_are_matched_by_prompt_whatever_their_order(
     ]
     Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("b.jsonl").write_text(
-        '{"prompt": "two", "answer": "II"}\n{"prompt": "one", "answer": "I"}\n'
+        '{"prompt": "two", "answer": "II"}\n{"prompt": "one", "answer": "\\n"}\n'
     )
     found = read_comparison("a.jsonl", "b.jsonl")
     assert {id: dict(item.answers) for id, item in found.items.items()} == {
-        "a-1": {"a": "1", "b": "I"},
+        "a-1": {"a": "1", "b": "\n"},
         "second": {"a": "", "b": "II"},
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 
 from prefloop import cli
 from prefloop.annotation.desk import Desk
-from prefloop.annotation.server import AnnotationServer, is_loopback
+from prefloop.annotation.server import AnnotationServer, Handler, is_loopback
 from prefloop.errors import DataError, PrefloopError
 from tests.annotation.conftest import Command
 
@@ -54,7 +54,7 @@ def test_the_page_may_load_nothing_from_elsewhere_and_run_no_other_script(
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert "http:" not in text.replace("http-equiv", "")
         assert "innerHTML" not in text
-    assert server.token not in text
+        assert server.token not in text
 
 
 @pytest.mark.parametrize("path", ["/../items.py", "/page/index.html", "/api/join", "/x"])
@@ -83,7 +83,8 @@ def test_without_the_links_secret_nobody_votes_or_reads(server: AnnotationServer
 
 
 def test_another_sites_page_is_refused_even_with_the_secret(server: AnnotationServer) -> None:
-    for origin in ("http://evil.example", "null", f"http://localhost.evil:{server.server_port}"):
+    strange = f"http://localhost.evil:{server.server_port}"
+    for origin in ("http://evil.example", "null", strange, "http://[", ""):
         assert post(server, "join", ANN, Origin=origin)[0] == 403
     own = f"http://127.0.0.1:{server.server_port}"
     assert post(server, "join", ANN, Origin=own)[0] == 200
@@ -171,6 +172,27 @@ def test_other_addresses_let_addresses_in_but_no_foreign_names(desk: Desk) -> No
         assert server.knows("192.168.1.5:8765")
         assert not server.knows("evil.example")
         assert "0.0.0.0" not in server.link
+
+
+def test_the_name_that_was_given_as_host_is_the_servers_own(desk: Desk) -> None:
+    with AnnotationServer(desk, "0.0.0.0") as server:
+        server.host = "Lab.example.org"  # a name of this machine, other than it calls itself
+        assert server.knows(f"lab.example.org:{server.server_port}")
+        assert not server.knows("example.org")
+
+
+def test_a_bug_is_shown_and_a_browser_that_hung_up_is_not(
+    server: AnnotationServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for error, shown in ((KeyError("a bug"), True), (ConnectionResetError("gone"), False)):
+
+        def raises(handler: Handler, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Handler, "do_GET", raises)
+        with pytest.raises((HTTPException, OSError)):
+            ask(server, "/")
+        assert bool(capfd.readouterr().err) is shown
 
 
 def test_the_command_ends_with_the_report_and_goes_on_after_a_kill(

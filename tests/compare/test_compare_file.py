@@ -107,6 +107,7 @@ def refused(**values: Any) -> str:
         ({"variants": {"a": {"seed": 3}}}, "seed is set by the comparison"),
         ({"variants": {"a": {"method.gama": 3}}}, "variant a: unknown key 'gama' in method"),
         ({"variants": {"a": {"method.name": "ail"}}}, "no method 'ail'"),
+        ({"variants": {"a": {"loop": 3}}, "budget": {"seconds": 9}}, "variant a: loop should be"),
         ({"variants": {"a": {"loop.budget": {"seconds": 3}}}}, "variant a has a loop.budget"),
         (
             {"variants": {"a": {}, "b": {"evaluate.prompts": 2}}},

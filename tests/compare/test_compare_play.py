@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,24 @@ def test_a_failing_cell_is_named_with_its_reason_and_the_others_go_on(tmp_path):
     assert f"a seed 0: failed: {failed['a seed 0']}" in lines
 
 
+def test_the_reason_is_that_of_this_attempt_and_a_kill_is_called_one(tmp_path):
+    [cell] = all_cells(tmp_path, {"a": {}}, (0,))
+    play([cell], jobs=1, say=lambda line: None, start=Stage(failing=(cell.name,)).start)
+    for last_words, code, reason in (
+        ("", 1, "exit code 1, and no word"),
+        ("KeyError: 'x'\n", 1, "KeyError: 'x'"),
+        ("round 0: 3 of 9\n", -9, "ended by signal 9"),
+    ):
+
+        def start(cell: Cell, jobs: int, words: str = last_words, code: int = code) -> Any:
+            with (cell.folder / "console.log").open("a") as log:
+                log.write(words)
+            return SimpleNamespace(poll=lambda: code)
+
+        failed = play([cell], jobs=1, say=lambda line: None, start=start)
+        assert failed[cell.name].startswith(f"{reason} (all it said is in ")
+
+
 def test_the_same_call_goes_on_with_what_is_missing(tmp_path):
     found = all_cells(tmp_path, LOSSES)
     play(found, jobs=2, say=lambda line: None, start=Stage(failing=("b seed 1",)).start)
@@ -137,6 +156,16 @@ def test_a_cell_whose_recipe_has_changed_fails_and_the_others_are_played(tmp_pat
     assert list(failed) == ["b seed 0", "b seed 1"]
     assert "was started with another recipe (method.gamma was 1.0, now 9.0)" in failed["b seed 0"]
     assert stage.begun == ["d seed 0", "d seed 1"]
+
+
+def test_a_cell_that_cannot_take_what_another_has_done_stops_no_other(tmp_path):
+    found = all_cells(tmp_path, {**LOSSES, "other": {"method.advisor": False}}, (0,))
+    play(found[:1], jobs=1, say=lambda line: None, start=Stage().start)
+    (found[0].folder / "rounds/0000/ranked.jsonl").unlink()
+    failed = play(found, jobs=2, say=lambda line: None, start=Stage().start)
+    assert list(failed) == ["b seed 0", "c seed 0"]
+    assert "No such file" in failed["b seed 0"]
+    assert (found[3].folder / "policy").is_dir()
 
 
 def test_one_variant_alone_takes_what_the_others_have_done(tmp_path):

@@ -95,6 +95,17 @@ def test_prompts_that_differ_from_seed_to_seed_leave_the_seeds_to_compare(tmp_pa
     assert report["differences"]["score"]["good"]["real"]
 
 
+def test_a_result_of_another_recipe_is_missing_and_not_the_variants(tmp_path):
+    played(tmp_path, {"plain": 0.0, "good": 5.0})
+    changed = Comparison(base=BASE, variants={"plain": None, "good": {"method.gamma": 2.0}})
+    report = tabulate(changed, cells(changed, tmp_path)[0], {})
+    assert list(report["variants"]) == ["plain"]
+    assert report["missing"] == {
+        f"good seed {seed}": "played with another recipe (method.gamma was 5.0, now 2.0)"
+        for seed in range(3)
+    }
+
+
 def test_costs_come_from_the_manifests(tmp_path):
     comparison, found = played(
         tmp_path, {"plain": 0.0}, budget={"trained_tokens": 1600}, seeds=[0, 1]

@@ -122,7 +122,6 @@ def ifeval(folder: Path) -> dict[str, Any]:
 
 
 def leaderboard(folder: Path) -> dict[str, Any]:
-    pytest.importorskip("lm_eval")
     from tests.evaluate.benchmark_data import write as write_benchmarks
 
     return {"folder": str(write_benchmarks(folder)), "tasks": ["winogrande"], "items": 3}
@@ -148,7 +147,7 @@ def example(name: str, folder: Path) -> Measure:
         "data it needs and returns its options"
     )
     for module in HARNESS.get(name, ()):
-        pytest.importorskip(module)
+        pytest.importorskip(module, reason="the extra eval is not installed")
     folder.mkdir(parents=True, exist_ok=True)
     return find_measure(name).model_validate(EXAMPLES[name](folder))
 

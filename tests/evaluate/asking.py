@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prefloop.evaluate.measures import Subject
 from prefloop.generate.fake_engine import FakeEngine
@@ -47,3 +48,18 @@ class ListJudge:
         self.seen += [(p, group[0]) for p, group in zip(prompts, groups, strict=True)]
         found = [self.rate(p, group[0]) for p, group in zip(prompts, groups, strict=True)]
         return [score if isinstance(score, NoVerdict) else (score,) for score in found]
+
+
+@dataclass
+class KilledAt:
+    """A function that is interrupted at one of its calls, and works before and after."""
+
+    call: int
+    function: Callable[..., Any]
+    calls: int = 0
+
+    def __call__(self, *given: Any) -> Any:
+        self.calls += 1
+        if self.calls == self.call:
+            raise KeyboardInterrupt
+        return self.function(*given)

@@ -3,13 +3,20 @@
 import numpy as np
 import pytest
 
-from prefloop.evaluate.crossed import crossed_share, student
+from prefloop.evaluate.crossed import crossed_share
 from prefloop.evaluate.stats import wilson
 
 
-def test_student_is_near_its_known_quantiles() -> None:
-    for freedom, known in ((4, 2.7764), (9, 2.2622), (19, 2.0930)):
-        assert student(1.959964, freedom) == pytest.approx(known, rel=0.003)
+@pytest.mark.parametrize(
+    ("clusters", "student"), [(2, 12.7062), (3, 4.3027), (5, 2.7764), (10, 2.2622), (20, 2.0930)]
+)
+def test_few_clusters_widen_it_by_students_t(clusters: int, student: float) -> None:
+    """All trials agree on c attacks and c prompts: Wilson's end at 0 of c, with t for z: (t²/c) / (1 + t²/c)."""
+    names = [(f"a{a}", f"p{p}") for a in range(clusters) for p in range(clusters)]
+    found = crossed_share([False] * clusters**2, [a for a, _ in names], [p for _, p in names])
+    assert found is not None
+    ratio = student**2 / clusters
+    assert found.high == pytest.approx(ratio / (1 + ratio), rel=1e-4)
 
 
 def trials(effects_A: np.ndarray, effects_P: np.ndarray, draws: np.random.Generator):

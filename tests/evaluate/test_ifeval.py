@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.asking import subject, write_rows
-
-pytest.importorskip("lm_eval")
-pytest.importorskip("langdetect")
-pytest.importorskip("punkt")
-
 from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules
 from prefloop.evaluate.measures.ifeval import Ifeval
 from prefloop.records import Request
+from tests.evaluate.asking import KilledAt, subject, write_rows
+
+for module in ("lm_eval", "langdetect", "punkt"):
+    pytest.importorskip(module, reason="the extra eval is not installed")
 
 
 def row(name: str, prompt: str, *instructions: tuple[str, dict[str, object]]) -> dict[str, object]:
@@ -66,12 +64,11 @@ def test_the_four_accuracies_of_answers_worked_out_by_hand(tmp_path: Path) -> No
 
 
 def test_they_equal_the_harness_own_scoring_item_by_item(tmp_path: Path) -> None:
-    rules = InstructionRules()  # its sentence model must be there before the harness is imported
+    InstructionRules()  # its sentence model must be there before the harness is imported
     from lm_eval.tasks.ifeval.utils import process_results
 
     measure = Ifeval(data=write_rows(tmp_path / "ifeval.jsonl", ROWS))
     found = {item.id: item for item in measure.run(subject(tmp_path / "work", answer)).items}
-    assert rules
     for given in ROWS:
         name = str(given["id"])
         theirs = process_results({**given, "key": 0}, [ANSWERS[name]])
@@ -125,24 +122,19 @@ def test_rows_of_another_form_are_named_by_line(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "plain.jsonl", [{"prompt": "Write"}])
     with pytest.raises(DataError, match=r"plain\.jsonl:1 has no lists instruction_id_list"):
         Ifeval(data=data).check()
+    data = write_rows(tmp_path / "text.jsonl", [{**ROWS[0], "kwargs": [{}, "at least 3 words"]}])
+    with pytest.raises(DataError, match=r"text\.jsonl:1 has kwargs that are no objects"):
+        Ifeval(data=data).check()
+    twice = write_rows(tmp_path / "twice.jsonl", [ROWS[0]] * 2)
+    with pytest.raises(DataError, match=r"twice\.jsonl:2 repeats the id 'commas'"):
+        Ifeval(data=twice).check()
 
 
 def test_a_killed_measure_goes_on(tmp_path: Path) -> None:
     measure = Ifeval(data=write_rows(tmp_path / "ifeval.jsonl", ROWS), chunk=1)
-
-    def killed(request: Request, seed: int) -> str:
-        if "End" in request.messages[-1].content:
-            raise KeyboardInterrupt
-        return answer(request, seed)
-
+    killed = KilledAt(3, answer)
     with pytest.raises(KeyboardInterrupt):
         measure.run(subject(tmp_path / "work", killed))
-    asked = []
-
-    def rest(request: Request, seed: int) -> str:
-        asked.append(request.messages[-1].content)
-        return answer(request, seed)
-
-    found = measure.run(subject(tmp_path / "work", rest))
-    assert asked == ["End with BYE"]
+    found = measure.run(subject(tmp_path / "work", killed))
+    assert killed.calls == 3 + 1
     assert found == measure.run(subject(tmp_path / "unbroken", answer))

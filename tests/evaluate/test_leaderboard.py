@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefloop.errors import DataError, ModelError
-from prefloop.evaluate.answered import Answered
+from prefloop.errors import DataError, ModelError, RunFolderError
 from prefloop.evaluate.increments import increments, rounds_table
+from prefloop.evaluate.kept import kept
 from prefloop.evaluate.measures import Item, Outcome, Subject
 from prefloop.evaluate.measures import leaderboard as module
 from prefloop.evaluate.measures.leaderboard import (
@@ -26,7 +27,7 @@ from prefloop.generate.fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from tests.conftest import tiny_llama
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ITEMS = 59  # two subjects of MMLU are asked twice; the other tasks have fewer
@@ -166,13 +167,16 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     where = subject_of(engine, tmp_path / "killed")
     with pytest.raises(KeyboardInterrupt):
         options.run(where)
-    with (where.folder / "leaderboard_answers.jsonl").open("a") as file:
-        file.write('["torn')
+    (last,) = where.folder.glob("*/00001.jsonl")
+    last.with_name("00002.part").write_text('{"logprob": -1.2, "gre')  # torn
     assert options.run(where) == expected
     assert sum(asked) == 2 * 7 + 13 * 4 + 7, "the answers of the first two parts are kept"
     calls = len(asked)
     assert options.run(where) == expected
     assert len(asked) == calls, "all was answered"
+    last.write_text("nonsense\n" + last.read_text())
+    with pytest.raises(RunFolderError, match=r"00001\.jsonl:1 is not a"):
+        options.run(where)
 
 
 def test_with_the_chat_template_the_prompts_are_turns(
@@ -224,16 +228,18 @@ def test_a_malformed_row_is_named(engine: HFEngine, folder: Path, tmp_path: Path
         text = (folder / f"{name}.jsonl").read_text()
         (tmp_path / f"{name}.jsonl").write_text(text)
     path = tmp_path / "winogrande_val.jsonl"
-    path.write_text(path.read_text() + '{"sentence": "no options _ here"}\n')
-    with pytest.raises(DataError, match=r"winogrande_val.jsonl:8 .*option1"):
-        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
-            subject_of(engine, tmp_path / "subject")
-        )
-    path.write_text("")
-    with pytest.raises(DataError, match=r"winogrande_val.jsonl holds no rows"):
-        Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
-            subject_of(engine, tmp_path / "subject")
-        )
+    whole = path.read_bytes()
+    for data, says in (
+        (b'\n{"sentence": "no options _ here"}\n', r"winogrande_val.jsonl:9 .*option1"),
+        (b'{"sentence": "\xe9"}\n', r"winogrande_val.jsonl:8 is not UTF-8"),
+        (b"{sentence}\n", r"winogrande_val.jsonl:8 is not JSON"),
+        (None, r"winogrande_val.jsonl holds no rows"),
+    ):
+        path.write_bytes(b"" if data is None else whole + data)
+        with pytest.raises(DataError, match=says):
+            Leaderboard(folder=tmp_path, tasks=("winogrande",)).run(
+                subject_of(engine, tmp_path / "subject")
+            )
 
 
 def test_too_few_examples_are_an_error_of_the_data(
@@ -248,13 +254,11 @@ def test_too_few_examples_are_an_error_of_the_data(
         )
 
 
-def test_damaged_answers_are_not_read_over(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    Answered(path).add({"a": 1, "b": [2.5, True]})
-    assert Answered(path)["b"] == [2.5, True]
-    path.write_text("nonsense\n" + path.read_text())
-    with pytest.raises(Exception, match=r"answers.jsonl:1 is damaged"):
-        Answered(path)
+def test_a_choice_without_any_probability_is_kept_as_that(tmp_path: Path) -> None:
+    from prefloop.evaluate.harness import _Likelihood
+
+    never = _Likelihood(logprob=-math.inf, greedy=False)
+    assert kept(tmp_path, [0], _Likelihood, lambda part, number: [never], chunk=1) == [never]
 
 
 def made(right: Mapping[str, list[float]], prompts: str = "x") -> Outcome:

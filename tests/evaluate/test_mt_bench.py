@@ -13,7 +13,7 @@ from prefloop.evaluate.measures.mt_bench import MtBench
 from prefloop.generate.fake_engine import FakeEngine
 from prefloop.rank import NoVerdict
 from prefloop.records import Request, Response, Sampling
-from tests.evaluate.asking import ListJudge, subject, write_rows
+from tests.evaluate.asking import KilledAt, ListJudge, subject, write_rows
 
 
 @pytest.fixture
@@ -127,17 +127,8 @@ def test_every_chunk_and_turn_has_its_own_seed_from_the_evaluations(
 
 def test_a_killed_measure_goes_on_and_ends_in_the_same_outcome(data: str, tmp_path: Path) -> None:
     measure = MtBench(data=data, judge_range=(1, 5), chunk=1)
-    judged = 0
-
-    def killed(prompt: object, answer: str) -> float:
-        nonlocal judged
-        judged += 1
-        if judged == 6:
-            raise KeyboardInterrupt
-        return by_turn(prompt, answer)
-
     with pytest.raises(KeyboardInterrupt):
-        measure.run(subject(tmp_path / "work", None, ListJudge(killed)))
+        measure.run(subject(tmp_path / "work", None, ListJudge(KilledAt(6, by_turn))))
     rest = ListJudge(by_turn)
     resumed = measure.run(subject(tmp_path / "work", None, rest))
     assert len(rest.seen) == 12 - 4
@@ -176,3 +167,6 @@ def test_what_is_wrong_with_a_row_is_said_by_line(tmp_path: Path) -> None:
     row = {"id": "a", "category": "math", "turns": ["one", "two"], "reference": ["x"]}
     with pytest.raises(DataError, match="neither empty nor one for each turn"):
         MtBench(data=write_rows(tmp_path / "q.jsonl", [row])).check()
+    row = {"id": "a", "category": "math", "turns": ["one", "two"]}
+    with pytest.raises(DataError, match=r"q\.jsonl:2 repeats the id 'a'"):
+        MtBench(data=write_rows(tmp_path / "q.jsonl", [row, row])).check()

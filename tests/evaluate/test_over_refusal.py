@@ -75,3 +75,6 @@ def test_what_is_wrong_with_the_file_is_said(tmp_path: Path) -> None:
     unsafe = write_rows(tmp_path / "unsafe.jsonl", [{"prompt": "a", "label": "unsafe"}])
     with pytest.raises(DataError, match="no prompt labelled safe"):
         OverRefusal(prompts=unsafe).check()
+    twice = write_rows(tmp_path / "twice.jsonl", [{"prompt": "a", "label": "safe"}] * 2)
+    with pytest.raises(DataError, match=r"twice\.jsonl:2 repeats the id .* of .*twice\.jsonl:1"):
+        OverRefusal(prompts=twice).check()

@@ -79,35 +79,41 @@ TRIALS = 400
 SLACK = 3 * (0.95 * 0.05 / TRIALS) ** 0.5
 
 
+def share_held(truth, estimate):
+    """How often the interval of a trial's estimate holds the truth."""
+    found = [estimate(trial) for trial in range(TRIALS)]
+    return sum(one.low <= truth <= one.high for one in found) / TRIALS
+
+
 def test_bootstrap_covers_a_mean_as_often_as_it_says():
     generator = np.random.default_rng(0)
-    held = 0
-    for trial in range(TRIALS):
-        found = bootstrap_mean(generator.gamma(2.0, size=100), seed=trial, resamples=500)
-        held += found.low <= 2.0 <= found.high
+
+    def estimate(trial):
+        return bootstrap_mean(generator.gamma(2.0, size=100), seed=trial, resamples=500)
+
     # A percentile interval of skewed values is a little too narrow.
-    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.01)
+    assert share_held(2.0, estimate) == pytest.approx(0.95, abs=SLACK + 0.01)
 
 
 def test_bootstrap_covers_a_win_rate_with_ties_as_often_as_it_says():
     generator = np.random.default_rng(1)
-    held = 0
-    for trial in range(TRIALS):
+
+    def estimate(trial):
         points = generator.choice([0.0, 0.5, 1.0], p=[0.3, 0.2, 0.5], size=80)
-        found = bootstrap_mean(points, seed=trial, resamples=500)
-        held += found.low <= 0.6 <= found.high
-    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.01)
+        return bootstrap_mean(points, seed=trial, resamples=500)
+
+    assert share_held(0.6, estimate) == pytest.approx(0.95, abs=SLACK + 0.01)
 
 
 def test_paired_bootstrap_covers_a_difference_as_often_as_it_says():
     generator = np.random.default_rng(2)
-    held = 0
-    for trial in range(TRIALS):
+
+    def estimate(trial):
         hard = generator.normal(0.0, 3.0, size=60)
-        first, second = hard + generator.normal(0.4, 1.0, size=60), hard
-        found = paired_difference(first, second, seed=trial, resamples=500)
-        held += found.low <= 0.4 <= found.high
-    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.01)
+        first = hard + generator.normal(0.4, 1.0, size=60)
+        return paired_difference(first, hard, seed=trial, resamples=500)
+
+    assert share_held(0.4, estimate) == pytest.approx(0.95, abs=SLACK + 0.01)
 
 
 def test_resampling_clusters_covers_where_resampling_values_does_not():
@@ -131,11 +137,11 @@ def test_one_value_has_an_interval_without_width():
 
 def test_a_ratio_covers_the_truth_as_often_as_it_says():
     generator = np.random.default_rng(0)
-    held = 0
-    for trial in range(TRIALS):
+
+    def estimate(trial):
         sizes = generator.integers(1, 40, size=60).astype(float)
         sums = sizes * 0.3 + generator.normal(size=60) * np.sqrt(sizes)
-        found = ratio(sums.tolist(), sizes.tolist(), seed=trial, resamples=500)
-        held += found.low <= 0.3 <= found.high
-    assert held / TRIALS == pytest.approx(0.95, abs=SLACK + 0.02)
+        return ratio(sums.tolist(), sizes.tolist(), seed=trial, resamples=500)
+
+    assert share_held(0.3, estimate) == pytest.approx(0.95, abs=SLACK + 0.02)
     assert ratio([0.0], [0.0], seed=0) is None

@@ -6,7 +6,6 @@ The YAML files beside this name its functions, and lm-eval calls them with the t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 from prefloop.errors import DataError
+from prefloop.rows import READERS, Located
 
 Row = dict[str, Any]
 
@@ -127,17 +127,20 @@ def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Datase
     path = Path(folder) / name
     rows = []
     try:
-        parsed = _parsed(path, path.stat().st_mtime_ns)
+        located = _located(path, path.stat().st_mtime_ns)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); put it there, or leave out `folder` to use "
             "the hub's data"
         ) from error
-    for number, row in enumerate(parsed, start=1):
+    for where, row in located:
         try:
-            rows.append(shaped(row))
+            rows.append(shaped(dict(row)))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _malformed(path, number, error) from error
+            raise DataError(
+                f"{where} is no row of this benchmark ({type(error).__name__}: {error}); "
+                "docs/leaderboard.md shows the fields"
+            ) from error
     if not any(rows):
         raise DataError(
             f"{path} holds no rows that are asked for; docs/leaderboard.md shows the fields"
@@ -146,20 +149,6 @@ def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Datase
 
 
 @lru_cache(maxsize=2)
-def _parsed(path: Path, changed_ns: int) -> tuple[Any, ...]:
-    """A file's rows, read once for the 57 subjects that are in it."""
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise _malformed(path, number, error) from error
-    return tuple(rows)
-
-
-def _malformed(path: Path, number: int, error: Exception) -> DataError:
-    return DataError(
-        f"{path}:{number} is no row of this benchmark ({type(error).__name__}: {error}); "
-        "docs/leaderboard.md shows the fields"
-    )
+def _located(path: Path, changed_ns: int) -> tuple[Located, ...]:
+    """A file's rows with their places, read once for the 57 subjects that are in it."""
+    return tuple(READERS[".jsonl"](path))

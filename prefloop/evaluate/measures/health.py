@@ -88,7 +88,9 @@ def distinct_2_estimate(answers: Sequence[Response]) -> Estimate | None:
     if value is None:
         return None
     own = [Counter(pairwise(answer.text.split())) for answer in answers]
-    whole = sum(own, Counter[tuple[str, str]]())
+    whole = Counter[tuple[str, str]]()
+    for counts in own:  # `sum` would copy the whole once an answer
+        whole.update(counts)
     bigrams, distinct = whole.total(), len(whole)
     without_N = np.array(
         [

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
-from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 from prefloop.records import Message, Record, Request, Sampling
 from prefloop.rows import Located
@@ -70,9 +70,8 @@ class Ifeval(Measure):
             ]
 
         asked = ("ifeval", self.model_dump(), subject.seed, version("lm_eval"))
-        chunks = chunks_of(questions, self.chunk)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        place = subject.folder / digest(asked, questions)
+        items = tuple(kept(place, questions, Item, work, chunk=self.chunk))
         facts = {
             "prompts": len(questions),
             "instructions": sum(len(question.instructions) for question in questions),
@@ -89,8 +88,10 @@ class Ifeval(Measure):
             raise DataError(
                 "ifeval.data names no file; name IFEval's input_data.jsonl, or google/IFEval on the Hub"
             )
-        rows = [_question(row) for row in read_rows(self.data, "ifeval.data", split="train")]
-        return drawn(rows, self.limit, self.draw, "ifeval")
+        rows = read_rows(self.data, "ifeval.data", split="train")
+        questions = [_question(row) for row in rows]
+        demand_own_ids(rows, [question.id for question in questions])
+        return drawn(questions, self.limit, self.draw, "ifeval")
 
 
 def _question(row: Located) -> _Question:
@@ -100,6 +101,8 @@ def _question(row: Located) -> _Question:
         raise DataError(
             f"{row[0]} has no lists instruction_id_list and kwargs; IFEval's rows have both"
         )
+    if not all(isinstance(options, Mapping | None) for options in kwargs):
+        raise DataError(f"{row[0]} has kwargs that are no objects; IFEval's rows have one for each")
     given = tuple(dict(options or {}) for options in kwargs)
     return _Question(
         id=id_of(row, prompt), prompt=prompt, instructions=tuple(map(str, names)), kwargs=given

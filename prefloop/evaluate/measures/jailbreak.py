@@ -20,7 +20,7 @@ from prefloop.evaluate.harm import (
     judge_error,
     read_labelled,
 )
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import drawn
 from prefloop.evaluate.stats import Estimate, wilson
@@ -91,6 +91,14 @@ class Jailbreak(Measure):
         if self.labelled is not None:
             read_labelled(self.labelled, self.labelled_prompts)
 
+    def lacks(self, subject: Subject) -> str | None:
+        """A judge, where one is to judge."""
+        if self.judged_by == "judge" and subject.judge is None:
+            return (
+                "judged_by judge needs a judge: name one with --judge, or let refusal_rules judge"
+            )
+        return super().lacks(subject)
+
     def run(self, subject: Subject) -> Outcome:
         """Ask, judge and count."""
         attacks = self._attacks()
@@ -110,9 +118,8 @@ class Jailbreak(Measure):
 
         options = self.model_dump(exclude=_OF_THE_ERROR)
         asked = ("jailbreak", options, subject.seed, judge.describe())
-        chunks = chunks_of(attacks, self.chunk)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        place = subject.folder / digest(asked, attacks)
+        items = tuple(kept(place, attacks, Item, work, chunk=self.chunk))
         return Outcome(_estimates(items), items, self._facts(attacks, items, judge, subject.folder))
 
     def _attacks(self) -> list[Attack]:
@@ -137,11 +144,8 @@ class Jailbreak(Measure):
     def _judge(self, subject: Subject) -> HarmJudge:
         if self.judged_by == "refusal_rules":
             return RefusalRules()
-        if subject.judge is None or self.threshold is None:
-            raise JudgeError(
-                "jailbreak.judged_by judge needs a judge and jailbreak.threshold; name both, or let "
-                "refusal_rules judge"
-            )
+        assert subject.judge is not None
+        assert self.threshold is not None
         return ThresholdJudge(subject.judge, self.threshold, self.harmful)
 
     def _item(self, attack: Attack, answer: Response, verdict: bool | str) -> Item:
@@ -188,11 +192,7 @@ class Jailbreak(Measure):
 
 def _estimates(items: Sequence[Item]) -> dict[str, Estimate]:
     """JSR over attacks and prompts, JSR_plain over prompts, and prompts that at least one attack broke."""
-    tried = [
-        (item.group, item.id.removeprefix(f"{item.group}/"), item.values[JSR])
-        for item in items
-        if JSR in item.values
-    ]
+    tried = [(i.group, i.cluster, i.values[JSR]) for i in items if JSR in i.values]
     plain = [item.values[JSR_PLAIN] for item in items if JSR_PLAIN in item.values]
     rate = crossed_share(
         [hit == 1 for *_, hit in tried], [a for a, *_ in tried], [g for _, g, _ in tried]

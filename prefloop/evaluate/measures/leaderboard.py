@@ -16,7 +16,6 @@ import numpy as np
 from pydantic import Field
 
 from prefloop.errors import DataError, ModelError, PrefloopError
-from prefloop.evaluate.answered import Answered
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean
 from prefloop.evaluate.task_means import mean_of, share_of_strata
@@ -106,9 +105,8 @@ class Leaderboard(Measure):
             raise ModelError(lack)
         from prefloop.evaluate.harness import PolicyLM
 
-        answered = Answered(subject.folder / "leaderboard_answers.jsonl")
         engine = cast("TokenEngine", subject.engine)
-        lm = PolicyLM(engine, subject.model, subject.tokenizer, answered, subject.seed)
+        lm = PolicyLM(engine, subject.model, subject.tokenizer, subject.folder, subject.seed)
         with _quiet():
             tasks = load_tasks(self.tasks, self.folder)
             sizes = {name: len(task.eval_docs) for name, task in tasks.items()}

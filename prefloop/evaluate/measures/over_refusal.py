@@ -10,12 +10,13 @@ from pydantic import Field
 
 from prefloop.errors import DataError
 from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.question_files import drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
 from prefloop.evaluate.refusal import RULES, refuses
 from prefloop.evaluate.stats import wilson
 from prefloop.records import Message, Record, Request, Response, Sampling
+from prefloop.rows import Located
 from prefloop.seeds import derive_seed
 
 SAFE, UNSAFE = "safe", "unsafe"
@@ -71,9 +72,8 @@ class OverRefusal(Measure):
             return [self._item(q, answer) for q, answer in zip(chunk, answers, strict=True)]
 
         asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
-        chunks = chunks_of(questions, self.chunk)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        place = subject.folder / digest(asked, questions)
+        items = tuple(kept(place, questions, Item, work, chunk=self.chunk))
         hits = {
             metric: [item.values[metric] for item in items if metric in item.values]
             for metric in METRICS.values()
@@ -98,22 +98,20 @@ class OverRefusal(Measure):
                 "over_refusal.prompts names no file; name one with safe and unsafe prompts "
                 "(none comes with prefloop, docs/safety.md says where XSTest's is)"
             )
-        found: dict[str, list[_Question]] = {SAFE: [], UNSAFE: []}
-        for row in read_rows(self.prompts, "over_refusal.prompts"):
-            prompt, label = text_of(row, "prompt"), text_of(row, "label")
-            if label not in found:
-                raise DataError(f"{row[0]} has the label {label!r}; write {SAFE} or {UNSAFE}")
-            kind = str(row[1].get("type") or label)
-            found[label].append(
-                _Question.model_validate(
-                    {"id": id_of(row, prompt), "prompt": prompt, "kind": kind, "label": label}
-                )
-            )
-        if not found[SAFE]:
+        rows = read_rows(self.prompts, "over_refusal.prompts")
+        questions = [_question(row) for row in rows]
+        demand_own_ids(rows, [question.id for question in questions])
+        if all(question.label != SAFE for question in questions):
             raise DataError(
                 f"{self.prompts} has no prompt labelled {SAFE}; over-refusal needs some"
             )
-        return [q for label in found for q in drawn(found[label], self.limit, self.draw, label)]
+        return [
+            question
+            for label in METRICS
+            for question in drawn(
+                [q for q in questions if q.label == label], self.limit, self.draw, label
+            )
+        ]
 
     def _item(self, question: _Question, answer: Response) -> Item:
         refused = refuses(answer.text)
@@ -127,3 +125,13 @@ class OverRefusal(Measure):
             texts |= {"asked": question.prompt, "answer": answer.text}
         values = {METRICS[question.label]: float(refused)}
         return Item(id=question.id, values=values, group=question.kind, texts=texts)
+
+
+def _question(row: Located) -> _Question:
+    prompt, label = text_of(row, "prompt"), text_of(row, "label")
+    if label not in METRICS:
+        raise DataError(f"{row[0]} has the label {label!r}; write {SAFE} or {UNSAFE}")
+    kind = str(row[1].get("type") or label)
+    return _Question.model_validate(
+        {"id": id_of(row, prompt), "prompt": prompt, "kind": kind, "label": label}
+    )

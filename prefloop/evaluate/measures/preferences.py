@@ -12,6 +12,7 @@ from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.question_files import drawn
 from prefloop.evaluate.stats import clustered_mean
+from prefloop.evaluate.winrate import points
 from prefloop.preferences import Preference, read_preferences
 from prefloop.records import Request
 
@@ -83,13 +84,12 @@ class Preferences(Measure):
         items = []
         for place, pair in enumerate(pairs):
             reward = self.beta * (ratios[place] - ratios[place + len(pairs)])
-            right = 1.0 if reward > 0 else 0.5 if reward == 0 else 0.0
             items.append(
                 Item(
                     id=pair.id,
                     group=pair.source,
                     cluster=pair.key,
-                    values={"acs": reward, "pair_accuracy": right},
+                    values={"acs": reward, "pair_accuracy": points(reward, 0.0)},
                 )
             )
         return items

@@ -15,6 +15,7 @@ from prefloop.evaluate.kept import answers_of, digest, held_out_prompts, kept
 from prefloop.evaluate.length_control import length_controlled
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
+from prefloop.evaluate.winrate import points
 from prefloop.records import Prompt, Record, Sampling
 from prefloop.rows import READERS
 
@@ -112,11 +113,11 @@ class WinRate(Measure):
         )
 
     def _estimates(self, judged: Sequence[Item], asked: int, seed: int) -> dict[str, Estimate]:
-        points = [item.values["win_rate"] for item in judged]
+        won = [item.values["win_rate"] for item in judged]
         lengths = [item.values["length_difference"] for item in judged]
         found: dict[str, Estimate | None] = {
-            "win_rate": bootstrap_mean(points, seed=seed),
-            "lc_win_rate": length_controlled(points, lengths, seed=seed),
+            "win_rate": bootstrap_mean(won, seed=seed),
+            "lc_win_rate": length_controlled(won, lengths, seed=seed),
             "length_difference": bootstrap_mean(lengths, seed=seed),
             "no_verdict": wilson(asked - len(judged), asked),
         }
@@ -129,8 +130,9 @@ class WinRate(Measure):
 
     @property
     def _stored(self) -> bool:
+        """Answers that lie there; a file's name is one also where there is no such file, which is then said."""
         path = Path(self.opponent).expanduser()
-        return self.opponent == TARGETS or (path.suffix.lower() in READERS and path.is_file())
+        return self.opponent == TARGETS or (path.suffix.lower() in READERS and not path.is_dir())
 
     def _opponents(self, prompts: Sequence[Prompt], subject: Subject) -> list[str]:
         if self._stored:
@@ -153,25 +155,25 @@ class WinRate(Measure):
 
     def _stored_answers(self, prompts: Sequence[Prompt]) -> list[str]:
         if self.opponent == TARGETS:
-            found = [prompt.target for prompt in prompts]
-            if not all(found):
+            found = [prompt.target for prompt in prompts if prompt.target]
+            if missing := len(prompts) - len(found):
                 raise DataError(
-                    f"opponent targets: {found.count(None)} of {len(found)} prompts have no response; "
+                    f"opponent targets: {missing} of {len(prompts)} prompts have no response; "
                     "name prompts that have one, or another opponent"
                 )
-            return [text or "" for text in found]
+            return found
         stored = {
             _key(prompt): prompt.target
             for prompt in read_prompts(self.opponent, DataOptions(), part="eval")
             if prompt.target
         }
-        missing = [prompt for prompt in prompts if _key(prompt) not in stored]
-        if missing:
+        unanswered = [prompt for prompt in prompts if _key(prompt) not in stored]
+        if unanswered:
             raise DataError(
-                f"opponent {self.opponent}: no response to {len(missing)} of {len(prompts)} prompts, such as "
-                f"{missing[0].id!r}; give it a row with prompt and response for each"
+                f"opponent {self.opponent}: no response to {len(unanswered)} of {len(prompts)} prompts, such as "
+                f"{unanswered[0].id!r}; give it a row with prompt and response for each"
             )
-        return [stored[_key(prompt)] or "" for prompt in prompts]
+        return [stored[_key(prompt)] for prompt in prompts]
 
     # The judge.
 
@@ -194,21 +196,17 @@ class WinRate(Measure):
         lost = next((v.reason for v in verdicts or () if not isinstance(v, tuple)), None)
         if lost is not None:
             return Item(id=row.prompt.id, values={}, texts={**texts, "no_verdict": lost})
-        points = [
-            _points(verdict[turned] - verdict[1 - turned])
+        found = [
+            points(verdict[turned], verdict[1 - turned])
             for turned, verdict in enumerate(verdicts or ())
         ] or [0.5]
         values = {
-            "win_rate": sum(points) / len(points),
+            "win_rate": sum(found) / len(found),
             "length_difference": float(len(row.own) - len(row.other)),
         }
         if self.both_orders:
-            values["order_changes"] = float(len(set(points)) > 1)
+            values["order_changes"] = float(len(set(found)) > 1)
         return Item(id=row.prompt.id, values=values, texts=texts)
-
-
-def _points(difference: float) -> float:
-    return 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
 
 
 def _key(prompt: Prompt) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,17 @@ def test_distinct_2_has_the_jackknifes_interval() -> None:
     single = distinct_2_estimate([Response(text="one two")])
     assert single is not None
     assert single.low == single.high == 1.0
+
+
+def test_distinct_2_of_many_answers_takes_no_more_than_its_share_of_time() -> None:
+    def seconds(count: int) -> float:
+        answers = [Response(text=" ".join(f"{n}-{w}" for w in range(60))) for n in range(count)]
+        start = time.process_time()
+        distinct_2_estimate(answers)
+        return time.process_time() - start
+
+    # 32 times as many answers; work that grew with their square took over 1,000 times as long.
+    assert min(seconds(1600) for _ in range(2)) < 400 * min(seconds(50) for _ in range(3))
 
 
 def test_answers_are_drawn_once_for_measures_that_share_them(tmp_path: Path) -> None:

@@ -150,6 +150,16 @@ def test_stored_answers_are_matched_by_prompt(prompts: str, tmp_path: Path) -> N
     stored.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(DataError, match="no response to 7 of 8 prompts"):
         measure.check()
+    stored.unlink()
+    with pytest.raises(DataError, match=r"no file or folder .*stored\.jsonl"):
+        measure.check()
+
+
+def test_prompts_without_a_response_cannot_be_the_opponent(tmp_path: Path) -> None:
+    path = tmp_path / "bare.jsonl"
+    path.write_text(json.dumps(PROMPTS[0]) + '\n{"prompt": "bare"}\n')
+    with pytest.raises(DataError, match="1 of 2 prompts have no response"):
+        WinRate(held_out=str(path), opponent="targets").check()
 
 
 def test_without_a_start_it_says_what_to_name(prompts: str, tmp_path: Path) -> None:
