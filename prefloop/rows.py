@@ -74,7 +74,8 @@ def _object(where: str, value: object) -> Located:
 
 def _json(path: Path, text: str, first_line: int = 1) -> object:
     try:
-        return json.loads(text)
+        # Without the line's end, at which what is missing would be named as the next line's fault.
+        return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(f"{path}:{line} is not JSON ({error.msg}); correct this line") from error

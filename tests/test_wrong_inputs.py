@@ -219,6 +219,7 @@ def test_a_wrong_word_on_the_command_line(
         ("d.jsonl", "", ("d.jsonl holds no rows", "name a source")),
         ("d.txt", ROW, ("d.txt ends in none of .jsonl", "convert or rename")),
         ("d.jsonl", ROW + "{bad\n", ("d.jsonl:2 is not JSON", "correct this line")),
+        ("d.jsonl", ROW + '{"prompt": "x"\n' + ROW, ("d.jsonl:2 is not JSON", "correct this line")),
         ("d.jsonl", ROW + "[" * 100_000, ("d.jsonl:2 cannot be read", "correct it")),
         ("d.jsonl", ROW + "[1]\n", ("d.jsonl:2 is not an object", '{"prompt": "Hi"}')),
         ("d.jsonl", '{"prompt": " "}\n', ("d.jsonl:1: 'prompt' is empty", "remove the row")),
