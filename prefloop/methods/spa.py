@@ -3,7 +3,7 @@
 Source: Kim et al. 2025, "Spread Preference Annotation: Direct Preference Judgment for Efficient LLM
 Alignment" (arXiv:2406.04412), section 4: DPO on the seed, expansion by the implicit reward, self-refinement
 of uncertain labels, de-coupled noise detection. The schedule is that of the baseline in "Introspective
-Adversarial Learning", section 4.2.
+Adversarial Learning", section 4.2, which tells no number of epochs; one, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SPA(OfflinePairs):
     defaults: ClassVar = {
         "loop": {"rounds": 3},
         "train": {
-            "epochs": 2,
+            "epochs": 1,
             "lr": 5e-7,
             "optimizer": "adamw",
             "schedule": "cosine",
