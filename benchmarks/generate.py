@@ -84,11 +84,13 @@ def _load(job: Mapping[str, Any], dtype: str = "float32") -> tuple[Any, Any]:
 
 
 def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
-    """This engine; stop tokens are ignored by giving it none."""
+    """This engine, in the dtype that `auto` means for LoRA; stop tokens are ignored by giving it none."""
     from prefloop.generate.hf_engine import HFEngine
+    from prefloop.machine import multiplies_bfloat16
     from prefloop.records import Message, Request, Sampling
 
-    model, tokenizer = _load(job)
+    dtype = "bfloat16" if multiplies_bfloat16() else "float32"
+    model, tokenizer = _load(job, dtype)
     engine = HFEngine(model, tokenizer, batch_size=job["slots"])
     stops = engine.chat.stop_ids
     asked = [Request(messages=(Message(role="user", content=text),)) for text in job["prompts"]]
@@ -103,7 +105,7 @@ def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = _timed(
             lambda: [len(r.token_ids) for r in engine.sample(asked, sampling, seed=1)]
         )
-    return found | {"memory_gb": _memory_gb(), "rows": job["slots"], "dtype": "float32"}
+    return found | {"memory_gb": _memory_gb(), "rows": job["slots"], "dtype": dtype}
 
 
 def _plain_generate(

@@ -10,7 +10,7 @@ same places of the conversation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -208,12 +208,17 @@ def _tile_mask(tile: int, window: int | None, device: torch.device) -> Tensor:
 AttentionInterface.register(ATTENTION, _attend)
 
 
-@contextmanager
-def slot_attention(model: Any) -> Iterator[None]:
+def slot_attention(model: Any) -> AbstractContextManager[None]:
     """Inside, the model's layers attend through slots, and its forward pass takes a `step`."""
+    return attending(model, ATTENTION)
+
+
+@contextmanager
+def attending(model: Any, implementation: str) -> Iterator[None]:
+    """Inside, the model's layers attend in another of transformers' ways."""
     config = model.config.get_text_config()
     before = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = implementation
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from prefloop.errors import ModelError
+from prefloop.machine import multiplies_bfloat16
 from prefloop.train import lora_linear
 from prefloop.train.sources import (
     EMBEDDED,
@@ -56,8 +57,7 @@ def initial_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
         return torch.float32 if options.dtype == "float32" else torch.bfloat16
     if options.tuning == "full":
         return torch.float32
-    fast_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    fast = device.type == "cuda" or (device.type == "cpu" and fast_cpu)
+    fast = device.type == "cuda" or (device.type == "cpu" and multiplies_bfloat16())
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from prefloop.generate import decode as decode_loop
-from prefloop.generate import hf_engine
+from prefloop.generate import hf_engine, servable
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.records import Message, Request, Sampling
 from prefloop.train.sources import quiet, resolve_source
@@ -156,6 +158,40 @@ def test_same_seed_same_text_whatever_the_batch_and_the_order(family: Any, token
     longer = requests(3) + [r.model_copy(update={"prefix": "And " * 9}) for r in requests(5)]
     first = HFEngine(family, tokenizer, batch_size=4).sample(longer, sampling, seed=4)
     assert first[:3] == expected[:3]
+
+
+def loud() -> Any:
+    """Its logits in bfloat16 are a quarter of a standard deviation apart between two exact ways to attend."""
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=16,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(30)
+    return model.to(torch.bfloat16)
+
+
+def test_rounding_in_half_precision_is_no_reason_against_slots() -> None:
+    """SmolLM2 in bfloat16 was generated with transformers' loop for it."""
+    with torch.inference_mode():
+        assert servable.why_not(loud(), 64) is None
+
+
+def test_a_token_that_is_not_seen_is_a_reason_also_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_slots = servable._in_slots
+
+    def forgetful(model: Any, rows: list[list[int]]) -> torch.Tensor:
+        return in_slots(model, [row[1:] for row in rows])
+
+    monkeypatch.setattr(servable, "_in_slots", forgetful)
+    with torch.inference_mode():
+        assert "logits differ" in str(servable.why_not(loud(), 64))
 
 
 def test_answers_of_many_lengths_do_not_depend_on_their_mates(tokenizer: Any) -> None:
