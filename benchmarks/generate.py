@@ -84,13 +84,11 @@ def _load(job: Mapping[str, Any], dtype: str = "float32") -> tuple[Any, Any]:
 
 
 def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
-    """This engine, in the dtype that `auto` means for LoRA; stop tokens are ignored by giving it none."""
+    """This engine; stop tokens are ignored by giving it none."""
     from prefloop.generate.hf_engine import HFEngine
-    from prefloop.machine import multiplies_bfloat16
     from prefloop.records import Message, Request, Sampling
 
-    dtype = "bfloat16" if multiplies_bfloat16() else "float32"
-    model, tokenizer = _load(job, dtype)
+    model, tokenizer = _load(job, job["dtype"])
     engine = HFEngine(model, tokenizer, batch_size=job["slots"])
     stops = engine.chat.stop_ids
     asked = [Request(messages=(Message(role="user", content=text),)) for text in job["prompts"]]
@@ -105,7 +103,7 @@ def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
         found[name] = _timed(
             lambda: [len(r.token_ids) for r in engine.sample(asked, sampling, seed=1)]
         )
-    return found | {"memory_gb": _memory_gb(), "rows": job["slots"], "dtype": dtype}
+    return found | {"memory_gb": _memory_gb(), "rows": job["slots"], "dtype": job["dtype"]}
 
 
 def _plain_generate(
@@ -307,6 +305,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "stop_ids": sorted(chat.stop_ids),
         "new_tokens": options.new_tokens,
         "slots": options.slots,
+        "dtype": options.dtype,
         "stopping": options.stopping,
         "generate_prompts": options.generate_prompts,
         "trials": {"float32": options.generate_rows, "bfloat16": options.generate_rows[:1]}
@@ -368,6 +367,7 @@ def main() -> None:
         default=64,
         help="how many of the prompts generate continues",
     )
+    parser.add_argument("--dtype", default="float32", help="of this engine")
     parser.add_argument("--vllm-dtypes", nargs="*", default=["float32", "bfloat16"])
     parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -1,4 +1,4 @@
-"""What a run notes about its machine, and asks it: versions, memory, time, kinds of numbers."""
+"""What a run notes about its machine: versions, memory, time."""
 
 from __future__ import annotations
 
@@ -47,13 +47,6 @@ def peak_memory_mb() -> float:
     if torch is not None and torch.cuda.is_available():
         held += torch.cuda.max_memory_allocated()
     return round(held / 2**20, 1)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 faster than float32: AVX512-BF16 or AMX."""
-    import torch
-
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Stopwatch:

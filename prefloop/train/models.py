@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from prefloop.errors import ModelError
-from prefloop.machine import multiplies_bfloat16
 from prefloop.train import lora_linear
 from prefloop.train.sources import (
     EMBEDDED,
@@ -48,17 +47,16 @@ __all__ = [
 
 
 def initial_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """The dtype that "auto" stands for: float32 where all weights train, else bfloat16 where it is fast.
+    """The dtype that "auto" stands for: bfloat16 for LoRA on CUDA, else float32.
 
-    bfloat16 is fast on CUDA and on CPUs with AVX512-BF16 or AMX. Full fine-tuning needs float32 master
-    weights: at preference-tuning learning rates most bfloat16 updates round to nothing.
+    Full fine-tuning needs float32 master weights: at preference-tuning learning rates most bfloat16 updates
+    round to nothing. So do most of what a young adapter adds to a layer's output, which a CPU need not put up
+    with (docs/decisions/0019).
     """
     if options.dtype != "auto":
         return torch.float32 if options.dtype == "float32" else torch.bfloat16
-    if options.tuning == "full":
-        return torch.float32
-    fast = device.type == "cuda" or (device.type == "cpu" and multiplies_bfloat16())
-    return torch.bfloat16 if fast else torch.float32
+    lora_on_cuda = options.tuning == "lora" and device.type == "cuda"
+    return torch.bfloat16 if lora_on_cuda else torch.float32
 
 
 @dataclass

@@ -228,13 +228,14 @@ def test_auto_dtype_is_float32_where_all_weights_train() -> None:
     assert initial_dtype(ModelOptions(dtype="float32"), torch.device("cuda")) == torch.float32
 
 
-@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_dtype_on_a_cpu_is_bfloat16_only_where_it_is_fast(
-    monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: torch.dtype
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_dtype_on_a_cpu_is_float32_also_where_bfloat16_is_fast(
+    monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
+    """Most of a young adapter's effect is rounded away in bfloat16."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert initial_dtype(ModelOptions(), CPU) == dtype
+    assert initial_dtype(ModelOptions(), CPU) == torch.float32
+    assert initial_dtype(ModelOptions(dtype="bfloat16"), CPU) == torch.bfloat16
 
 
 def test_unknown_options_are_refused() -> None:
