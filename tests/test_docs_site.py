@@ -15,7 +15,7 @@ import pytest
 
 from tests.browser import chromium, expect
 
-pytest.importorskip("material", reason="the extra docs is not installed")
+pytest.importorskip("material", reason="needs the extra docs, which make setup installs")
 ROOT = Path(__file__).parents[1]
 
 

@@ -370,7 +370,7 @@ def test_vllm_and_this_process_make_one_policy_of_one_recipe_and_stale_weights_s
     """benchmarks/vllm_rounds.py says what that means; needs PREFLOOP_VLLM_PYTHON."""
     python = os.environ.get("PREFLOOP_VLLM_PYTHON")
     if python is None:
-        pytest.skip("PREFLOOP_VLLM_PYTHON names no environment")
+        pytest.skip("vLLM has an environment of its own: name its Python in PREFLOOP_VLLM_PYTHON")
     script = Path(__file__).parents[1] / "benchmarks" / "vllm_rounds.py"
     command = [sys.executable, str(script), "--vllm-python", python, "--rounds", "1", "--json"]
     done = subprocess.run(command, capture_output=True, check=False, text=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from prefloop.errors import DataError
 from prefloop.evaluate.kept import digest
@@ -20,6 +20,24 @@ def read_rows(source: str, option: str, split: str = "test") -> list[Located]:
     if not rows:
         raise DataError(f"{option}: {source} holds no row; name a file that has some")
     return rows
+
+
+class _Question(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Q = TypeVar("Q", bound=_Question)
+
+
+def read_questions(
+    source: str, option: str, question: Callable[[Located], Q], split: str = "test"
+) -> list[Q]:
+    """What `question` makes of all rows; DataError where two have one id."""
+    rows = read_rows(source, option, split)
+    questions = [question(row) for row in rows]
+    demand_own_ids(rows, [one.id for one in questions])
+    return questions
 
 
 def text_of(row: Located, name: str) -> str:

@@ -55,7 +55,7 @@ class ModelOptions(BaseModel):
     lora: LoraOptions = Field(default_factory=LoraOptions)
     """The adapter, where `tuning` is lora."""
     dtype: Dtype = "auto"
-    """Of the frozen weights. "auto": see `initial_dtype`. LoRA weights are float32 whatever it is."""
+    """Of the frozen weights. "auto": bfloat16 for LoRA on CUDA, else float32. LoRA weights are float32 whatever it is."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator where there is one."""
     chat_template: str | None = None

@@ -28,7 +28,9 @@ def living(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="looks for processes in /proc, which only Linux has"
+)
 def test_killed_in_the_middle_it_leaves_nobody_behind_and_the_same_command_ends_it(
     model_folder, tmp_path
 ):

@@ -147,7 +147,7 @@ def example(name: str, folder: Path) -> Measure:
         "data it needs and returns its options"
     )
     for module in HARNESS.get(name, ()):
-        pytest.importorskip(module, reason="the extra eval is not installed")
+        pytest.importorskip(module, reason="needs the extra eval, which make setup installs")
     folder.mkdir(parents=True, exist_ok=True)
     return find_measure(name).model_validate(EXAMPLES[name](folder))
 

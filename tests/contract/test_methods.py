@@ -19,7 +19,6 @@ from prefloop.rank.similarity import Similarity
 from prefloop.recipe import Recipe
 from prefloop.records import (
     Candidates,
-    Message,
     Pair,
     Prompt,
     Reject,
@@ -31,18 +30,10 @@ from prefloop.train.batches import encode_pairs
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.ppo import TokenLogps
+from tests.conftest import labelled_prompts
 
 METHODS = plugins.names(prefloop.methods)
-PROMPTS = [
-    Prompt(
-        id=f"p{n}",
-        messages=(Message(role="user", content=f"Say something about the number {n}."),),
-        target=f"The number {n} is a quiet one.",
-        chosen=f"The number {n} comes before {n + 1}.",
-        rejected=f"The number {n} comes before {n - 1}.",
-    )
-    for n in range(6)
-]
+PROMPTS = labelled_prompts(6)
 B = 4
 OF_DRAFTS = " of drafts"
 

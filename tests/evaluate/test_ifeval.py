@@ -14,7 +14,7 @@ from prefloop.records import Request
 from tests.evaluate.asking import KilledAt, subject, write_rows
 
 for module in ("lm_eval", "langdetect", "punkt"):
-    pytest.importorskip(module, reason="the extra eval is not installed")
+    pytest.importorskip(module, reason="needs the extra eval, which make setup installs")
 
 
 def row(name: str, prompt: str, *instructions: tuple[str, dict[str, object]]) -> dict[str, object]:

@@ -27,7 +27,7 @@ from prefloop.generate.fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from tests.conftest import tiny_llama
 
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+pytest.importorskip("lm_eval", reason="needs the extra eval, which make setup installs")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ITEMS = 59  # two subjects of MMLU are asked twice; the other tasks have fewer

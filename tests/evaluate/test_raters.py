@@ -86,7 +86,9 @@ def test_people_who_guess_agree_as_chance_does_and_the_interval_covers_it() -> N
 
 @pytest.mark.oracle
 def test_kappa_equals_scikit_learns() -> None:
-    metrics = pytest.importorskip("sklearn.metrics", reason="the extra eval is not installed")
+    metrics = pytest.importorskip(
+        "sklearn.metrics", reason="needs the extra eval, which make setup installs"
+    )
     generator = random.Random(1)
     first, second = (generator.choices("abt", [5, 4, 2], k=60) for _ in range(2))
     found = cohen_kappa(first, second)

@@ -22,7 +22,10 @@ from prefloop.train.sources import local_folder, resolve_source
 PYTHON = os.environ.get("PREFLOOP_VLLM_PYTHON")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(PYTHON is None, reason="PREFLOOP_VLLM_PYTHON names no environment"),
+    pytest.mark.skipif(
+        PYTHON is None,
+        reason="vLLM has an environment of its own: name its Python in PREFLOOP_VLLM_PYTHON",
+    ),
 ]
 MODEL = ModelOptions(source="embedded:smollm2-135m", device="cpu", dtype="float32")
 QUESTIONS = (

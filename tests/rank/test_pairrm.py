@@ -234,7 +234,10 @@ def test_pickled_weights_are_not_loaded(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("PAIRRM" not in os.environ, reason="PAIRRM names no folder with the weights")
+@pytest.mark.skipif(
+    "PAIRRM" not in os.environ,
+    reason="the published weights are not here: name their folder in PAIRRM",
+)
 def test_the_published_weights_give_the_published_logits() -> None:
     """The model card's example: A over B in the order AB has the logits 1.9003 and -1.2547."""
     judge = open_judge(Path(os.environ["PAIRRM"]))

@@ -12,7 +12,7 @@ from prefloop.errors import DataError
 from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
 from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
-from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 from prefloop.records import Message, Record, Request, Sampling
 from prefloop.rows import Located
@@ -88,9 +88,7 @@ class Ifeval(Measure):
             raise DataError(
                 "ifeval.data names no file; name IFEval's input_data.jsonl, or google/IFEval on the Hub"
             )
-        rows = read_rows(self.data, "ifeval.data", split="train")
-        questions = [_question(row) for row in rows]
-        demand_own_ids(rows, [question.id for question in questions])
+        questions = read_questions(self.data, "ifeval.data", _question, split="train")
         return drawn(questions, self.limit, self.draw, "ifeval")
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
-from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, bootstrap_mean
 from prefloop.records import Message, Prompt, Record, Request, Response, Sampling
 from prefloop.rows import Located
@@ -118,9 +118,7 @@ class MtBench(Measure):
             raise DataError(
                 "mt_bench.data names no file; name one with MT-Bench's questions (docs/metrics.md says which)"
             )
-        rows = read_rows(self.data, "mt_bench.data")
-        questions = [_question(row) for row in rows]
-        demand_own_ids(rows, [question.id for question in questions])
+        questions = read_questions(self.data, "mt_bench.data", _question)
         return drawn(questions, self.limit, self.draw, "mt_bench")
 
     def _chunks(self, questions: Sequence[_Question]) -> list[Sequence[_Question]]:

@@ -12,7 +12,7 @@ from prefloop.errors import DataError
 from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
 from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.question_files import demand_own_ids, drawn, id_of, read_rows, text_of
+from prefloop.evaluate.question_files import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.refusal import RULES, refuses
 from prefloop.evaluate.stats import wilson
 from prefloop.records import Message, Record, Request, Response, Sampling
@@ -98,9 +98,7 @@ class OverRefusal(Measure):
                 "over_refusal.prompts names no file; name one with safe and unsafe prompts "
                 "(none comes with prefloop, docs/safety.md says where XSTest's is)"
             )
-        rows = read_rows(self.prompts, "over_refusal.prompts")
-        questions = [_question(row) for row in rows]
-        demand_own_ids(rows, [question.id for question in questions])
+        questions = read_questions(self.prompts, "over_refusal.prompts", _question)
         if all(question.label != SAFE for question in questions):
             raise DataError(
                 f"{self.prompts} has no prompt labelled {SAFE}; over-refusal needs some"
