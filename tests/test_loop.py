@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_a_run_leaves_every_artifact(finished, model_folder, name):
         for stage in STAGES:
             manifest = json.loads((here / f"{stage}.done.json").read_text())
             assert manifest["stage"] == stage
-            assert manifest["versions"]["torch"] == torch.__version__
+            assert manifest["versions"]["torch"] == version("torch")
         assert len((here / "pairs.jsonl").read_text().splitlines()) == 8
         assert (here / "policy" / "adapter_model.safetensors").is_file()
         assert len((here / "train" / "metrics.jsonl").read_text().splitlines()) == (
