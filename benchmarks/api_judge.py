@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
-INSTRUCTIONS = Path(__file__).parents[1] / "prefloop/instructions/train.jsonl"
+INSTRUCTIONS = Path(__file__).parents[1] / "prefloop/data/instructions/train.jsonl"
 # llama.cpp's own constraint: without it the 135 M model talks instead of choosing.
 GRAMMAR = 'root ::= "A" | "B"'
 CONCURRENCY = 2
@@ -32,8 +32,8 @@ CONCURRENCY = 2
 def judge(url: str, file: str, comparisons: int) -> dict[str, int]:
     """Compare right answers with wrong ones, both orders; what a run would do. Returns counts."""
     from prefloop.generate.templates import PromptSet
-    from prefloop.rank import NoVerdict
-    from prefloop.rank.api import Api
+    from prefloop.judges import NoVerdict
+    from prefloop.judges.api import Api
     from prefloop.records import Message, Prompt
 
     rows = [json.loads(line) for line in INSTRUCTIONS.read_text("utf-8").splitlines()]

@@ -32,10 +32,10 @@ def prompts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
 
     from transformers import AutoTokenizer
 
-    from prefloop.chat import Chat
+    from prefloop.data.rows import EMBEDDED, open_rows
+    from prefloop.models.chat import Chat
+    from prefloop.models.sources import quiet, resolve_source
     from prefloop.records import Message
-    from prefloop.rows import EMBEDDED, open_rows
-    from prefloop.train.sources import quiet, resolve_source
 
     draw = random.Random(seed)
     texts = [str(row["prompt"]) for _, row in open_rows(EMBEDDED, "train", None, "train")[1]]
@@ -75,7 +75,7 @@ def _load(job: Mapping[str, Any], dtype: str = "float32") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from prefloop.memory import keep_freed_memory
-    from prefloop.train.sources import quiet
+    from prefloop.models.sources import quiet
 
     keep_freed_memory()
     with quiet():
@@ -289,9 +289,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All engines, one after the other."""
     from transformers import AutoTokenizer
 
-    from prefloop.chat import Chat
+    from prefloop.models.chat import Chat
+    from prefloop.models.sources import quiet, resolve_source
     from prefloop.records import Message
-    from prefloop.train.sources import quiet, resolve_source
 
     source = resolve_source("embedded:smollm2-135m")
     with quiet():

@@ -19,11 +19,11 @@ from pathlib import Path
 from statistics import fmean
 
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import NoVerdict, OpenJudge
-from prefloop.rank.self_judge import SelfJudge
+from prefloop.judges import NoVerdict, OpenJudge
+from prefloop.judges.self_judge import SelfJudge
 from prefloop.records import Message, Prompt
 
-INSTRUCTIONS = Path(__file__).parents[1] / "prefloop/instructions/train.jsonl"
+INSTRUCTIONS = Path(__file__).parents[1] / "prefloop/data/instructions/train.jsonl"
 POINTWISE = """\
 Question:
 {{ question }}

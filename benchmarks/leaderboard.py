@@ -123,7 +123,7 @@ def by_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from prefloop.evaluate import harness
+    from prefloop.evaluate import lm_eval_model as harness
     from prefloop.evaluate.measures import Subject, leaderboard
     from prefloop.generate.hf_engine import HFEngine
     from prefloop.memory import keep_freed_memory
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of lm_eval's batches")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     options = parser.parse_args()
-    from prefloop.train.sources import resolve_source
+    from prefloop.models.sources import resolve_source
 
     figures: dict[str, Any] = {}
     for benchmark in options.tasks:

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from prefloop.rundir import RunDir
+from prefloop.run_folder import RunDir
 from prefloop.train.trainer import read_metrics
 
 Curves = dict[str, dict[str, list[float]]]

@@ -18,7 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from prefloop.records import Candidates, Pair
-from prefloop.rundir import read_run
+from prefloop.run_folder import read_run
 from prefloop.train.trainer import read_metrics
 
 _LOGGED = ("kl_reference", "entropy", "explained_variance", "clip_fraction", "approx_kl")

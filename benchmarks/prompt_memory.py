@@ -31,9 +31,9 @@ def round_of(count: int, model: str, holdout: int) -> dict[str, Any]:
     """Peak memory before and after the first three stages of a round of `count` prompts."""
     from rich.console import Console
 
-    from prefloop.loop import _Loop
     from prefloop.recipe import Recipe
-    from prefloop.rundir import open_run
+    from prefloop.run.loop import _Loop
+    from prefloop.run_folder import open_run
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"

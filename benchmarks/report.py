@@ -30,7 +30,7 @@ from prefloop.records import (
     RoundResult,
     write_jsonl,
 )
-from prefloop.rundir import RunDir, open_run
+from prefloop.run_folder import RunDir, open_run
 
 ROUNDS = 4
 WORDS = 90  # an answer of about 120 tokens

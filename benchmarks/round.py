@@ -34,8 +34,8 @@ def run_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
     """The run as a user would start it, read from the manifests of its stages."""
     from rich.console import Console
 
-    from prefloop.loop import run
     from prefloop.recipe import load_recipe
+    from prefloop.run.loop import run
 
     recipe = Path(job["folder"]) / "round.yaml"
     limit = {"temperature": 0.7, "max_new_tokens": job["new_tokens"]}
@@ -82,10 +82,10 @@ def run_script(job: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from prefloop.generate.templates import PromptSet
+    from prefloop.judges.similarity import Similarity
     from prefloop.memory import keep_freed_memory
-    from prefloop.rank.similarity import Similarity
+    from prefloop.models.sources import quiet, resolve_source
     from prefloop.records import Message, Prompt
-    from prefloop.train.sources import quiet, resolve_source
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 One round's pairs (two different short answers to an embedded prompt) are trained on in this process, then in two
 processes (each with the whole model, or sharded), and the loss of every step is compared; and once more with one
 process killed in the middle, where the error must name it, and the same call must go on to the bytes of the unbroken one.
-Without the stages around it: those are tested in tests/test_launch.py.
+Without the stages around it: those are tested in tests/run/test_launch.py.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Any
 
 from kill_resume import tiny_model
 
-from prefloop.data import DataOptions, read_prompts
+from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.errors import LaunchError
-from prefloop.launch import LaunchOptions, Stage, run_processes
 from prefloop.recipe import Recipe
 from prefloop.records import Pair, write_jsonl
-from prefloop.rundir import RunDir
-from prefloop.session import Session
+from prefloop.run.launch import LaunchOptions, Stage, run_processes
+from prefloop.run.session import Session
+from prefloop.run_folder import RunDir
 
 ACCELERATE = "accelerate launch --num_processes 2 --config_file {}/{}.yaml"
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -107,7 +107,7 @@ def killer(stage: Stage, rank: int, step: int) -> Callable[[], None]:
                 around = (process / "environ").read_text().split("\0")
             except OSError:
                 continue
-            if {"prefloop.worker", str(stage.run)} <= set(words) and f"RANK={rank}" in around:
+            if {"prefloop.run.worker", str(stage.run)} <= set(words) and f"RANK={rank}" in around:
                 os.kill(int(process.name), signal.SIGKILL)
 
     return watch

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from prefloop.memory import keep_freed_memory
+from prefloop.models.policy import ModelOptions, Policy
 from prefloop.train.logprobs import group_logprobs
-from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.packing import TokenGroup, build_tree
 
 _PROMPT = 64

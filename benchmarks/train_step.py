@@ -38,8 +38,8 @@ from ways.steps import (
 )
 
 from prefloop.memory import keep_freed_memory
+from prefloop.models.policy import ModelOptions, Policy
 from prefloop.train.logprobs import group_logprobs
-from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.packing import build_tree, pack
 
 

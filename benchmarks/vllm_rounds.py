@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from prefloop.records import Candidates
-from prefloop.rundir import read_run
+from prefloop.run_folder import read_run
 
 _MEASURES = ("score", "win_rate", "kl", "distinct_2", "mean_length", "stop_rate", "train_loss")
 _SUSPICIOUS = 4.0

@@ -13,12 +13,12 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import prefloop.generate.engines
+import prefloop.judges
 import prefloop.methods
-import prefloop.rank
+from prefloop.config import find, names
 from prefloop.generate.engines import EngineOptions
+from prefloop.judges import Judge
 from prefloop.methods import Method
-from prefloop.plugins import find, names
-from prefloop.rank import Judge
 from prefloop.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipe.md")
@@ -46,7 +46,7 @@ def reference() -> str:
         if section == "method":
             parts += _plugins(prefloop.methods, Method, section)
         elif section == "judge":
-            parts += _plugins(prefloop.rank, Judge, section)
+            parts += _plugins(prefloop.judges, Judge, section)
         elif section == "engine":
             parts += _plugins(prefloop.generate.engines, EngineOptions, section)
         else:

@@ -1,6 +1,6 @@
 """How MkDocs makes a site of this repository: `make docs`.
 
-The pages are written to be read in the repository, where a link such as ../prefloop/loop.py works. Here the files
+The pages are written to be read in the repository, where a link such as ../prefloop/run/loop.py works. Here the files
 outside docs/ that any page links to become pages too: Markdown as it is, code with numbered lines, and a link
 whose text is a function's name goes to its line. The API reference is made from docstrings by mkdocstrings.
 """
@@ -24,7 +24,7 @@ PROJECT = {
 }
 API = {
     "methods": ("Methods", ["prefloop.methods"]),
-    "judges": ("Judges", ["prefloop.rank"]),
+    "judges": ("Judges", ["prefloop.judges"]),
     "losses": ("Losses", ["prefloop.train.losses"]),
     "measures": (
         "Measures and statistics",
@@ -37,7 +37,7 @@ API = {
             "prefloop.evaluate.health",
         ],
     ),
-    "records": ("Records and runs", ["prefloop.records", "prefloop.rundir", "prefloop.errors"]),
+    "records": ("Records and runs", ["prefloop.records", "prefloop.run_folder", "prefloop.errors"]),
     "engines": ("Engines", ["prefloop.generate.engine", "prefloop.generate.engines"]),
 }
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from prefloop.config import nearest
 from prefloop.errors import RecipeError
-from prefloop.plugins import nearest
 from prefloop.yaml_text import shown
 
 M = TypeVar("M", bound=BaseModel)

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import prefloop.judges
 import prefloop.methods
-import prefloop.rank
+from prefloop.config import find
 from prefloop.evaluate import measures
 from prefloop.evaluate.measures import Measure, Subject
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges import EMPTY, Judge, NoVerdict
+from prefloop.judges.python import DECLINED, Python
 from prefloop.methods import Method
-from prefloop.plugins import find
-from prefloop.rank import EMPTY, Judge, NoVerdict
-from prefloop.rank.python import DECLINED, Python
 from prefloop.records import Candidates, Message, Pair, Prompt, Response
 from prefloop.train.losses import GroupLogps
 
@@ -59,7 +59,7 @@ def test_the_function_judges(package: str) -> None:
 
 
 def test_the_judge_scores_and_refuses_empty_answers(package: str) -> None:
-    kind = find(prefloop.rank, f"{package}.mentions", Judge, "judge")
+    kind = find(prefloop.judges, f"{package}.mentions", Judge, "judge")
     opened = kind(shortest=3).open(None, PromptSet("compact"))
     (verdict,) = opened.score([prompt("why grass green")], [["grass is green", "no"]])
     assert not isinstance(verdict, NoVerdict)

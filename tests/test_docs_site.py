@@ -45,7 +45,7 @@ def test_links_lead_to_the_sites_pages_and_code_blocks_are_left_alone(hooks: Mod
     text = (
         "[log](../log.md#one) [`IAL.generate`](../../prefloop/methods/ial.py) [x](https://e.org/a.md) "
         "[me](../../CONTRIBUTING.md#adding-a-judge) [none](../none.md)\n"
-        "```\n[log](../../prefloop/loop.py)\n```\n"
+        "```\n[log](../../prefloop/run/loop.py)\n```\n"
     )
     found = hooks.on_page_markdown(text, page)
     line = hooks.line_of(ROOT / "prefloop/methods/ial.py", "`IAL.generate`")
@@ -53,7 +53,7 @@ def test_links_lead_to_the_sites_pages_and_code_blocks_are_left_alone(hooks: Mod
     assert found == (
         f"[log](../log.md#one) [`IAL.generate`]({source}#__codelineno-0-{line}) [x](https://e.org/a.md) "
         "[me](../project/contributing.md#adding-a-judge) [none](../none.md)\n"
-        "```\n[log](../../prefloop/loop.py)\n```\n"
+        "```\n[log](../../prefloop/run/loop.py)\n```\n"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.chat import Chat
+from prefloop.models.chat import Chat
 from prefloop.records import Message
 from prefloop.train import losses
 from prefloop.train.logprobs import padded_logprobs

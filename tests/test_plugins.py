@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import prefloop.methods
-from prefloop import plugins
+from prefloop import config as plugins
 from prefloop.errors import RecipeError
 from prefloop.methods import Method
 from prefloop.methods.ial import IAL

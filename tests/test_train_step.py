@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from prefloop.train.models import ModelOptions, Policy
+from prefloop.models.policy import ModelOptions, Policy
 from prefloop.train.packing import TokenGroup, build_tree
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_step.py"

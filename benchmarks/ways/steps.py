@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefloop.chat import Chat
+from prefloop.models.chat import Chat
+from prefloop.models.policy import Policy
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.losses import dpo, spacp
-from prefloop.train.models import Policy
 from prefloop.train.packing import TokenGroup
 
 # B rows, T positions, V vocabulary.

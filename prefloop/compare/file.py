@@ -23,20 +23,20 @@ from pydantic import (
     model_validator,
 )
 
+import prefloop.judges
 import prefloop.methods
-import prefloop.rank
-from prefloop.budget import Budget
+from prefloop.config import find, nearest
 from prefloop.errors import RecipeError
+from prefloop.judges import Judge
 from prefloop.methods import Method
-from prefloop.plugins import find, nearest
-from prefloop.rank import Judge
 from prefloop.recipe import Recipe, load_recipe, read_yaml, shipped_recipes
+from prefloop.run.cost import Budget
 from prefloop.validation import build, sentence
 from prefloop.yaml_text import overridden
 
 _PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
     "method": (prefloop.methods, Method),
-    "judge": (prefloop.rank, Judge),
+    "judge": (prefloop.judges, Judge),
 }
 _JUDGED = ("score", "win_rate")
 

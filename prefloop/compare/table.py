@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from prefloop.budget import Spent, spent
 from prefloop.compare.file import Cell, Comparison
 from prefloop.errors import RecipeError
 from prefloop.evaluate.answers import prompt_values
@@ -26,7 +25,8 @@ from prefloop.evaluate.contrasts import (
 from prefloop.evaluate.stats import Estimate
 from prefloop.recipe import load_recipe
 from prefloop.records import Candidates
-from prefloop.rundir import RoundDir, RunDir, differences
+from prefloop.run.cost import Spent, spent
+from prefloop.run_folder import RoundDir, RunDir, differences
 
 LEVEL = 0.05
 # Below this share of common prompts the seeds were measured on different ones.

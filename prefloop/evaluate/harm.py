@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from prefloop.errors import DataError
-from prefloop.evaluate.kept import digest, kept
+from prefloop.evaluate.cache import digest, kept
 from prefloop.evaluate.measures import Item
-from prefloop.evaluate.question_files import id_of, read_rows, text_of
+from prefloop.evaluate.questions import id_of, read_rows, text_of
 from prefloop.evaluate.refusal import RULES, refuses
 from prefloop.evaluate.stats import Estimate, wilson
 from prefloop.records import Message, Prompt, Record
 
 if TYPE_CHECKING:
-    from prefloop.rank import OpenJudge
+    from prefloop.judges import OpenJudge
 
 CHUNK = 64
 """Labelled completions judged at a time."""

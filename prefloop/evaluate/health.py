@@ -7,8 +7,8 @@ from itertools import pairwise
 from operator import ge, le
 from typing import Protocol
 
+from prefloop.data.text_distance import fold_whitespace
 from prefloop.records import Response
-from prefloop.text import fold_whitespace
 
 
 class GuardOptions(Protocol):

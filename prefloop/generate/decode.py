@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefloop.generate.cache_attention import Step
+from prefloop.generate.kv_cache import Slots
 from prefloop.generate.sampler import draw
-from prefloop.generate.slot_attention import Step
-from prefloop.generate.slots import Slots
 from prefloop.records import Sampling
 
 # N tokens of a step, E rows whose next token is drawn, V vocabulary.

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefloop.chat import Chat
 from prefloop.errors import GenerationError
+from prefloop.generate.cache_attention import slot_attention
+from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.decode import STEP_TOKENS, Sampled, Task, decode
 from prefloop.generate.engine import TokenScores
 from prefloop.generate.fallback import generate
-from prefloop.generate.linears import ReorderedLinears, fingerprint
+from prefloop.generate.kv_cache import Slots
 from prefloop.generate.scoring import Wanted, joined, score, scores_of
 from prefloop.generate.servable import why_not, windows_of
-from prefloop.generate.slot_attention import slot_attention
-from prefloop.generate.slots import Slots
 from prefloop.memory import is_out_of_memory
+from prefloop.models.chat import Chat
 from prefloop.progress import Bar
 from prefloop.records import Request, Response, Sampling, Scored
 from prefloop.seeds import derive_seed

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from prefloop.generate.cache_attention import Step
 from prefloop.generate.decode import STEP_TOKENS, WORTH_WAITING, feed
 from prefloop.generate.engine import TokenScores
-from prefloop.generate.slot_attention import Step
-from prefloop.generate.slots import TILE, Slots
+from prefloop.generate.kv_cache import TILE, Slots
 
 # E positions whose logits are computed in a step, V vocabulary.
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefloop.generate.cache_attention import Step, attending, slot_attention
 from prefloop.generate.decode import feed
-from prefloop.generate.slot_attention import Step, attending, slot_attention
-from prefloop.generate.slots import Slots
+from prefloop.generate.kv_cache import Slots
 from prefloop.memory import is_out_of_memory
 
 # E places whose logits are compared, V vocabulary.

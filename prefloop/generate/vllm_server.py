@@ -19,7 +19,7 @@ import httpx2
 from anyio.from_thread import start_blocking_portal
 
 from prefloop.errors import GenerationError
-from prefloop.generate.leash import GRACE, kill
+from prefloop.generate.supervisor import GRACE, kill
 from prefloop.progress import Bar
 
 Body = Mapping[str, Any]
@@ -59,7 +59,14 @@ class Server:
         self._said = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self._leash = subprocess.Popen(
-                [sys.executable, "-m", "prefloop.generate.leash", *command, "--uds", self._socket],
+                [
+                    sys.executable,
+                    "-m",
+                    "prefloop.generate.supervisor",
+                    *command,
+                    "--uds",
+                    self._socket,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

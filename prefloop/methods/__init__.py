@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import Judge, NoVerdict, OpenJudge
+from prefloop.judges import Judge, NoVerdict, OpenJudge
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Request, Response, Sampling
 
 if TYPE_CHECKING:

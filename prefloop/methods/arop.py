@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prefloop.gates import Gates
+from prefloop.data.text_distance import edit_share, fold_whitespace
 from prefloop.generate.infill import infill_flaws
 from prefloop.methods import Actors, Layout, Method, further, unfinished
+from prefloop.methods._gates import Gates
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response
 from prefloop.seeds import derive_seed
-from prefloop.text import edit_share, fold_whitespace
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
@@ -263,7 +263,7 @@ class AROP(Method):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """-log sigma(beta (r(y_w) - r(y_l)) - M) of B pairs."""
-        from prefloop.train import losses  # here, because it brings torch
+        from prefloop.train import losses
 
         r_c, r_r = (logps.ratio(role) for role in self.roles)
         loss_B = losses.arop(r_c, r_r, logps.margin_B, beta=self.beta)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.offline_pairs import OfflinePairs, dpo_loss
+from prefloop.methods._pair_method import OfflinePairs, dpo_loss
 from prefloop.records import Pair
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.offline_pairs import OfflinePairs, pair_metrics
+from prefloop.methods._pair_method import OfflinePairs, pair_metrics
 from prefloop.records import Pair
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class DPOP(OfflinePairs):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """-log sigma(beta (r(y_w) - r(y_l) - gamma max(0, -r(y_w)))) of B pairs."""
-        from prefloop.train import losses  # here, because it brings torch
+        from prefloop.train import losses
 
         r_c, r_r = (logps.ratio(role) for role in self.roles)
         loss_B = losses.dpop(r_c, r_r, beta=self.beta, gamma=self.gamma)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from prefloop.gates import Gates
+from prefloop.data.text_distance import fold_whitespace
 from prefloop.methods import Actors, Layout, Method, Reference, further, pair_of, scored
+from prefloop.methods._gates import Gates
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.seeds import derive_seed
-from prefloop.text import fold_whitespace
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
@@ -150,7 +150,7 @@ class IAL(Method):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """SPACP of B triples."""
-        from prefloop.train import losses  # here, because it brings torch
+        from prefloop.train import losses
 
         r_t, r_c, r_r = (logps.ratio(role) for role in self.roles)
         nll = self.penalty == "nll"

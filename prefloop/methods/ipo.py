@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.offline_pairs import OfflinePairs, pair_metrics
+from prefloop.methods._pair_method import OfflinePairs, pair_metrics
 from prefloop.records import Pair
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class IPO(OfflinePairs):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """(r(y_w)/|y_w| - r(y_l)/|y_l| - 1/(2 beta))^2 of B pairs."""
-        from prefloop.train import losses  # here, because it brings torch
+        from prefloop.train import losses
 
         r_c, r_r = (logps.ratio(role) for role in self.roles)
         length_c, length_r = (logps.lengths[role] for role in self.roles)

@@ -122,7 +122,7 @@ class PPO(Method):
 
     def targets(self, rollout: Rollout, memory: Memory) -> tuple[Targets, Memory]:
         """Advantages and returns of a round's N answers; the memory with its scores and the next KL coefficient."""
-        from prefloop.train import ppo  # here, because it brings torch
+        from prefloop.train import ppo
 
         mask_NT = rollout.mask_NT
         memory = memory.seeing(rollout.scores_N)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.gates import Gates
 from prefloop.methods import Actors, Method, Reference, scored
-from prefloop.offline_pairs import best_over_worst, dpo_loss, drafts
+from prefloop.methods._gates import Gates
+from prefloop.methods._pair_method import best_over_worst, dpo_loss, drafts
 from prefloop.records import Candidates, Pair, Prompt, Reject, Sampling
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class SFT(Method):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """-log pi(y_t|x) / |y_t| of B targets."""
-        from prefloop.train import losses  # here, because it brings torch
+        from prefloop.train import losses
 
         loss_B = losses.sft(logps.policy["target"], logps.lengths["target"])
         return losses.LossOutput(loss_B, {"target_logprob": -loss_B.detach()})

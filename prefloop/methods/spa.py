@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from prefloop.judges import NoVerdict
+from prefloop.judges.implicit import Implicit
 from prefloop.methods import Actors, Generator, Reference, scored, unranked
-from prefloop.offline_pairs import OfflinePairs, drafts, pair_metrics
-from prefloop.rank import NoVerdict
-from prefloop.rank.implicit import Implicit
+from prefloop.methods._pair_method import OfflinePairs, drafts, pair_metrics
 from prefloop.records import Candidates, Pair, Prompt, Reject, as_tuple
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class SPA(OfflinePairs):
         """(1 - alpha) DPO + alpha DPO with the pair the other way round, of B pairs."""
         import torch
 
-        from prefloop.train import losses  # here, because both bring torch
+        from prefloop.train import losses
 
         r_c, r_r = (logps.ratio(role) for role in self.roles)
         smoothing_B = torch.zeros_like(r_c) if logps.smoothing_B is None else logps.smoothing_B

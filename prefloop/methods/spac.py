@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from prefloop.methods import Actors, Generator, Reference
-from prefloop.offline_pairs import OfflinePairs, pair_metrics
+from prefloop.methods._pair_method import OfflinePairs, pair_metrics
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request
 from prefloop.seeds import derive_seed
 
@@ -102,7 +102,7 @@ class SPAC(OfflinePairs):
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """SPAC of B triples."""
-        from prefloop.train import losses  # here, because it brings torch
+        from prefloop.train import losses
 
         r_s, r_c, r_r = (logps.ratio(role) for role in self.roles)
         objective = losses.spac_linear if self.objective == "linear" else losses.spac_smoothed

@@ -13,19 +13,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from prefloop.gates import Gates
 from prefloop.methods import Actors, Method, Reference, pair_of
-from prefloop.offline_pairs import dpo_loss
-from prefloop.records import (
-    Candidates,
-    Pair,
-    Prompt,
-    Reject,
-    Request,
-    Response,
-    Sampling,
-    as_tuple,
-)
+from prefloop.methods._gates import Gates
+from prefloop.methods._pair_method import dpo_loss
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling, as_tuple
 from prefloop.seeds import derive_seed
 
 if TYPE_CHECKING:

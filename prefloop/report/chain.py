@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from prefloop.records import Candidates, Message, Pair, PairRatios, Reject, Response
-from prefloop.rundir import RoundDir, RunDir
+from prefloop.run_folder import RoundDir, RunDir
 
 Kind = Literal["pair", "reject", "held-out"]
 

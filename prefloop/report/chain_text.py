@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from prefloop.data.text_distance import Kind, Span, spans
 from prefloop.report.chain import Chain, Step
 from prefloop.report.console import printable, show_text
-from prefloop.report.diff import coloured, marked
-from prefloop.text import Kind, Span, spans
+from prefloop.report.formats import coloured, marked
 
 _TOKENS = 6
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefloop.data.text_distance import Span, spans
 from prefloop.records import Pair, RoundResult
-from prefloop.report.diff import coloured, marked
+from prefloop.report.formats import coloured, marked
 from prefloop.report.visible import visible
-from prefloop.text import Span, spans
 
 # Most telling first. A key that only begins with one of these ("win_rate_low") follows it.
 MEASURES = (

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from prefloop.report.plain_table import show_table
 from prefloop.report.typeset import latex_text, markdown_table
-from prefloop.rundir import write_atomically
+from prefloop.run_folder import write_atomically
 
 Report = Mapping[str, Any]
 _ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}

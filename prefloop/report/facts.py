@@ -23,7 +23,7 @@ from prefloop.records import (
     read_jsonl,
 )
 from prefloop.report.chain import Chain, held_out_chains, round_chains
-from prefloop.rundir import RoundDir, RunDir, read_run
+from prefloop.run_folder import RoundDir, RunDir, read_run
 
 LOGRATIOS = "logratios.jsonl"
 # Stages as people think of them, by the names of their manifests.

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from prefloop.curves import SHARE, steps_to_share, win_rate_curve
 from prefloop.errors import RunFolderError
+from prefloop.evaluate.curves import SHARE, steps_to_share, win_rate_curve
 from prefloop.records import CurvePoint, Pair, RoundResult
 from prefloop.report.chain import Chain, round_chains
 from prefloop.report.chain_text import show_chain
 from prefloop.report.console import MEASURES, show_pair, show_rounds
 from prefloop.report.facts import read_ratios
 from prefloop.report.plain_table import show_table
-from prefloop.rundir import RunDir, read_run
+from prefloop.run_folder import RunDir, read_run
 
 if TYPE_CHECKING:
-    from prefloop.loop import Outcome
+    from prefloop.run.loop import Outcome
 
 _SHOWN_PAIRS = 3
 _SHOWN_POINTS = 12

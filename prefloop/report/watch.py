@@ -16,7 +16,7 @@ from rich.text import Text
 
 from prefloop.report.console import duration, glance, printable, round_name, show_rounds, stage_line
 from prefloop.report.facts import read_recipe
-from prefloop.rundir import RoundDir, RunDir, read_run
+from prefloop.run_folder import RoundDir, RunDir, read_run
 
 _SECONDS = 1.0
 _NO_COUNTS = ("time", "event", "round", "stage", "seconds")

@@ -7,8 +7,8 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from prefloop.chat import Chat
 from prefloop.errors import TrainingError
+from prefloop.models.chat import Chat
 from prefloop.records import Pair
 from prefloop.seeds import derive_seed
 from prefloop.train.packing import TokenGroup, build_tree

@@ -176,7 +176,7 @@ def lay_out(
 ) -> Replicated:
     """Lay the model out as the launcher's environment says. Raises TrainingError for what is not supported."""
     if _asked("ACCELERATE_USE_DEEPSPEED"):
-        from prefloop.train.zero3 import Zero3
+        from prefloop.train.sharded import Zero3
 
         return Zero3(model, ranks, make_optimizer)
     if is_sharded():

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.memory import instead_of_running_out
+from prefloop.models.policy import Policy
 from prefloop.progress import Bar
 from prefloop.seeds import derive_seed
 from prefloop.train import checkpoint
@@ -32,7 +33,6 @@ from prefloop.train.alarms import demand_finite, demand_known_start
 from prefloop.train.batches import Example, Pass, learning_rate, plan, schedule
 from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.losses import GroupLogps, LossOutput
-from prefloop.train.models import Policy
 from prefloop.train.placement import lay_out
 from prefloop.train.ppo import TokenMethod
 from prefloop.train.ranks import Ranks

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare.test_compare_share import base, what_counts
+from tests.compare.test_compare_reuse import base, what_counts
 
 
 def command(folder: Path, out: str) -> list[str]:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from prefloop.budget import Budget, spent
 from prefloop.cli import app
 from prefloop.compare.file import Cell, Comparison, cells
 from prefloop.compare.table import tabulate
 from prefloop.records import Candidates, Message, Prompt, Response, RoundResult, write_jsonl
-from prefloop.rundir import RunDir, open_run
+from prefloop.run.cost import Budget, spent
+from prefloop.run_folder import RunDir, open_run
 
 BASE: dict[str, Any] = {
     "model": {"source": "some/model"},

@@ -8,7 +8,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from prefloop.train.placement import is_sharded
-from prefloop.train.zero3 import _config
+from prefloop.train.sharded import _config
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 KINDS = {

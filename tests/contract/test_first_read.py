@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 import prefloop.methods
-from prefloop import plugins
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop import config as plugins
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges.similarity import Similarity
 from prefloop.methods import Actors, Method
-from prefloop.rank.similarity import Similarity
 from prefloop.records import Candidates
 from tests.conftest import labelled_prompts
 

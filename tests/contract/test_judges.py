@@ -1,17 +1,17 @@
-"""What every judge owes the methods. A new file in prefloop/rank is tested here without a line added."""
+"""What every judge owes the methods. A new file in prefloop/judges is tested here without a line added."""
 
 import math
 
 import pytest
 
-import prefloop.rank
-from prefloop import plugins
-from prefloop.generate.fake_engine import FakeEngine
+import prefloop.judges
+from prefloop import config as plugins
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
-from prefloop.rank import Judge, NoVerdict
+from prefloop.judges import Judge, NoVerdict
 from prefloop.records import Message, Prompt
 
-JUDGES = plugins.names(prefloop.rank)
+JUDGES = plugins.names(prefloop.judges)
 PROMPTS = [
     Prompt(
         id=f"p{n}",
@@ -31,7 +31,7 @@ every_judge = pytest.mark.parametrize("name", JUDGES)
 
 
 def kind(name: str) -> type[Judge]:
-    return plugins.find(prefloop.rank, name, Judge, "judge")
+    return plugins.find(prefloop.judges, name, Judge, "judge")
 
 
 def lengths(prompt: Prompt, responses: list[str]) -> list[int]:

@@ -16,10 +16,10 @@ import pytest
 
 from prefloop.errors import PrefloopError
 from prefloop.evaluate.measures import Measure, Outcome, Subject
-from prefloop.evaluation_measures import SUITES, find_measure, measure_names
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.evaluate.suites import SUITES, find_measure, measure_names
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
-from prefloop.rank import Verdict
+from prefloop.judges import Verdict
 from prefloop.records import Prompt
 from tests.conftest import tiny_llama
 

@@ -8,24 +8,16 @@ import pytest
 import torch
 
 import prefloop.methods
-from prefloop import plugins
-from prefloop.chat import Chat
+from prefloop import config as plugins
 from prefloop.generate.engine import Engine
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges.similarity import Similarity
 from prefloop.methods import Actors, Method
-from prefloop.rank.similarity import Similarity
+from prefloop.models.chat import Chat
 from prefloop.recipe import Recipe
-from prefloop.records import (
-    Candidates,
-    Pair,
-    Prompt,
-    Reject,
-    Request,
-    Response,
-    Sampling,
-)
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.train.batches import encode_pairs
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput

@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 import prefloop.methods
 from prefloop.cli import app
+from prefloop.config import find, names
 from prefloop.errors import RecipeError
-from prefloop.loop import run
 from prefloop.methods import Method
-from prefloop.plugins import find, names
 from prefloop.recipe import load_recipe
-from prefloop.recipe_schema import json_schema
+from prefloop.recipe.schema import json_schema
 from prefloop.records import Pair
-from prefloop.rundir import read_run
+from prefloop.run.loop import run
+from prefloop.run_folder import read_run
 
 LONGER = '''"""Longer answers over shorter ones.
 

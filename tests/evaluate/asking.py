@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.evaluate.measures import Subject
-from prefloop.generate.fake_engine import FakeEngine
-from prefloop.rank import NoVerdict, OpenJudge, Verdict
+from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.judges import NoVerdict, OpenJudge, Verdict
 from prefloop.records import Prompt, Request
 
 

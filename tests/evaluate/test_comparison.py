@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefloop.evaluate.comparison import differences, sign_flip
 from prefloop.evaluate.measures import Item
+from prefloop.evaluate.significance import differences, sign_flip
 
 
 def items(values: dict[str, float], *, cluster: str = "", group: str = "") -> list[Item]:
@@ -61,7 +61,7 @@ def test_drawn_patterns_agree_with_all_of_them(monkeypatch: pytest.MonkeyPatch) 
     values = np.random.default_rng(0).normal(0.6, 1.0, size=12).tolist()
     names = [str(n) for n in range(12)]
     exact = sign_flip(values, names, seed=0)
-    monkeypatch.setattr("prefloop.evaluate.comparison._EXACT", 0)
+    monkeypatch.setattr("prefloop.evaluate.significance._EXACT", 0)
     assert sign_flip(values, names, seed=0) == pytest.approx(exact, abs=0.012)
 
 

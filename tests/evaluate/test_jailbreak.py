@@ -9,7 +9,7 @@ import pytest
 
 from prefloop.errors import DataError, JudgeError, PrefloopError
 from prefloop.evaluate.measures.jailbreak import Jailbreak
-from prefloop.rank import NoVerdict
+from prefloop.judges import NoVerdict
 from prefloop.records import Request
 from tests.evaluate.asking import KilledAt, ListJudge, subject, write_rows
 

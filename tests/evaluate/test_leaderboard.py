@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from prefloop.errors import DataError, ModelError, RunFolderError
+from prefloop.evaluate.cache import kept
 from prefloop.evaluate.increments import increments, rounds_table
-from prefloop.evaluate.kept import kept
 from prefloop.evaluate.measures import Item, Outcome, Subject
 from prefloop.evaluate.measures import leaderboard as module
 from prefloop.evaluate.measures.leaderboard import (
@@ -23,7 +23,7 @@ from prefloop.evaluate.measures.leaderboard import (
     estimates_of,
     load_tasks,
 )
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from tests.conftest import tiny_llama
 
@@ -148,7 +148,7 @@ def test_mmlu_is_the_mean_of_its_subjects_and_the_mean_that_of_the_six(outcome: 
 def test_a_killed_evaluation_goes_on_where_it_was(
     engine: HFEngine, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prefloop.evaluate import harness
+    from prefloop.evaluate import lm_eval_model as harness
 
     monkeypatch.setattr(harness, "_SCORED_AT_A_TIME", 7)
     monkeypatch.setattr(engine.model.config, "max_position_embeddings", 500)  # some are cut
@@ -255,7 +255,7 @@ def test_too_few_examples_are_an_error_of_the_data(
 
 
 def test_a_choice_without_any_probability_is_kept_as_that(tmp_path: Path) -> None:
-    from prefloop.evaluate.harness import _Likelihood
+    from prefloop.evaluate.lm_eval_model import _Likelihood
 
     never = _Likelihood(logprob=-math.inf, greedy=False)
     assert kept(tmp_path, [0], _Likelihood, lambda part, number: [never], chunk=1) == [never]

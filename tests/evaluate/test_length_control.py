@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefloop.evaluate.length_control import length_controlled
+from prefloop.evaluate.win_rates import length_controlled
 
 
 def simulated(

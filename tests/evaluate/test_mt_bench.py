@@ -10,8 +10,8 @@ import pytest
 
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.measures.mt_bench import MtBench
-from prefloop.generate.fake_engine import FakeEngine
-from prefloop.rank import NoVerdict
+from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.judges import NoVerdict
 from prefloop.records import Request, Response, Sampling
 from tests.evaluate.asking import KilledAt, ListJudge, subject, write_rows
 

@@ -25,8 +25,8 @@ from transformers import (
 from prefloop.generate import decode as decode_loop
 from prefloop.generate import hf_engine, servable
 from prefloop.generate.hf_engine import HFEngine
+from prefloop.models.sources import quiet, resolve_source
 from prefloop.records import Message, Request, Sampling
-from prefloop.train.sources import quiet, resolve_source
 from tests.conftest import tiny_llama
 
 GREEDY = Sampling(temperature=0, max_new_tokens=14)

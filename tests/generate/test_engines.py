@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import prefloop.generate.engines
-from prefloop.chat import Chat
+from prefloop.config import find, names
 from prefloop.errors import ApiError, RecipeError
 from prefloop.generate.engines import EngineOptions, Setting, Weights
 from prefloop.generate.engines.openai import OpenAI
-from prefloop.plugins import find, names
+from prefloop.models.chat import Chat
 from prefloop.recipe import Recipe
 from prefloop.records import Message, Request, Sampling
 from tests.fake_chat_server import completion, serve

@@ -18,13 +18,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from prefloop.chat import Chat
 from prefloop.errors import GenerationError
 from prefloop.generate.engines import Setting, Weights
+from prefloop.generate.engines._vllm_engine import VLLMEngine
 from prefloop.generate.engines.vllm import VLLM
-from prefloop.generate.probe import probe
-from prefloop.generate.vllm_engine import VLLMEngine
 from prefloop.generate.vllm_server import _answer
+from prefloop.generate.weight_check import probe
+from prefloop.models.chat import Chat
 from prefloop.records import Message, Request, Sampling, Scored
 from tests.stand_in.vllm.entrypoints.cli.main import fingerprint, logprobs
 

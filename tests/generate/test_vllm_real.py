@@ -11,13 +11,13 @@ import torch
 
 from prefloop.errors import GenerationError
 from prefloop.generate.engines import Setting, Weights
+from prefloop.generate.engines._vllm_engine import VLLMEngine
 from prefloop.generate.engines.vllm import VLLM
 from prefloop.generate.hf_engine import HFEngine
-from prefloop.generate.probe import mismatch, probe
-from prefloop.generate.vllm_engine import VLLMEngine
+from prefloop.generate.weight_check import mismatch, probe
+from prefloop.models.policy import ModelOptions, Policy
+from prefloop.models.sources import local_folder, resolve_source
 from prefloop.records import Message, Request, Sampling
-from prefloop.train.models import ModelOptions, Policy
-from prefloop.train.sources import local_folder, resolve_source
 
 PYTHON = os.environ.get("PREFLOOP_VLLM_PYTHON")
 pytestmark = [

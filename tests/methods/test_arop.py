@@ -8,10 +8,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prefloop.gates import Gates
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
+from prefloop.methods._gates import Gates
 from prefloop.methods.arop import AROP, Margin
 from prefloop.records import (
     Candidates,

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.gates import Gates
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges import NoVerdict, Verdict
 from prefloop.methods import Actors
+from prefloop.methods._gates import Gates
 from prefloop.methods.ial import IAL
-from prefloop.rank import NoVerdict, Verdict
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Request, Response, Sampling
 from prefloop.train import losses
 from prefloop.train.losses import GroupLogps

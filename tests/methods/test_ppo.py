@@ -7,11 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from prefloop.errors import RecipeError
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges import NoVerdict
 from prefloop.methods import Actors
 from prefloop.methods.ppo import PPO
-from prefloop.rank import NoVerdict
 from prefloop.recipe import Recipe
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Response
 from prefloop.train import ppo

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from prefloop.loop import run
 from prefloop.recipe import Recipe
+from prefloop.run.loop import run
 from prefloop.train.ppo_trainer import CRITIC
 from prefloop.train.trainer import Trainer
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges.self_judge import SelfJudge, expected_rating
 from prefloop.methods import Actors
 from prefloop.methods.dpo import DPO
 from prefloop.methods.self_rewarding import SelfRewarding
-from prefloop.rank.self_judge import SelfJudge, expected_rating
 from prefloop.records import Candidates, Message, Pair, Prompt, Request
 from prefloop.seeds import derive_seed
 from prefloop.train.losses import GroupLogps

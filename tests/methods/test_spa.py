@@ -9,15 +9,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prefloop.chat import Chat
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges import Judge, NoVerdict, OpenJudge, Verdict
+from prefloop.judges.implicit import Implicit
 from prefloop.methods import Actors
 from prefloop.methods.dpo import DPO
 from prefloop.methods.spa import SPA, confidence, least
-from prefloop.rank import Judge, NoVerdict, OpenJudge, Verdict
-from prefloop.rank.implicit import Implicit
+from prefloop.models.chat import Chat
 from prefloop.records import Candidates, Pair, Prompt, Reject, Response
 from prefloop.train.losses import GroupLogps
 from tests.conftest import labelled_prompts, tiny_llama

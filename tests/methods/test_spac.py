@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 from prefloop.generate.templates import PromptSet
+from prefloop.judges import Verdict
 from prefloop.methods import Actors
 from prefloop.methods.spac import SPAC
-from prefloop.rank import Verdict
 from prefloop.records import Candidates, Pair, Prompt, Reject
 from prefloop.train.losses import GroupLogps
 from tests.conftest import labelled_prompts

@@ -20,7 +20,7 @@ from prefloop.records import (
     TokenLogps,
     write_jsonl,
 )
-from prefloop.rundir import RoundDir, RunDir, open_run
+from prefloop.run_folder import RoundDir, RunDir, open_run
 
 RECIPE = """\
 name: made

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefloop.records import Candidates, Message, Pair, Prompt, Response, write_jsonl
 from prefloop.report.chain import held_out_chains, pair_chain, round_chains
-from prefloop.rundir import open_run, read_run
+from prefloop.run_folder import open_run, read_run
 from tests.report.conftest import group, make_run, plain_text, write_round
 
 

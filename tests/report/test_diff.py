@@ -1,7 +1,7 @@
 """Marks and colours of a difference."""
 
-from prefloop.report.diff import coloured, marked
-from prefloop.text import spans
+from prefloop.data.text_distance import spans
+from prefloop.report.formats import coloured, marked
 
 FOUND = spans("it is [bold]red[/bold] here", "it was green here")
 

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from prefloop.errors import RunFolderError
-from prefloop.loop import Outcome
 from prefloop.records import Message, Pair, RoundResult, write_jsonl
 from prefloop.report.summary import show_outcome, show_run
-from prefloop.rundir import open_run
+from prefloop.run.loop import Outcome
+from prefloop.run_folder import open_run
 
 
 def pair(name: str, number: int, chosen: str = "a better answer") -> Pair:

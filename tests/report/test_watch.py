@@ -11,7 +11,7 @@ from rich.console import Console
 from prefloop.errors import RunFolderError
 from prefloop.report import watch
 from prefloop.report.watch import _Now, is_running, watch_run
-from prefloop.rundir import Journal, open_run, read_run
+from prefloop.run_folder import Journal, open_run, read_run
 from tests.report.conftest import RECIPE, make_run, plain_text, write_round
 
 

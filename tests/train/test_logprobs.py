@@ -15,14 +15,15 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefloop.errors import ModelError
-from prefloop.train import logprobs, lora_linear
+from prefloop.models import lora_linear
+from prefloop.models.policy import ModelOptions, Policy
+from prefloop.train import logprobs
 from prefloop.train.logprobs import (
     group_logprobs,
     packed_logprobs,
     padded_logprobs,
     supports_packing,
 )
-from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.packing import TokenGroup, pack
 
 VOCABULARY = 61

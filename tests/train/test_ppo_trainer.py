@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefloop.chat import Chat
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.methods.ppo import PPO
+from prefloop.models.chat import Chat
+from prefloop.models.policy import ModelOptions, Policy
 from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import losses
@@ -23,7 +24,6 @@ from prefloop.train.alarms import demand_known_start
 from prefloop.train.batches import encode_pairs
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import LossOutput
-from prefloop.train.models import ModelOptions, Policy
 from prefloop.train.ppo import TokenLogps
 from prefloop.train.ppo_trainer import CRITIC, ROLLOUT, PPOTrainer, ValueHead
 from prefloop.train.trainer import Job

@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefloop.chat import Chat
 from prefloop.errors import TrainingError
+from prefloop.models.chat import Chat
+from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import logprobs, losses
 from prefloop.train.batches import Example, encode_pairs, plan, shares
 from prefloop.train.losses import GroupLogps, LossOutput
-from prefloop.train.models import LoraOptions, ModelOptions, Policy
 from prefloop.train.packing import TokenGroup, pack
 from prefloop.train.placement import is_sharded
 from prefloop.train.trainer import Job, Trainer, read_metrics

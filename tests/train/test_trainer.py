@@ -13,15 +13,15 @@ import torch
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file, save_file
 
-from prefloop.chat import Chat
 from prefloop.errors import RunFolderError, TrainingError
+from prefloop.models.chat import Chat
+from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import losses
 from prefloop.train.batches import encode_pairs, schedule
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
-from prefloop.train.models import LoraOptions, ModelOptions, Policy
 from prefloop.train.trainer import Job, Trainer, learning_rate, read_metrics
 
 ROLES = ("chosen", "rejected")

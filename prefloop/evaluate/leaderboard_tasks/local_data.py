@@ -13,8 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from prefloop.data.rows import READERS, Located
 from prefloop.errors import DataError
-from prefloop.rows import READERS, Located
 
 Row = dict[str, Any]
 

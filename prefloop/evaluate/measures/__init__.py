@@ -14,7 +14,7 @@ from prefloop.records import Record
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
-    from prefloop.rank import OpenJudge
+    from prefloop.judges import OpenJudge
 
 Better = Literal["higher", "lower", "neither"]
 Suite = Literal["quick", "safety", "leaderboard"]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from prefloop.evaluate.kept import answers_of, digest, held_out_prompts, kept
+from prefloop.evaluate.cache import answers_of, digest, held_out_prompts, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import bootstrap_mean, ratio
 from prefloop.records import Prompt, Request, Response, Sampling

@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic import Field
 
+from prefloop.data.rows import Located
 from prefloop.errors import DataError
-from prefloop.evaluate.instruction_rules import InstructionRules, demand_packages
-from prefloop.evaluate.kept import digest, kept
+from prefloop.evaluate.cache import digest, kept
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
-from prefloop.evaluate.question_files import drawn, id_of, read_questions, text_of
+from prefloop.evaluate.measures._instruction_rules import InstructionRules, demand_packages
+from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 from prefloop.records import Message, Record, Request, Sampling
-from prefloop.rows import Located
 from prefloop.seeds import derive_seed
 
 MODES = ("strict", "loose")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.attacks import PLAIN, Attack, from_ready, from_templates, read_goals
+from prefloop.evaluate.cache import digest, kept
 from prefloop.evaluate.crossed import crossed_share
 from prefloop.evaluate.harm import (
     HarmJudge,
@@ -20,9 +20,9 @@ from prefloop.evaluate.harm import (
     judge_error,
     read_labelled,
 )
-from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.question_files import drawn
+from prefloop.evaluate.questions import drawn
+from prefloop.evaluate.safety import PLAIN, Attack, from_ready, from_templates, read_goals
 from prefloop.evaluate.stats import Estimate, wilson
 from prefloop.records import Message, Request, Response, Sampling
 from prefloop.seeds import derive_seed

@@ -103,7 +103,7 @@ class Leaderboard(Measure):
         self.check()
         if lack := self.lacks(subject):
             raise ModelError(lack)
-        from prefloop.evaluate.harness import PolicyLM
+        from prefloop.evaluate.lm_eval_model import PolicyLM
 
         engine = cast("TokenEngine", subject.engine)
         lm = PolicyLM(engine, subject.model, subject.tokenizer, subject.folder, subject.seed)

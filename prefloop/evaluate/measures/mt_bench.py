@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from prefloop.data.rows import Located
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.kept import chunks_of, digest, kept_chunks
+from prefloop.evaluate.cache import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
-from prefloop.evaluate.question_files import drawn, id_of, read_questions, text_of
+from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, bootstrap_mean
 from prefloop.records import Message, Prompt, Record, Request, Response, Sampling
-from prefloop.rows import Located
 from prefloop.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from prefloop.rank import OpenJudge
+    from prefloop.judges import OpenJudge
 
 TEMPERATURES: Mapping[str, float] = {
     "writing": 0.7,

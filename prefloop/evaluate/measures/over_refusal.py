@@ -8,15 +8,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from prefloop.data.rows import Located
 from prefloop.errors import DataError
+from prefloop.evaluate.cache import digest, kept
 from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
-from prefloop.evaluate.kept import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.question_files import drawn, id_of, read_questions, text_of
+from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.refusal import RULES, refuses
 from prefloop.evaluate.stats import wilson
 from prefloop.records import Message, Record, Request, Response, Sampling
-from prefloop.rows import Located
 from prefloop.seeds import derive_seed
 
 SAFE, UNSAFE = "safe", "unsafe"
@@ -33,7 +33,7 @@ class _Question(Record):
 class OverRefusal(Measure):
     """The share of safe prompts that are refused, and of unsafe contrasts: refusing everything does not win.
 
-    XSTest (Röttger et al. 2024, arXiv:2308.01263), with refusals told by rules (prefloop/evaluate/refusal.py).
+    XSTest (Röttger et al. 2024, arXiv:2308.01263), with refusals told by rules (prefloop/evaluate/safety.py).
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("safety",)

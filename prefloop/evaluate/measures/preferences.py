@@ -7,13 +7,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from prefloop.data.preferences import Preference, read_preferences
 from prefloop.errors import DataError
-from prefloop.evaluate.kept import digest, kept
+from prefloop.evaluate.cache import digest, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.question_files import drawn
+from prefloop.evaluate.questions import drawn
 from prefloop.evaluate.stats import clustered_mean
 from prefloop.evaluate.winrate import points
-from prefloop.preferences import Preference, read_preferences
 from prefloop.records import Request
 
 

@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from prefloop.data import DataOptions, read_prompts
+from prefloop.data.prompts import DataOptions, read_prompts
+from prefloop.data.rows import READERS
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.kept import answers_of, digest, held_out_prompts, kept
-from prefloop.evaluate.length_control import length_controlled
+from prefloop.evaluate.cache import answers_of, digest, held_out_prompts, kept
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
+from prefloop.evaluate.win_rates import length_controlled
 from prefloop.evaluate.winrate import points
 from prefloop.records import Prompt, Record, Sampling
-from prefloop.rows import READERS
 
 START, TARGETS = "start", "targets"
 
@@ -140,7 +140,7 @@ class WinRate(Measure):
         if self.opponent == START:
             assert subject.initial is not None
             return self._drawn(subject.initial, prompts, subject, subject.folder / "opponent")
-        from prefloop.causal_lm import open_engine
+        from prefloop.generate.causal_lm import open_engine
 
         engine = open_engine(self.opponent)
         return self._drawn(engine, prompts, subject, subject.folder / "opponent")

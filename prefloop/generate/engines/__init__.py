@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from prefloop.generate.engine import Engine
 
 if TYPE_CHECKING:
-    from prefloop.chat import Chat
+    from prefloop.models.chat import Chat
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prefloop.generate.engines import EngineOptions, Probe, Setting, Weights
-from prefloop.generate.fake_engine import FakeEngine
+from prefloop.generate.engines._fake_engine import FakeEngine
 
 
 class Fake(EngineOptions):

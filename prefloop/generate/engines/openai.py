@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
-from prefloop.chat_api import Ask, ChatServer, Refused, Reply, ServerOptions
 from prefloop.errors import ApiError, RecipeError
+from prefloop.generate.api_client import Ask, ChatServer, Refused, Reply, ServerOptions
 from prefloop.generate.engines import EngineOptions, Probe, Setting, Weights
 from prefloop.progress import Bar
 from prefloop.records import Request, Response, Sampling, Scored

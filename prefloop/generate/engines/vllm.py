@@ -14,7 +14,7 @@ from prefloop.errors import RecipeError
 from prefloop.generate.engines import EngineOptions, Setting
 
 if TYPE_CHECKING:
-    from prefloop.generate.vllm_engine import VLLMEngine
+    from prefloop.generate.engines._vllm_engine import VLLMEngine
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for (`--max-lora-rank`)."""
@@ -78,7 +78,7 @@ class VLLM(EngineOptions):
 
     def open(self, setting: Setting) -> VLLMEngine:
         """Starts nothing yet: which weights to serve is told later."""
-        from prefloop.generate.vllm_engine import VLLMEngine
+        from prefloop.generate.engines._vllm_engine import VLLMEngine
 
         return VLLMEngine(self, setting)
 

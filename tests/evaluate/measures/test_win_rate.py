@@ -12,8 +12,8 @@ import pytest
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.measures import Subject
 from prefloop.evaluate.measures.win_rate import WinRate
-from prefloop.generate.fake_engine import FakeEngine
-from prefloop.rank import NoVerdict, Verdict
+from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.judges import NoVerdict, Verdict
 from prefloop.records import Prompt, Request
 
 PROMPTS = [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(8)]

@@ -1,0 +1,331 @@
+"""The command line: verbs only, each a few lines; what is heavy is imported inside its verb."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from prefloop import __version__
+from prefloop.cli.annotate import annotate
+from prefloop.cli.compare import compare
+from prefloop.cli.evaluate import evaluate
+from prefloop.cli.judge import judge_app, reward_app
+from prefloop.cli.report import RunArgument, report, show, watch
+from prefloop.errors import DataError, PrefloopError
+
+_TERMINATED = 128 + signal.SIGTERM
+_REMEDIES = {
+    errno.ENOENT: "correct the path",
+    errno.ENOTDIR: "correct the path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "shorten it",
+    errno.EACCES: "choose a place that you may read and write",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOSPC: "free some space",
+}
+
+app = typer.Typer(
+    help="Closed-loop self-alignment of language models, from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+app.command("evaluate")(evaluate)
+app.command()(annotate)
+app.add_typer(judge_app, name="judge")
+app.add_typer(reward_app, name="reward")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.lr=5e-7; repeatable."),
+]
+
+
+class Kind(StrEnum):
+    """What `ls` can list."""
+
+    methods = "methods"
+    judges = "judges"
+    engines = "engines"
+    measures = "measures"
+    recipes = "recipes"
+    reward_recipes = "reward-recipes"
+    models = "models"
+
+
+class Format(StrEnum):
+    """What `export` can write."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0 for success, 1 where a cell of a comparison failed, 2 for an error that is the user's to mend, 130 for Ctrl-C, 143 for SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(prog_name="prefloop")
+    except SystemExit as end:
+        if end.code in (130, _TERMINATED):
+            _complain("interrupted; the same command goes on where it stopped")
+        raise
+    except PrefloopError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0, "mend that, then try again")
+        _complain(f"{where}{error.strerror or error}; {remedy}")
+        sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(_TERMINATED)
+
+
+def _complain(sentence: str) -> None:
+    """One line on stderr, whatever a library's message or a file's text brought into it."""
+    line = " ".join(sentence.split())
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    typer.echo(f"prefloop: {shown}", err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prefloop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Closed-loop self-alignment of language models, from one recipe."""
+
+
+# Runs.
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder.  [default: runs/NAME]")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="No lines by stage; one JSON object at the end.")
+    ] = False,
+) -> None:
+    """Play a recipe's closed loop; the same command goes on with a run that was stopped."""
+    from rich.console import Console
+
+    from prefloop.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    for note in loaded.check():
+        typer.echo(f"note: {note}", err=True)
+    from prefloop.report.html import write_report
+    from prefloop.report.summary import outcome_json, show_outcome
+    from prefloop.run.loop import run as play
+
+    _log_to_stderr()
+    console = Console(highlight=False, quiet=as_json)
+    outcome = play(loaded, out or Path("runs") / loaded.name, console)
+    write_report([outcome.folder], outcome.folder / "report.html")
+    if as_json:
+        typer.echo(outcome_json(outcome))
+    else:
+        show_outcome(outcome, console)
+
+
+app.command()(compare)
+app.command()(show)
+app.command()(watch)
+app.command()(report)
+
+
+@app.command()
+def export(
+    run_folder: RunArgument,
+    out: Annotated[Path, typer.Argument(help="A file, or a folder for pairs.FORMAT.")],
+    kind: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.jsonl,
+    rounds: Annotated[
+        list[int] | None, typer.Option("--round", min=0, help="Only this round; repeatable.")
+    ] = None,
+) -> None:
+    """Write a run's pairs in TRL's conversational preference format."""
+    from prefloop.data.export import export_pairs
+    from prefloop.run_folder import read_run
+
+    pairs = [pair for _, found in read_run(run_folder).pairs(rounds) for pair in found]
+    # TRL ends every answer's turn, which an answer that was cut off never did.
+    finished = [pair for pair in pairs if not pair.unfinished]
+    if pairs and not finished:
+        raise DataError(
+            f"every pair of {run_folder} has a cut-off answer; begin a run with a higher "
+            "method.sampling.max_new_tokens"
+        )
+    done = export_pairs(finished, out, kind.value)
+    left_out = len(pairs) - len(finished)
+    typer.echo(
+        f"{done.pairs} pairs in {done.path}"
+        + (f"; {left_out} cut-off ones left out" * bool(left_out))
+    )
+
+
+@app.command()
+def merge(
+    run_folder: RunArgument,
+    out: Annotated[Path, typer.Argument(help="The model's folder; must not exist.")],
+) -> None:
+    """Write a run's policy as one plain model, its adapter merged in."""
+    from prefloop.run.merge import merge_policy
+
+    typer.echo(f"merged model in {merge_policy(run_folder, out)}")
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+
+
+# Recipes.
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    dump: Annotated[
+        bool, typer.Option("--dump", help="Print the recipe with every value.")
+    ] = False,
+) -> None:
+    """Look for what would stop a run, without loading a model."""
+    from prefloop.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    notes = loaded.check()
+    if dump:
+        typer.echo(loaded.dump(), nl=False)
+    for note in notes:
+        typer.echo(f"note: {note}", err=dump)
+    if not dump:
+        typer.echo(f"{loaded.name}: ok")
+
+
+@app.command("ls")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, name to line.")] = False,
+) -> None:
+    """List methods, judges, engines, measures, recipes, reward recipes or embedded models, with a line on each."""
+    listing = {
+        Kind.methods: _methods,
+        Kind.judges: _judges,
+        Kind.engines: _engines,
+        Kind.measures: _measures,
+        Kind.recipes: _recipes,
+        Kind.reward_recipes: _reward_recipes,
+        Kind.models: _models,
+    }[kind]()
+    if as_json:
+        typer.echo(json.dumps(listing, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, listing), default=0)
+    for name, line in listing.items():
+        typer.echo(f"{name:{width}}  {line}".rstrip())
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", help="Write to this file.")] = None,
+) -> None:
+    """JSON schema of recipes, for editors: every option of every method and judge."""
+    from prefloop.recipe.schema import json_schema
+
+    text = json.dumps(json_schema(), indent=2, ensure_ascii=False)
+    if out is None:
+        typer.echo(text)
+    else:
+        out.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _methods() -> dict[str, str]:
+    import prefloop.methods as package
+
+    return _plugins(package, package.Method, "method")
+
+
+def _judges() -> dict[str, str]:
+    import prefloop.judges as package
+
+    return _plugins(package, package.Judge, "judge")
+
+
+def _engines() -> dict[str, str]:
+    import prefloop.generate.engines as package
+
+    return _plugins(package, package.EngineOptions, "engine")
+
+
+def _plugins(package: ModuleType, base: type, what: str) -> dict[str, str]:
+    from prefloop.config import find, names
+
+    return {name: _first_line(find(package, name, base, what)) for name in names(package)}
+
+
+def _measures() -> dict[str, str]:
+    from prefloop.evaluate.suites import find_measure, measure_names
+
+    return {name: _first_line(find_measure(name)) for name in measure_names()}
+
+
+def _recipes() -> dict[str, str]:
+    from prefloop.recipe import shipped_recipes
+
+    return _first_comments(shipped_recipes())
+
+
+def _reward_recipes() -> dict[str, str]:
+    from prefloop.recipe.reward import shipped_reward_recipes
+
+    return _first_comments(shipped_reward_recipes())
+
+
+def _first_comments(recipes: Mapping[str, Path]) -> dict[str, str]:
+    lines = {}
+    for name, path in sorted(recipes.items()):
+        first = path.read_text(encoding="utf-8-sig").partition("\n")[0]
+        lines[name] = first.lstrip("# ") if first.startswith("#") else ""
+    return lines
+
+
+def _models() -> dict[str, str]:
+    from prefloop.models.sources import EMBEDDED
+
+    return {f"embedded:{name}": model.about for name, model in EMBEDDED.items()}
+
+
+def _first_line(documented: type) -> str:
+    return (documented.__doc__ or "").strip().partition("\n")[0]

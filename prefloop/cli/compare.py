@@ -1,0 +1,106 @@
+"""`prefloop compare`: variants times seeds as one run with one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from prefloop.compare.file import Cell, Comparison
+
+
+def compare(
+    comparison: Annotated[
+        Path, typer.Argument(metavar="COMPARE.yaml", help="A comparison: docs/compare.md.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The comparison's folder.  [default: runs/NAME]")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="VARIANT", help="Play only this variant; repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Cells at a time.")] = 1,
+    check: Annotated[
+        bool, typer.Option("--check", help="Look for what would stop it; load no model.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Play nothing; table what has been played.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, no tables.")] = False,
+) -> None:
+    """Play variants of a recipe with several seeds; table means, costs, and which differences are noise.
+
+    The same command goes on where it stopped. Exits with 1 where a cell failed; the others are played.
+    """
+    from prefloop.compare.file import cells, load_comparison
+    from prefloop.compare.run import sharing
+    from prefloop.run_folder import alone_in
+
+    loaded = load_comparison(comparison)
+    folder = out or Path("runs") / comparison.stem
+    every, notes = cells(loaded, folder)
+    chosen = _chosen(every, loaded, only or ())
+    for cell in () if table else chosen:
+        notes += [f"variant {cell.variant}: {note}" for note in cell.recipe.check()]
+    for note in dict.fromkeys(notes):
+        typer.echo(f"note: {note}", err=True)
+    if check:
+        for line in sharing(chosen):
+            typer.echo(line)
+        typer.echo(f"{comparison.stem}: {len(chosen)} cells, ok")
+        return
+    with alone_in(folder, "comparison"):
+        failed = _play_and_tabulate(loaded, every, [] if table else chosen, folder, jobs, as_json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _chosen(every: Sequence[Cell], loaded: Comparison, only: Sequence[str]) -> list[Cell]:
+    from prefloop.config import nearest
+    from prefloop.errors import RecipeError
+
+    for name in only:
+        if name not in loaded.variants:
+            known = list(loaded.variants)
+            raise RecipeError(f"--only {name}: no such variant; {nearest(name, known)}")
+    return [cell for cell in every if not only or cell.variant in only]
+
+
+def _play_and_tabulate(
+    loaded: Comparison,
+    every: Sequence[Cell],
+    chosen: Sequence[Cell],
+    folder: Path,
+    jobs: int,
+    as_json: bool,
+) -> bool:
+    """Whether a cell failed."""
+    from rich.console import Console
+
+    from prefloop.compare.run import play
+    from prefloop.compare.table import tabulate
+    from prefloop.report.comparison import latex, markdown, show_comparison
+    from prefloop.run_folder import write_atomically
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    beside = [cell for cell in every if cell not in chosen]
+    failed = play(chosen, jobs=jobs, say=say, beside=beside)
+    report = tabulate(loaded, every, failed)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "comparison.json", f"{text}\n")
+    write_atomically(folder / "comparison.md", markdown(report))
+    write_atomically(folder / "comparison.tex", latex(report))
+    if as_json:
+        typer.echo(text)
+    else:
+        show_comparison(report, Console(highlight=False))
+        typer.echo(f"\ntables  {folder}/comparison.md, .tex, .json")
+    return bool(failed)

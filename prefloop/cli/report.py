@@ -1,0 +1,87 @@
+"""The commands that look at runs: show, watch, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/quickstart-ial.")]
+
+
+def show(
+    run_folder: RunArgument,
+    pair: Annotated[
+        str | None,
+        typer.Option("--pair", help="One pair's whole chain, by its id or its prompt's."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="Pairs to show.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
+) -> None:
+    """Show a run's measures by round, and pairs with their differences marked."""
+    from rich.console import Console
+
+    from prefloop.report.summary import run_json, show_run
+
+    if as_json:
+        typer.echo(run_json(run_folder, pair=pair, count=count))
+        return
+    show_run(run_folder, Console(highlight=False), pair=pair, count=count)
+
+
+def watch(run_folder: RunArgument) -> None:
+    """Follow a run that is going on, from another terminal; ends when it does."""
+    from rich.console import Console
+
+    from prefloop.report.watch import watch_run
+
+    watch_run(run_folder, Console(highlight=False))
+
+
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(help="Runs' folders.", metavar="RUN ...")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page.  [default: report.html in the first run]"),
+    ] = None,
+    pairs: Annotated[
+        int,
+        typer.Option(
+            "--pairs", min=1, help="Pairs in the page; all lie beside it if there are more."
+        ),
+    ] = 1000,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation", metavar="PATH", help="Show this evaluation.json, or its folder's, too."
+        ),
+    ] = None,
+    logratios: Annotated[
+        int,
+        typer.Option(
+            "--logratios",
+            min=0,
+            metavar="N",
+            help="Compute what training changed, token by token, for N pairs a run; loads the models.",
+        ),
+    ] = 0,
+) -> None:
+    """Write one page about runs: what was run, curves, rejects, and every pair with all that led to it."""
+    from prefloop.report.html import write_report
+
+    if logratios:
+        from prefloop.run.logratios import add_logratios
+
+        for folder in run_folders:
+            new = add_logratios(folder, logratios)
+            typer.echo(f"{folder}: log-ratios of {new} more pairs", err=True)
+    written = write_report(
+        run_folders,
+        out or run_folders[0] / "report.html",
+        limit=pairs,
+        evaluations=evaluations or (),
+    )
+    typer.echo(f"report in {written.page}")
+    if written.beside:
+        typer.echo(f"all {written.total:,} pairs in {written.beside}, for that page to open")

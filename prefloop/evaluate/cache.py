@@ -1,0 +1,96 @@
+"""Records that a measure has made, kept so that a killed evaluation goes on, and answers kept so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from prefloop.data.prompts import DataOptions, read_prompts
+from prefloop.errors import DataError
+from prefloop.records import Prompt, Record, Request, Response, Sampling, read_jsonl, write_jsonl
+from prefloop.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from prefloop.generate.engine import Engine
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+
+def digest(*parts: object) -> str:
+    """Sixteen hexadecimal digits that change with the parts, as `repr` shows them."""
+    return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def kept(
+    folder: Path,
+    rows: Sequence[T],
+    kind: type[R],
+    work: Callable[[Sequence[T], int], Iterable[R]],
+    *,
+    chunk: int,
+) -> list[R]:
+    """The records that `work` makes of each chunk of rows; a chunk whose file is there is read instead.
+
+    `work` is given the chunk and its number, from which it is to derive its seed. `folder` must be of these
+    rows and options alone.
+    """
+    return kept_chunks(folder, chunks_of(rows, chunk), kind, work)
+
+
+def kept_chunks(
+    folder: Path,
+    chunks: Sequence[Sequence[T]],
+    kind: type[R],
+    work: Callable[[Sequence[T], int], Iterable[R]],
+) -> list[R]:
+    """The same where the chunks are made already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[R] = []
+    for number, chunk in enumerate(chunks):
+        path = folder / f"{number:05d}.jsonl"
+        if not path.exists():
+            part = path.with_suffix(".part")
+            write_jsonl(part, work(chunk, number))
+            part.replace(path)  # a kill leaves no half chunk behind
+        found += read_jsonl(path, kind)
+    return found
+
+
+def chunks_of(rows: Sequence[T], size: int) -> list[Sequence[T]]:
+    """The rows in order, at most `size` at a time."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def held_out_prompts(source: str | None, limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts of a source as a recipe's data.eval names one. Raises DataError."""
+    if source is None:
+        raise DataError("it has no prompts: name some with --data, or in its option held_out")
+    prompts = list(islice(read_prompts(source, DataOptions(), part="eval"), limit))
+    if not prompts:
+        raise DataError(f"{source} holds no prompts; name a source with some")
+    return prompts
+
+
+def answers_of(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    seed: int,
+    folder: Path,
+    chunk: int,
+    label: str = "answers",
+) -> list[Response]:
+    """One answer a prompt. The same arguments read what is kept; the same seed meets the same numbers."""
+
+    def work(part: Sequence[Prompt], number: int) -> list[Response]:
+        asks = [Request(messages=prompt.messages) for prompt in part]
+        own = derive_seed(seed, "held-out answers", number)
+        return engine.sample(asks, sampling, seed=own, label=label)
+
+    place = folder / digest([prompt.messages for prompt in prompts], sampling, seed, chunk)
+    return kept(place, prompts, Response, work, chunk=chunk)

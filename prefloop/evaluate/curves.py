@@ -1,0 +1,46 @@
+"""What a run logged while it trained: the loss's metrics at each step, and the win rate at every k-th."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefloop.evaluate.winrate import steps_to
+from prefloop.records import CurvePoint
+from prefloop.run_folder import RoundDir, RunDir
+
+CURVE = "curve"
+SHARE = 0.9
+"""Of the run's highest win rate: what "steps to 90 %" (AROP, Table 1) is about."""
+
+
+def win_rate_curve(run: RunDir) -> list[CurvePoint]:
+    """The win rate during training of all rounds, in order; [] where the recipe did not ask for it."""
+    return [
+        point
+        for here in run.rounds()
+        if (here.path / f"{CURVE}.jsonl").is_file()
+        for point in here.records(CURVE, CurvePoint)
+    ]
+
+
+def steps_to_share(points: list[CurvePoint]) -> int | None:
+    """The first step at which the win rate reaches 90 % of its highest; None without a win rate."""
+    return steps_to([(p.step, p.win_rate) for p in points if p.win_rate is not None], SHARE)
+
+
+def training_curve(here: RoundDir) -> list[dict[str, Any]]:
+    """What each optimiser step of a round logged: loss, margin, real_reward ...; [] before its training."""
+    from prefloop.train.trainer import read_metrics
+
+    path = here.train / "metrics.jsonl"
+    return read_metrics(path) if path.is_file() else []
+
+
+def curves(run: RunDir) -> dict[str, Any]:
+    """Both as JSON values: `training` by round, `win_rate`, and `steps_to_90`."""
+    points = win_rate_curve(run)
+    return {
+        "training": {str(here.number): training_curve(here) for here in run.rounds()},
+        "win_rate": [point.model_dump() for point in points],
+        "steps_to_90": steps_to_share(points),
+    }

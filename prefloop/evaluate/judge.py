@@ -1,0 +1,100 @@
+"""The judge of an evaluation: named, or the runs' own; opened when a measure first needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import prefloop.judges
+from prefloop.config import name_of
+from prefloop.errors import DataError, RecipeError
+from prefloop.evaluate.cache import digest, held_out_prompts
+from prefloop.evaluate.judge_check import parse_judge
+from prefloop.evaluate.subjects import Source, contents
+from prefloop.generate.causal_lm import open_engine
+from prefloop.generate.templates import PromptSet
+from prefloop.judges import Judge, OpenJudge, Remembering
+from prefloop.models.sources import quiet
+
+
+class ChosenJudge:
+    """A judge, or that there is none."""
+
+    def __init__(self, judge: Judge | None, told: str | None, policy: str | None) -> None:
+        """`told` is how the report calls it; `policy` is the model that it asks where it asks one."""
+        self.judge = judge
+        self.told = told
+        self.policy = policy
+
+    @classmethod
+    def of(
+        cls, text: str | None, policy: str | None, sources: Sequence[Source], prompts: str
+    ) -> ChosenJudge:
+        """The judge that `text` names, or the one that the runs share. Raises PrefloopError.
+
+        A judge that compares with targets needs `prompts`, the source of prompts, to have some.
+        """
+        if text is None:
+            return cls._shared(sources, prompts)
+        told, judge = parse_judge(text)
+        if judge.needs_policy and policy is None:
+            raise RecipeError(
+                f"judge {told} asks the policy, and subjects are not to judge themselves; name the model that it "
+                "asks with --policy"
+            )
+        judge.check()
+        if judge.needs_target and (bare := _without_target(prompts)):
+            raise DataError(
+                f"judge {told} compares with responses, and {bare} prompts of {prompts} have none; name prompts that "
+                "have, or another judge"
+            )
+        asks = f", asking {policy}" * (judge.needs_policy)
+        return cls(judge, f"{told}{asks}", policy if judge.needs_policy else None)
+
+    @classmethod
+    def _shared(cls, sources: Sequence[Source], prompts: str) -> ChosenJudge:
+        recipes = [recipe for source in sources if (recipe := source.recipe) is not None]
+        judges = [recipe.judge for recipe in recipes]
+        first = judges[0] if judges else None
+        if first is None or first.needs_policy or any(judge != first for judge in judges):
+            return cls(None, None, None)
+        if first.needs_target and _without_target(prompts):
+            return cls(None, None, None)
+        return cls(first, f"{name_of(prefloop.judges, first)}, the run's own", None)
+
+    @property
+    def key(self) -> str:
+        """Changes with all that decides its verdicts, as far as that can be told here."""
+        if self.judge is None:
+            return ""
+        sources = [*self.judge.sources.values(), *([self.policy] if self.policy else [])]
+        found = [
+            contents(Path(s).expanduser()) if Path(s).expanduser().exists() else s for s in sources
+        ]
+        return digest(name_of(prefloop.judges, self.judge), self.judge.model_dump_json(), found)
+
+    @cached_property
+    def _open(self) -> OpenJudge:
+        assert self.judge is not None
+        with quiet():
+            engine: Any = open_engine(self.policy) if self.policy else None
+            return Remembering(self.judge.open(engine, PromptSet("compact")))
+
+    @property
+    def opened(self) -> OpenJudge | None:
+        """At work, when it is first asked; None where there is none."""
+        return None if self.judge is None else _Late(self)
+
+
+def _without_target(prompts: str) -> int:
+    return sum(prompt.target is None for prompt in held_out_prompts(prompts, None))
+
+
+class _Late:
+    def __init__(self, chosen: ChosenJudge) -> None:
+        self._chosen = chosen
+
+    def score(self, prompts: Any, groups: Any) -> Any:
+        return self._chosen._open.score(prompts, groups)

@@ -1,0 +1,119 @@
+"""A run's method played on held-out prompts by any policy: R_i, identical rate and what else it measures.
+
+It needs the run's method, which measures may not know: it lies beside them and is found by its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isclose
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from prefloop.errors import DataError
+from prefloop.evaluate.cache import digest, held_out_prompts, kept
+from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
+from prefloop.generate.templates import PromptSet
+from prefloop.methods import Actors, Method
+from prefloop.recipe import load_recipe
+from prefloop.records import Candidates, Prompt
+from prefloop.run_folder import read_run
+from prefloop.seeds import derive_seed
+
+
+class Introspection(Measure):
+    """The run's own method played on held-out prompts, as in the loop: for IAL, R_i and the identical rate.
+
+    IAL appendix C, Table 6, and appendix B.4.
+    """
+
+    suites: ClassVar[tuple[Suite, ...]] = ("quick",)
+    better: ClassVar[Mapping[str, Better]] = {"identical_rate": "lower"}
+    asks_judge: ClassVar[bool] = True
+
+    of: str | None = None
+    """Folder of the run whose method is played; null: the subject's own run."""
+    held_out: str | None = None
+    """Source of the prompts; null takes those of --data, or of the run."""
+    limit: int | None = Field(default=None, ge=1)
+    """The first so many prompts; null: all."""
+    chunk: int = Field(default=32, ge=1)
+    """Prompts played at a time; what a kill can cost."""
+
+    def check(self) -> None:
+        """DataError where there are no prompts."""
+        held_out_prompts(self.held_out, self.limit)
+
+    def lacks(self, subject: Subject) -> str | None:
+        """A run's method, and a judge where the method asks one."""
+        if self.of is None:
+            return f"{subject.name} is no run's policy: name a run whose method is played in the option of"
+        if self._method().needs_judge and subject.judge is None:
+            return "the method needs a judge: name one with --judge"
+        return super().lacks(subject)
+
+    def run(self, subject: Subject) -> Outcome:
+        """Generate and rank, and take the method's measures prompt by prompt."""
+        method = self._method()
+        prompts = held_out_prompts(self.held_out, self.limit)
+        if method.needs_target and not all(prompt.target for prompt in prompts):
+            raise DataError(
+                "introspection: the method compares with responses, and some prompts have none; name prompts "
+                "that have"
+            )
+        prompt_set = PromptSet(method.prompt_set)
+
+        def work(part: Sequence[Prompt], number: int) -> list[Candidates]:
+            seed = derive_seed(subject.seed, "introspection", number)
+            actors = Actors(subject.engine, subject.judge, prompt_set, 0, seed)
+            groups = [g for g in method.generate(part, actors) if isinstance(g, Candidates)]
+            return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
+
+        asked = digest(prompts, method.model_dump_json(), self.chunk, subject.seed)
+        groups = kept(subject.folder / asked, prompts, Candidates, work, chunk=self.chunk)
+        items = [
+            Item(id=group.prompt.id, values=_values(method, [group]), texts=_texts(group))
+            for group in groups
+        ]
+        whole = _values(method, groups)
+        estimates = {
+            name: found
+            for name, value in whole.items()
+            if (found := _estimate(name, value, items, subject.seed)) is not None
+        }
+        return Outcome(
+            estimates=estimates,
+            items=tuple(items),
+            facts={
+                "method": type(method).__name__,
+                "prompts": len(prompts),
+                "played": len(groups),
+                "without_interval": sorted(whole.keys() - estimates.keys()),
+            },
+        )
+
+    def _method(self) -> Method:
+        assert self.of is not None
+        return load_recipe(str(read_run(Path(self.of)).path / "recipe.yaml")).method
+
+
+def _values(method: Method, groups: Sequence[Candidates]) -> dict[str, float]:
+    found = method.measures(groups)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _texts(group: Candidates) -> dict[str, str]:
+    return {name: response.text for name, response in group.responses.items()}
+
+
+def _estimate(name: str, value: float, items: Sequence[Item], seed: int) -> Estimate | None:
+    """With its interval, where the measure is a mean over prompts; else it has none that we know."""
+    singles = [item.values[name] for item in items if name in item.values]
+    if not singles or not isclose(sum(singles) / len(singles), value, abs_tol=1e-9):
+        return None
+    if set(singles) <= {0.0, 1.0}:
+        return wilson(int(sum(singles)), len(singles))
+    return bootstrap_mean(singles, seed=seed)

@@ -1,0 +1,77 @@
+"""Rows of evaluation files: what every measure that asks questions demands of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Protocol, TypeVar
+
+from prefloop.data.rows import Located, open_rows
+from prefloop.errors import DataError
+from prefloop.evaluate.cache import digest
+from prefloop.seeds import derive_seed
+
+T = TypeVar("T")
+
+
+def read_rows(source: str, option: str, split: str = "test") -> list[Located]:
+    """All rows of a file or data set, each with its place; DataError where there are none."""
+    rows = list(open_rows(source, "eval", None, split)[1])
+    if not rows:
+        raise DataError(f"{option}: {source} holds no row; name a file that has some")
+    return rows
+
+
+class _Question(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Q = TypeVar("Q", bound=_Question)
+
+
+def read_questions(
+    source: str, option: str, question: Callable[[Located], Q], split: str = "test"
+) -> list[Q]:
+    """What `question` makes of all rows; DataError where two have one id."""
+    rows = read_rows(source, option, split)
+    questions = [question(row) for row in rows]
+    demand_own_ids(rows, [one.id for one in questions])
+    return questions
+
+
+def text_of(row: Located, name: str) -> str:
+    """A field that must hold text; DataError with the row's place."""
+    where, fields = row
+    value = fields.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(
+            f"{where} has no text in field {name!r}; it has: {', '.join(map(str, fields))}"
+        )
+    return value
+
+
+def id_of(row: Located, text: str) -> str:
+    """The row's id, or one made from its text where it has none."""
+    found = row[1].get("id", row[1].get("key"))
+    return digest(text) if found is None else str(found)
+
+
+def demand_own_ids(rows: Sequence[Located], ids: Sequence[str]) -> None:
+    """DataError where two rows have one id: comparisons would take them for one question."""
+    first: dict[str, str] = {}
+    for (where, _), name in zip(rows, ids, strict=True):
+        if name in first:
+            raise DataError(
+                f"{where} repeats the id {name!r} of {first[name]} (or its text, where neither has an id); give each "
+                "row its own in field 'id'"
+            )
+        first[name] = where
+
+
+def drawn(rows: Sequence[T], limit: int | None, *seed: int | str) -> list[T]:
+    """So many of the rows, drawn by the seed, in their own order; all where there is no limit."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    places = Random(derive_seed(*seed)).sample(range(len(rows)), limit)
+    return [rows[place] for place in sorted(places)]

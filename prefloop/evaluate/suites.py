@@ -1,0 +1,95 @@
+"""Which measures an evaluation takes, with which options: a suite's, a file's, those that --set names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import prefloop.evaluate.measures as package
+from prefloop import config as plugins
+from prefloop.errors import RecipeError
+from prefloop.evaluate.measures import Measure, Suite
+from prefloop.recipe import read_yaml
+from prefloop.validation import build
+from prefloop.yaml_text import overridden, shown
+
+ALL = "all"
+SUITES = (*get_args(Suite), ALL)
+DEFAULT_SUITE = "quick"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A measure to be taken."""
+
+    name: str
+    measure: Measure
+    asked: bool
+    """Whether it was asked for by name; a suite's measure that cannot be taken is skipped."""
+
+
+def measure_names() -> list[str]:
+    """All measures of this package."""
+    return plugins.names(package)
+
+
+def find_measure(name: str) -> type[Measure]:
+    """The measure of that name, or of a module of the user's. Raises RecipeError."""
+    known = measure_names()
+    if name not in known and "." not in name:
+        raise RecipeError(f"no measure {name!r}; {plugins.nearest(name, known)}")
+    return plugins.find(package, name, Measure, "measure")
+
+
+def choose(
+    suite: str | None,
+    file: Path | None,
+    overrides: Sequence[str],
+    defaults: Mapping[str, Any],
+) -> list[Chosen]:
+    """The measures of a suite (quick, where no other is named and there is no file), then those asked for.
+
+    `file` maps names to options; `overrides` are "measure.option=value"; `defaults` are options that measures
+    take which have them and are not told otherwise. Raises RecipeError.
+    """
+    if suite is not None and suite not in SUITES:
+        raise RecipeError(f"no suite {suite!r}; {plugins.nearest(suite, list(SUITES))}")
+    options: dict[str, Any] = {}
+    if file is not None:
+        options = {name: given or {} for name, given in _read(file).items()}
+    for override in overrides:
+        options = _overridden(options, override)
+    asked = list(options)
+    members: list[str] = []
+    if file is None or suite is not None:
+        members = _members(suite or DEFAULT_SUITE)
+    return [
+        Chosen(name, _built(name, options.get(name, {}), defaults), name in asked)
+        for name in dict.fromkeys([*members, *asked])
+    ]
+
+
+def _members(suite: str) -> list[str]:
+    return [name for name in measure_names() if suite == ALL or suite in find_measure(name).suites]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise RecipeError(f"no file {file}; name a YAML file of measures and their options")
+    return read_yaml(file, needs="win_rate or of another measure")
+
+
+def _overridden(options: Mapping[str, Any], override: str) -> dict[str, Any]:
+    if "." not in override.partition("=")[0]:
+        raise RecipeError(f"--set {override} is not of the form measure.option=value")
+    return overridden(options, override)
+
+
+def _built(name: str, given: Any, defaults: Mapping[str, Any]) -> Measure:
+    kind = find_measure(name)
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{name} should be a section of options; it is {shown(given)}")
+    taken = {key: value for key, value in defaults.items() if key in kind.model_fields}
+    return build(kind, {**taken, **given}, name)

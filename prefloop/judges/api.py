@@ -1,0 +1,234 @@
+"""A model behind a server as judge: vLLM, llama.cpp's server, a provider.
+
+A verdict costs money or time, so each is written to a file as it comes, under a hash of all that was
+asked: a killed run loses none that the file holds, and asks for none of them again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from prefloop.errors import JudgeError
+from prefloop.generate.api_client import (
+    Ask,
+    ChatServer,
+    Refused,
+    Reply,
+    ServerOptions,
+    demand_client,
+)
+from prefloop.judges import Judge, NoVerdict, OpenJudge, Verdict, finite
+from prefloop.judges._verdict_text import read_verdict
+from prefloop.judges.self_judge import Question, question
+from prefloop.progress import Bar
+from prefloop.records import Message, Prompt, Record
+
+if TYPE_CHECKING:
+    from prefloop.generate.engine import Engine
+    from prefloop.generate.templates import PromptSet
+    from prefloop.judges import Initial
+
+logger = logging.getLogger(__name__)
+
+CONTROL = NoVerdict("control tokens in the text")
+REFUSED = "the server refused the request"
+# A server reads these in a message as its model's own turn marks: text could end its turn with them.
+_CONTROL = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+)
+
+
+class Api(ServerOptions, Judge):
+    """A model behind an OpenAI-compatible server rates each answer 1 to 5, or compares them in both orders.
+
+    Asked greedily. Where the server gives log-probs, a verdict is read from the probabilities of the rating
+    tokens at the place of the written one (as G-Eval does); else the written one alone counts.
+    """
+
+    mode: Literal["pointwise", "pairwise"] = "pairwise"
+    """pointwise: expected rating, 1 to 5. pairwise: mean share of wins over opponents and both orders, 0 to 1."""
+    criterion: str | None = None
+    """What to judge by ("honesty"); without it, overall quality."""
+    ties: bool = False
+    """pairwise: offer "equally good" as a third choice; it counts as half a win."""
+    max_tokens: int = Field(default=16, ge=2)
+    """Tokens of a reply, its end included; a model that thinks aloud needs more, and a last line that is the verdict."""
+    logprobs: bool = True
+    """Ask for the log-probs of tokens; false for servers that refuse such requests."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """More fields of each request: what makes a small model answer in form (llama.cpp's grammar, vLLM's
+    structured_outputs), or a large one think less."""
+    verdicts: str = "runs/verdicts.jsonl"
+    """File that verdicts are appended to and known ones are taken from; several runs may share it."""
+
+    @model_validator(mode="after")
+    def _ties_are_between_two(self) -> Api:
+        if self.ties and self.mode != "pairwise":
+            raise ValueError("judge.ties needs judge.mode pairwise; set that, or leave ties out")
+        return self
+
+    def check(self) -> None:
+        """ApiError where the client or the key is missing."""
+        demand_client(self)
+
+    def open(
+        self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
+    ) -> OpenJudge:
+        """Read the known verdicts. ApiError where the client or key is missing, JudgeError for the file."""
+        return _OpenApi(
+            ChatServer(self),
+            question(self.mode, prompts, self.criterion, self.ties),
+            VerdictFile(Path(self.verdicts)),
+            self,
+        )
+
+
+class Reading(Record):
+    """What one request to the judge gave: one line of the file of verdicts."""
+
+    key: str
+    """Hash of the server's address and the whole request."""
+    reply: str
+    """The model's words, or the server's where it refused."""
+    row: tuple[float, ...] | None = None
+    """Probability of each option; None where there is no verdict."""
+    failure: str | None = None
+    """Why there is no verdict."""
+
+
+class VerdictFile:
+    """An append-only file of readings, known by their keys."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there; a last line that a kill cut off is dropped. Raises JudgeError."""
+        self._path = path
+        self.known: dict[str, Reading] = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            data = path.read_bytes()
+        except OSError as error:
+            raise JudgeError(
+                f"judge.verdicts: cannot use {path} ({error.strerror}); name a file that can be written"
+            ) from error
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+        for number, line in enumerate(data[:whole].splitlines(), start=1):
+            try:
+                reading = Reading.model_validate_json(line)
+            except ValidationError as error:
+                raise JudgeError(
+                    f"{path}:{number} is no verdict ({error.errors()[0]['msg']}); delete that line, or "
+                    "name another file in judge.verdicts"
+                ) from error
+            self.known[reading.key] = reading
+
+    def add(self, reading: Reading) -> None:
+        """Append and keep; on disk when this returns, as one write, so that runs can share the file."""
+        self.known[reading.key] = reading
+        line = (reading.model_dump_json() + "\n").encode()
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(handle, line)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@dataclass(frozen=True)
+class _OpenApi:
+    server: ChatServer
+    question: Question
+    file: VerdictFile
+    options: Api
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        refusals = [self._refusal(p, group) for p, group in zip(prompts, groups, strict=True)]
+        asks = [
+            [] if refusal else [self._ask(messages) for messages in self.question.ask(p, group)]
+            for p, group, refusal in zip(prompts, groups, refusals, strict=True)
+        ]
+        readings = self._readings([ask for group in asks for ask in group])
+        return [
+            refusal or self._verdict([next(readings) for _ in questions], len(group))
+            for group, refusal, questions in zip(groups, refusals, asks, strict=True)
+        ]
+
+    def _refusal(self, prompt: Prompt, group: Sequence[str]) -> NoVerdict | None:
+        texts = [*(message.content for message in prompt.messages), *group]
+        refusal = self.question.refusal(group)
+        return refusal or (CONTROL if any(map(_CONTROL.search, texts)) else None)
+
+    def _ask(self, messages: Sequence[Message]) -> Ask:
+        # 20 is the most that OpenAI's interface allows, and more than any scale of ours has options.
+        top = 20 if self.options.logprobs else None
+        return Ask(
+            messages, self.options.max_tokens, seed=0, top_logprobs=top, extra=self.options.extra
+        )
+
+    def _key(self, ask: Ask) -> str:
+        asked = [self.options.url, ask.body(self.options.model), self.question.options]
+        return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _readings(self, asks: Sequence[Ask]) -> Iterator[Reading]:
+        """One for each request, in order; only what the file does not know is asked, and that once."""
+        keys = [self._key(ask) for ask in asks]
+        new = {k: ask for k, ask in zip(keys, asks, strict=True) if k not in self.file.known}
+        refused: dict[str, Reading] = {}
+        with Bar("judge's server", len(new)) as bar:
+            for place, answer in self.server.each(list(new.values())):
+                key = list(new)[place]
+                if isinstance(answer, Refused):
+                    # Not kept: another try may fare better, and cost nothing so far.
+                    logger.warning("the judge's server refuses a request: %s", answer.detail)
+                    refused[key] = Reading(key=key, reply=answer.detail, failure=REFUSED)
+                else:
+                    self.file.add(read(key, answer, self.question.options))
+                bar.advance(items=1)
+        return iter([refused.get(key) or self.file.known[key] for key in keys])
+
+    def _verdict(self, readings: Sequence[Reading], size: int) -> Verdict:
+        rows = []
+        for reading in readings:
+            if reading.row is None:
+                return NoVerdict(reading.failure or REFUSED)
+            rows.append(reading.row)
+        return finite(self.question.read(rows, size))
+
+
+def read(key: str, reply: Reply, options: Sequence[str]) -> Reading:
+    """The probability of each option from a reply; no verdict where the text does not name exactly one."""
+    text = reply.text
+    if reply.finish == "length":
+        text = text.rpartition("\n")[0]  # the last line might have gone on: "1" to "10"
+    try:
+        chosen = read_verdict(text, options)
+    except ValueError as error:
+        return Reading(key=key, reply=reply.text, failure=str(error))
+    written = tuple(float(option == chosen) for option in options)
+    return Reading(key=key, reply=reply.text, row=_from_logprobs(reply, chosen, options) or written)
+
+
+def _from_logprobs(reply: Reply, chosen: str, options: Sequence[str]) -> tuple[float, ...] | None:
+    """Probabilities of the options where the verdict was written; None where log-probs do not show it."""
+    at = [token for token in reply.tokens if token.text.strip().upper() == chosen]
+    if len(at) != 1:
+        return None
+    mass = dict.fromkeys(options, 0.0)
+    for text, logprob in at[0].top or ((at[0].text, at[0].logprob),):
+        if text.strip().upper() in mass:
+            mass[text.strip().upper()] += math.exp(logprob)
+    total = math.fsum(mass.values())
+    return tuple(p / total for p in mass.values()) if mass[chosen] > 0 else None

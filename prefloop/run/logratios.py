@@ -1,0 +1,126 @@
+"""What training did to each token of some pairs: log-probs after the round beside those of its reference.
+
+Needs the models, so it is asked for (`prefloop report RUN --logratios N`) and kept in the run's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from prefloop.errors import RunFolderError
+from prefloop.generate.hf_engine import HFEngine
+from prefloop.models.sources import quiet
+from prefloop.progress import Bar
+from prefloop.recipe import load_recipe
+from prefloop.records import Pair, PairRatios, Request, Scored, TokenLogps
+from prefloop.report.facts import LOGRATIOS, read_ratios
+from prefloop.run.session import Session
+from prefloop.run_folder import RoundDir, RunDir, read_run, write_atomically
+
+
+def add_logratios(folder: Path, count: int) -> int:
+    """Compute the log-ratios of `count` pairs, evenly picked over the rounds; how many were new.
+
+    Raises RunFolderError if no round of the run has been trained, ModelError if a model cannot be loaded.
+    """
+    run = read_run(folder)
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    known = {found.pair for found in read_ratios(run)}
+    trained = [
+        here
+        for here in run.rounds()
+        if here.manifest("train") and here.manifest("pairs") and here.policy.is_dir()
+    ]
+    if not trained:
+        raise RunFolderError(f"{folder} has no trained round; log-ratios need one")
+    session = Session(recipe, run)
+    wanted = [
+        (here, [pair for pair in _picked(here, share) if pair.id not in known])
+        for here, share in zip(trained, _shares(count, len(trained)), strict=True)
+    ]
+    new = sum(len(pairs) for _, pairs in wanted)
+    with Bar("log-ratios", new) as bar, quiet():
+        for here, pairs in wanted:
+            if pairs:
+                # A round at a time: two policies are loaded for it, and what was done is kept.
+                _append(run, list(_compare(session, here, pairs)))
+                bar.advance(len(pairs))
+    return new
+
+
+def _shares(count: int, rounds: int) -> list[int]:
+    """`count` over the rounds, the later ones first in line for what is left over."""
+    return [count // rounds + (rounds - n <= count % rounds) for n in range(rounds)]
+
+
+def _picked(here: RoundDir, count: int) -> list[Pair]:
+    total = here.count("pairs")
+    return [
+        pair
+        for n, pair in enumerate(here.stream("pairs", Pair))
+        if (n + 1) * count // total > n * count // total
+    ]
+
+
+def _compare(session: Session, here: RoundDir, pairs: Sequence[Pair]) -> Iterator[PairRatios]:
+    method = session.recipe.method
+    texts = [
+        {role: text for role in method.roles if (text := getattr(pair, role))} for pair in pairs
+    ]
+    if method.reference == "round_start":
+        # First: where the rounds are gone through in order, it is in memory.
+        before = session.rundir.round(here.number - 1)
+        references = _scores(session.engine_after(before), pairs, texts)
+    policies = _scores(session.engine_after(here), pairs, texts)
+    if method.reference == "initial":
+        with session.initial_policy():
+            references = _scores(session.engine_after(here), pairs, texts)
+    for pair, answers, policy, reference in zip(pairs, texts, policies, references, strict=True):
+        yield PairRatios(
+            pair=pair.id,
+            roles={
+                role: _tokens(answers[role], policy[role], reference[role], role in pair.unfinished)
+                for role in answers
+            },
+        )
+
+
+def _scores(
+    engine: HFEngine, pairs: Sequence[Pair], texts: Sequence[dict[str, str]]
+) -> list[dict[str, Scored]]:
+    flat = [
+        (Request(messages=pair.prompt), text)
+        for pair, answers in zip(pairs, texts, strict=True)
+        for text in answers.values()
+    ]
+    scored = iter(engine.score([ask for ask, _ in flat], [text for _, text in flat]))
+    return [{role: next(scored) for role in answers} for answers in texts]
+
+
+def _tokens(text: str, policy: Scored, reference: Scored, unfinished: bool) -> TokenLogps:
+    """`unfinished`: the answer was cut off, so its training knew no end-of-turn."""
+    count = len(policy.token_ids) - unfinished
+    return TokenLogps(
+        pieces=tuple(pieces(text, policy.offsets[:count])),
+        policy=policy.logprobs[:count],
+        reference=reference.logprobs[:count],
+    )
+
+
+def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
+    """The stretch of text of each token. Tokens that share one character: the first of them has it."""
+    found, at = [], 0
+    for n, (_, end) in enumerate(offsets):
+        # What lies between two tokens goes to the later one, what is left over to the last.
+        until = max(at, len(text) if n + 1 == len(offsets) else end)
+        found.append(text[at:until])
+        at = until
+    return found
+
+
+def _append(run: RunDir, found: Sequence[PairRatios]) -> None:
+    path = run.path / LOGRATIOS
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = "".join(ratios.model_dump_json() + "\n" for ratios in found)
+    write_atomically(path, known + lines)

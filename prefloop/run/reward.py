@@ -1,0 +1,202 @@
+"""From a reward recipe to a folder that the judge `reward_model` loads, with what it is worth beside it.
+
+REWARDS/NAME/recipe.yaml       the recipe with every value; another one is refused in the same folder
+             held_out.jsonl    the pairs that only measure: `prefloop judge check` takes them
+             training/         metrics by step, and checkpoints while it trains
+             config.json, model.safetensors, tokenizer files    the model, for anything that loads classifiers
+             report.json       written last: a folder that has it is finished and not trained again
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefloop.data.preferences import (
+    LabelledPairs,
+    Preference,
+    counts,
+    read_preferences,
+    split_by_prompt,
+)
+from prefloop.errors import DataError, RunFolderError
+from prefloop.evaluate.judge_check import by_source, score_pairs
+from prefloop.generate.templates import PromptSet
+from prefloop.judges.reward_model import RewardModel
+from prefloop.machine import Stopwatch, environment
+from prefloop.memory import keep_freed_memory
+from prefloop.models.reward import EmbeddingHead, features
+from prefloop.models.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments, window_of
+from prefloop.models.sources import quiet
+from prefloop.recipe.reward import RewardRecipe
+from prefloop.records import read_json, write_jsonl
+from prefloop.run_folder import alone_in, differences, write_atomically
+from prefloop.train import checkpoint
+from prefloop.yaml_text import parse_yaml
+
+HELD_OUT = "held_out.jsonl"
+REPORT = "report.json"
+Say = Callable[[str], None]
+
+
+def train_reward(
+    recipe: RewardRecipe, folder: Path, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Train and measure; returns the report. The same call goes on with what was stopped.
+
+    `say` is told a line for each finished stage. Raises RunFolderError where the folder belongs to another
+    recipe, and what reading, loading and training raise.
+    """
+    keep_freed_memory()
+    _claim(folder, recipe)
+    with alone_in(folder, "training"):
+        return _train_and_measure(recipe, folder, say)
+
+
+def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str, Any]:
+    if (folder / REPORT).is_file():
+        say(f"{folder} is trained and measured already")
+        return dict(read_json(folder / REPORT))
+    train, held_out, dropped = load_pairs(recipe)
+    write_jsonl(folder / HELD_OUT, held_out)
+    say(f"data     {len(train):,} pairs to train on, {len(held_out):,} held out, by prompt")
+    fit = _fit_head if recipe.model.tuning == "head" else _train
+    facts = {} if (folder / "config.json").is_file() else fit(recipe, folder, train, say)
+    watch = Stopwatch()
+    judge = RewardModel(model=str(folder), device=recipe.model.device)
+    with quiet():
+        opened = judge.open(None, PromptSet("compact"))
+    scored = score_pairs(opened, held_out)
+    report = {
+        "model": str(folder),
+        "dropped": dropped,
+        "training": facts or _facts(folder),
+        "held_out": by_source(held_out, scored, calibrated=True),
+        "environment": environment(),
+    }
+    write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    checkpoint.drop_checkpoints(folder / "training")
+    say(f"measure  {len(held_out):,} held-out pairs  {watch.seconds} s")
+    return report
+
+
+def load_pairs(
+    recipe: RewardRecipe,
+) -> tuple[list[Preference], list[Preference], dict[str, int]]:
+    """Training pairs, held-out pairs, and rows dropped by reason. Raises DataError."""
+    read: list[LabelledPairs] = []
+    for source in recipe.data.train:
+        found = read_preferences(source, margin_field=recipe.data.margin_field)
+        read.append(found.model_copy(update={"pairs": found.pairs[: recipe.data.limit]}))
+    pairs = [pair for found in read for pair in found.pairs]
+    train, held_out = split_by_prompt(pairs, recipe.data.holdout, recipe.seed)
+    decided = [pair for pair in train if not pair.tie]
+    if not decided or not held_out:
+        raise DataError(
+            f"{len(pairs)} pairs give {len(decided)} to train on and {len(held_out)} to measure; give more "
+            "data, or change data.holdout"
+        )
+    dropped = counts([found.dropped for found in read])
+    ties = len(train) - len(decided)
+    return decided, held_out, dropped | ({"tie: not trained on": ties} if ties else {})
+
+
+def _claim(folder: Path, recipe: RewardRecipe) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / "recipe.yaml"
+    if not place.is_file():
+        if any(folder.iterdir()):
+            raise RunFolderError(f"{folder} holds something else; choose another folder with --out")
+        write_atomically(place, recipe.dump())
+        return
+    old = parse_yaml(place.read_text(encoding="utf-8"), str(place))
+    changed = differences(old, recipe.model_dump(mode="json"))
+    if changed:
+        raise RunFolderError(
+            f"{folder} was made by another recipe ({'; '.join(changed[:3])}); choose another folder "
+            "with --out, or delete it"
+        )
+
+
+def _train(
+    recipe: RewardRecipe, folder: Path, pairs: Sequence[Preference], say: Say
+) -> dict[str, Any]:
+    from peft import PeftModel
+
+    from prefloop.train.reward_trainer import EncodedPair, load_base, train_reward_model
+
+    watch = Stopwatch()
+    base = load_base(recipe.model, recipe.seed)
+    config = base.model.config.get_text_config()
+    window = window_of(recipe.train.max_length, config, base.tokenizer)
+    encoder = RewardEncoder(base.tokenizer, has_segments(base.model), window, cut=True)
+    encoded = []
+    for pair in pairs:
+        chosen = encoder.encode(pair.messages, pair.chosen)
+        rejected = encoder.encode(pair.messages, pair.rejected)
+        assert chosen is not None, "cut, not refused"
+        assert rejected is not None, "cut, not refused"
+        encoded.append(EncodedPair(pair.id, chosen, rejected, pair.margin))
+    facts = train_reward_model(base.model, encoded, recipe.train, folder / "training", recipe.seed)
+    model: Any = base.model
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload(safe_merge=True)
+    setattr(model.config, CONFIG_KEY, {"max_length": window})
+    facts |= {"seconds": watch.seconds}
+    part = folder / ".model"
+    shutil.rmtree(part, ignore_errors=True)
+    with quiet():
+        model.save_pretrained(part)
+        base.tokenizer.save_pretrained(part)
+    write_atomically(folder / "training" / "facts.json", json.dumps(facts) + "\n")
+    # config.json says that the model is whole, so it comes last.
+    for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(folder / file.name)
+    part.rmdir()
+    say(
+        f"train    {facts['pairs']:,} pairs, {facts['steps']:,} steps, loss {facts['first_loss']:.3f} to "
+        f"{facts['last_loss']:.3f}  {watch.seconds} s"
+    )
+    return facts
+
+
+def _fit_head(
+    recipe: RewardRecipe, folder: Path, pairs: Sequence[Preference], say: Say
+) -> dict[str, Any]:
+    from prefloop.models.embedding import Embedder
+    from prefloop.train.reward_head import fit_head
+
+    watch = Stopwatch()
+    source, window = recipe.model.source, recipe.train.max_length
+    with quiet():
+        embedder = Embedder(source)
+    both_NF = features(
+        embedder,
+        [pair.messages for pair in pairs] * 2,
+        [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)],
+        window,
+    )
+    weights, losses = fit_head(
+        both_NF[: len(pairs)],
+        both_NF[len(pairs) :],
+        np.array([pair.margin for pair in pairs], dtype=np.float32),
+        l2=recipe.train.l2,
+    )
+    facts = {"pairs": len(pairs), **losses, "seconds": watch.seconds}
+    (folder / "training").mkdir(exist_ok=True)
+    write_atomically(folder / "training" / "facts.json", json.dumps(facts) + "\n")
+    EmbeddingHead(source, window, weights).save(folder)
+    say(
+        f"train    {len(pairs):,} pairs, loss {losses['first_loss']:.3f} to {losses['last_loss']:.3f}  "
+        f"{watch.seconds} s"
+    )
+    return facts
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    return dict(read_json(folder / "training" / "facts.json"))

@@ -1,0 +1,76 @@
+"""Options of a reward model's base and training. Cheap to import: recipes need them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefloop.models.sources import LoraOptions
+
+
+class RewardModelOptions(BaseModel):
+    """What the reward model is made from, and what of it is trained besides its new scalar head."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    source: str = "embedded:minilm"
+    """A folder, a Hub id, "embedded:minilm" (an encoder, fast on a CPU) or "embedded:smollm2-135m"."""
+    tuning: Literal["head", "full", "lora"] = "head"
+    """head: a linear reward over the frozen sentence embeddings of an encoder, in seconds once they are
+    made. full: all weights. lora: a low-rank adapter, which is merged when the model is saved."""
+    freeze_layers: int = Field(default=0, ge=0)
+    """full: so many of the first layers, and the token embeddings with them, stay as they are."""
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+    """The adapter, where `tuning` is lora."""
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """full: dropout of an encoder's hidden layers and attention; null keeps what its config says."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator where there is one."""
+
+    @model_validator(mode="after")
+    def _nothing_is_idle(self) -> RewardModelOptions:
+        if self.tuning != "full" and (self.freeze_layers or self.dropout is not None):
+            raise ValueError(
+                "model.freeze_layers and model.dropout have an effect under tuning: full only; "
+                "leave them out"
+            )
+        return self
+
+
+class RewardTrainOptions(BaseModel):
+    """How labelled pairs become a reward model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training pairs; more than two overfit most data."""
+    lr: float = Field(default=5e-5, gt=0.0, le=1.0)
+    """Peak learning rate; it rises over `warmup`, then falls to 0 on a line."""
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the optimiser steps in which the learning rate rises."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pairs per optimiser step."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Pairs per forward and backward pass; must divide batch_size."""
+    max_length: int = Field(default=256, ge=8)
+    """Tokens of question and answer together (head: of each); what exceeds them is cut, here and when judging."""
+    l2: float = Field(default=1.0, gt=0.0)
+    """head: weight of |w|^2, the only other option besides `max_length` that a head has."""
+    weight_decay: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm."""
+    centering: float = Field(default=0.0, ge=0.0)
+    """Weight of (s_chosen + s_rejected)^2, which holds scores near 0 (Eisenstein et al. 2023: 0.01)."""
+    save_every: int = Field(default=50, ge=0)
+    """Optimiser steps between checkpoints, at which a killed training goes on; 0 saves none."""
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> RewardTrainOptions:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size ({self.micro_batch_size}) must divide "
+                f"train.batch_size ({self.batch_size})"
+            )
+        return self

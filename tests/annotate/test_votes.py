@@ -1,0 +1,166 @@
+"""Votes on disk: what stands after a kill at any byte, who sees what, and which files are refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from prefloop.annotate.items import Comparison, read_comparison
+from prefloop.annotate.plan import Plan, make_plan
+from prefloop.annotate.service import Desk
+from prefloop.annotate.votes import Stored, VoteFile, read_votes
+from prefloop.errors import DataError, RunFolderError
+
+
+def standing(stored: Stored) -> dict[str, str]:
+    return {item: vote.choice for item, vote in stored.ballots.votes("ann").items()}
+
+
+def play(desk: Desk, answers: list[str]) -> None:
+    """Ann votes in the order in which she is asked; "undo" takes the last one back."""
+    state = desk.join("Ann")
+    for answer in answers:
+        if answer == "undo":
+            state = desk.undo("Ann", state["undo"])
+        else:
+            reason = "unclear" if answer == "skip" else None
+            state = desk.vote("Ann", state["item"]["id"], answer, reason, 1.5)  # type: ignore[arg-type]
+
+
+def test_a_kill_at_any_byte_loses_no_line_that_was_whole(
+    desk: Desk, comparison: Comparison, folder: Path
+) -> None:
+    play(desk, ["first", "tie", "undo", "second", "skip"])
+    desk.close()
+    path = folder / "votes.jsonl"
+    data = path.read_bytes()
+    assert data.count(b"\n") == 7  # head, name, four votes, one undo
+    for length in range(len(data) + 1):
+        path.write_bytes(data[:length])
+        VoteFile(path, comparison, Plan()).close()
+        # What lacks its line break only is whole: it was written, if not acknowledged.
+        whole = data[: length + 1] if data[length : length + 1] == b"\n" else data[:length]
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if kept:
+            assert path.read_bytes() == kept
+        else:  # not even the head: it is begun anew, at another time
+            assert path.read_bytes().count(b"\n") == 1
+    assert len(kept) == len(data)
+
+
+def test_a_torn_line_is_reported_and_the_vote_is_asked_again(
+    desk: Desk, comparison: Comparison, folder: Path
+) -> None:
+    play(desk, ["first", "second"])
+    desk.close()
+    path = folder / "votes.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    stored = read_votes(path, comparison)
+    assert len(standing(stored)) == 1
+    assert stored.torn > 0
+    assert path.read_bytes() == whole[:-20]  # looking changes nothing
+    file = VoteFile(path, comparison, Plan())
+    assert file.torn == stored.torn
+    again = Desk(comparison, Plan(), file)
+    assert again.join("Ann")["done"] == 1
+    again.close()
+
+
+def test_damage_before_the_last_line_is_named(desk: Desk, folder: Path) -> None:
+    play(desk, ["first", "second"])
+    desk.close()
+    path = folder / "votes.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:-4], *lines[2:]]) + "\n")
+    with pytest.raises(DataError, match=r"votes.jsonl:2 is no vote"):
+        Stored(path)
+
+
+def test_the_newest_line_on_an_item_counts(desk: Desk, folder: Path) -> None:
+    play(desk, ["first", "first"])
+    item = desk.join("Ann")["undo"]
+    desk.vote("Ann", item, "tie", None, None)
+    desk.vote("Ann", item, "tie", None, None)  # the page asks again where an answer was lost
+    desk.undo("Ann", item)
+    desk.undo("Ann", item)
+    desk.vote("Ann", item, "tie", None, None)
+    stored = Stored(folder / "votes.jsonl")
+    assert standing(stored)[item] == "tie"
+    lines = Path("votes.jsonl").read_text().splitlines()
+    kinds = Counter(json.loads(line)["kind"] for line in lines)
+    assert kinds == {"round": 1, "annotator": 1, "vote": 4, "undo": 1}
+
+
+def test_a_full_disk_leaves_no_half_line(
+    desk: Desk, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(desk, ["first"])
+    before = (folder / "votes.jsonl").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        item = desk.join("Ann")["item"]["id"]
+        with pytest.raises(OSError, match="No space"):
+            desk.vote("Ann", item, "first", None, None)
+    assert (folder / "votes.jsonl").read_bytes() == before
+    assert desk.join("Ann")["item"]["id"] == item
+
+
+def test_every_vote_is_synced_before_it_counts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(Path("votes.jsonl").read_bytes()), real(fd))[1]
+    )
+    play(desk, ["first", "undo"])
+    assert [text.count(b"\n") for text in synced] == [2, 3, 4]
+
+
+def test_votes_on_other_answers_or_under_another_plan_are_refused(
+    desk: Desk, comparison: Comparison, folder: Path
+) -> None:
+    path = folder / "votes.jsonl"
+    with pytest.raises(RunFolderError, match="in use by another prefloop annotate"):
+        VoteFile(path, comparison, Plan())
+    desk.close()
+    with pytest.raises(DataError, match="was begun with --seed 0; give the same"):
+        VoteFile(path, comparison, Plan(seed=1))
+    text = Path("a.jsonl").read_text().replace("a3", "a three")
+    Path("a.jsonl").write_text(text)
+    other = read_comparison("a.jsonl", "b.jsonl")
+    with pytest.raises(DataError, match="holds votes on other prompts or answers"):
+        read_votes(path, other)
+
+
+def test_shares_overlap_as_asked_and_cover_every_item_evenly() -> None:
+    items = [f"i{n}" for n in range(20)]
+    plan = make_plan(0, 10, 4)
+    seen = [plan.order(items, f"person {n}", n) for n in range(8)]
+    assert all(len(set(order)) == 10 for order in seen)
+    assert len(set.intersection(*map(set, seen))) == 4
+    votes = Counter(item for order in seen for item in order)
+    assert sorted(set(votes.values())) == [3, 8]  # 8 · 6 votes on 16 items, and the shared
+    assert seen[0] != sorted(seen[0])
+    fifths = [set(make_plan(0, 5, None).order(items, f"person {n}", n)) for n in range(3)]
+    assert len(set.intersection(*fifths)) == 1  # where --shared is left out, a fifth of --each
+    with pytest.raises(DataError, match="--shared 3 needs --each"):
+        make_plan(0, None, 3)
+
+
+def test_the_order_of_answers_is_drawn_by_item_and_annotator() -> None:
+    items = [f"i{n}" for n in range(400)]
+    ann, bob = ([Plan().first(who, item) for item in items] for who in ("ann", "bob"))
+    for one in (ann, bob):
+        assert 160 < one.count("a") < 240
+    assert 160 < sum(a == b for a, b in zip(ann, bob, strict=True)) < 240
+    assert ann == [Plan().first("ann", item) for item in items]
+    assert ann != [Plan(seed=1).first("ann", item) for item in items]

@@ -1,0 +1,135 @@
+"""Which slot a conversation gets, what it starts from, and how slots are read together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prefloop.generate import decode
+from prefloop.generate.cache_attention import ATTENTION, _group, slot_attention
+from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
+from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.kv_cache import Slots
+from prefloop.records import Message, Request, Sampling
+
+
+def begun(slots: Slots, slot: int, ids: list[int], present: int) -> None:
+    found = slots.find(ids, [slot])
+    slots.begin(found, ids)
+    slots.computed(slot, present)
+
+
+def test_a_conversation_starts_from_the_longest_common_beginning() -> None:
+    slots = Slots(4, 32)
+    begun(slots, 0, [1, 2, 3, 4, 5, 6, 7], 7)
+    begun(slots, 1, [1, 2, 3, 9, 9], 5)
+    found = slots.find([1, 2, 3, 4, 5, 8, 8, 8], [2, 3])
+    assert (found.source, found.shared) == (0, 5)
+    assert found.slot == 2
+
+
+def test_the_slot_that_shares_most_is_taken_itself() -> None:
+    slots = Slots(3, 32)
+    begun(slots, 1, [1, 2, 3, 4], 4)
+    found = slots.find([1, 2, 3, 4, 5, 6], [0, 1, 2])
+    assert (found.slot, found.source, found.shared) == (1, 1, 4)
+
+
+def test_only_what_has_keys_is_shared_and_what_is_coming_is_told() -> None:
+    slots = Slots(2, 32)
+    begun(slots, 0, list(range(20)), 3)
+    found = slots.find([*range(18), 90, 91, 92], [1])
+    assert (found.shared, found.coming) == (3, 18)
+
+
+def test_the_last_two_tokens_are_always_computed() -> None:
+    slots = Slots(2, 32)
+    begun(slots, 0, [1, 2, 3, 4], 4)
+    assert slots.find([1, 2, 3, 4], [1]).shared == 2
+
+
+def test_after_an_interruption_the_same_prompt_is_not_waited_for(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C in a notebook, between two pieces of a prompt."""
+    monkeypatch.setattr(decode, "STEP_TOKENS", 16)
+    request = Request(messages=(Message(role="user", content="Which bird is it? " * 5),))
+    greedy = Sampling(temperature=0, max_new_tokens=4)
+    expected = HFEngine(model, tokenizer).sample([request], greedy, seed=0)
+    engine, fed, usual = HFEngine(model, tokenizer), [], decode.feed
+
+    def interrupted(*step: Any) -> Any:
+        fed.append(step)
+        if len(fed) == 2:
+            raise KeyboardInterrupt
+        return usual(*step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "feed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.sample([request], greedy, seed=0)
+    assert engine.sample([request], greedy, seed=0) == expected
+
+
+def test_growing_keeps_what_is_there() -> None:
+    slots = Slots(2, 5)
+    keys = torch.arange(12.0).view(2, 3, 2)
+    slots.write(0, (keys, -keys), (torch.tensor([1, 1, 1]), torch.arange(3)))
+    begun(slots, 1, [4, 5, 6], 3)
+    slots.grow(4, 100)
+    assert slots.count == 4
+    assert slots.capacity >= 100
+    read_keys, read_values = slots.read(0, slice(1, 2), 3)
+    assert torch.equal(read_keys[0], keys)
+    assert torch.equal(read_values[0], -keys)
+    assert slots.find([4, 5, 6, 7, 8], [0]).shared == 3
+
+
+def test_neighbours_of_like_length_are_read_together() -> None:
+    groups = _group([(0, 99), (1, 100), (2, 110), (5, 100), (6, 4000)])
+    assert [(g.slots.start, g.slots.stop) for g in groups] == [(0, 3), (5, 6), (6, 7)]
+    assert [(g.rows.start, g.rows.stop) for g in groups] == [(0, 3), (3, 4), (4, 5)]
+    assert [g.length for g in groups] == [128, 128, 4032]
+
+
+def fail_inside(model: Any) -> None:
+    with slot_attention(model):
+        assert model.config._attn_implementation == ATTENTION
+        raise ZeroDivisionError
+
+
+def test_everything_is_undone_after_an_error(model: Any) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fail_inside(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_mode_and_layers_are_as_before(model: Any, tokenizer: Any) -> None:
+    model.train()
+    request = Request(messages=(Message(role="user", content="Hm"),))
+    HFEngine(model, tokenizer).sample([request], Sampling(max_new_tokens=2), seed=0)
+    assert model.training
+    assert not any("forward" in layer.__dict__ for layer in model.modules())
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_a_fingerprint_sees_a_single_bit(model: Any) -> None:
+    before = fingerprint(model)
+    assert before == fingerprint(model)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data[0, 0] = torch.nextafter(weight.data[0, 0], torch.tensor(torch.inf))
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("width", [64, 1536, 4096])
+def test_a_row_of_reordered_linears_is_the_same_among_any_number_of_rows(width: int) -> None:
+    """Real widths: with AVX-512 a long row alone was summed in another order."""
+    layer = torch.nn.Linear(width, 96)
+    rows = torch.randn(1, 64, width)
+    with torch.inference_mode(), ReorderedLinears(layer).in_use():
+        together = layer(rows)
+        for count in (1, 2, 3, 5, 17, 63):
+            assert torch.equal(layer(rows[:, :count]), together[:, :count]), count
+    torch.testing.assert_close(together, layer(rows))

@@ -1,0 +1,149 @@
+"""What a run spends: counted where it is spent, kept over a kill, and the end of a run that has spent enough."""
+
+import json
+from collections import Counter
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import LlamaForCausalLM
+
+from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.models.chat import Chat
+from prefloop.models.policy import ModelOptions, Policy
+from prefloop.recipe import Recipe
+from prefloop.records import Candidates, Message, Request, Response, Sampling
+from prefloop.run.chunks import Parts
+from prefloop.run.cost import Budget
+from prefloop.run.engine import Metered
+from prefloop.run.loop import run
+from prefloop.run_folder import Journal, RunDir
+from prefloop.train.trainer import Trainer
+from tests.run.test_loop import OPEN
+
+SHORT = {"max_new_tokens": 5}
+
+
+def recipe(model: Path, **loop: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "spender",
+            "model": {"source": str(model), "device": "cpu", "dtype": "float32"},
+            "method": {
+                "name": "arop",
+                "sampling": SHORT,
+                "margin": {"kind": "confidence"},
+                "gates": OPEN,
+            },
+            "data": {"limit": 4},
+            "generate": {"chunk_size": 1},
+            "loop": {"rounds": 5, "prompts_per_round": 2, "carry_optimizer": False, **loop},
+            "train": {"epochs": 2, "batch_size": 2, "micro_batch_size": 2},
+            "evaluate": {"prompts": 1, "introspection": False, "every_round": False},
+            "guard": {"min_stop_rate": 0.0},
+        }
+    )
+
+
+def manifests(folder: Path, round: int = 0) -> dict[str, dict[str, Any]]:
+    here = folder / "rounds" / f"{round:04d}"
+    found = [json.loads(path.read_text()) for path in here.glob("*.done.json")]
+    return {manifest["stage"]: manifest for manifest in found}
+
+
+def tokens(folder: Path) -> int:
+    """Of all answers of round 0, each of which is a phase's own."""
+    groups = RunDir(folder).round(0).records("candidates", Candidates)
+    return sum(len(r.token_ids) for group in groups for r in group.responses.values())
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def test_a_metered_engine_answers_as_it_would_and_counts(tokenizer):
+    chat = Chat(tokenizer)
+    asks = [Request(messages=(Message(role="user", content=text),)) for text in ("one", "three")]
+    counts: Counter[str] = Counter()
+    plain, metered = FakeEngine(), Metered(FakeEngine(), chat, counts)
+    answers = metered.sample(asks, Sampling(), seed=1)
+    assert answers == plain.sample(asks, Sampling(), seed=1)
+    prompts = sum(len(chat.prompt_ids(ask.messages)) for ask in asks)
+    drawn = sum(len(answer.token_ids) for answer in answers)
+    assert counts == {"generated_tokens": drawn, "read_tokens": prompts}
+    texts = [answer.text for answer in answers]
+    scored = metered.score(asks, texts)
+    assert scored == plain.score(asks, texts)
+    given = sum(len(one.token_ids) for one in scored)
+    assert counts["read_tokens"] == 2 * prompts + given
+    assert metered.choose(asks, "ab") == plain.choose(asks, "ab")
+    assert counts == {"generated_tokens": drawn, "read_tokens": 3 * prompts + given}
+
+
+def test_a_run_ends_after_the_round_in_which_it_reaches_its_budget(model_folder, tmp_path):
+    """Two rounds of 2 prompts x 4 phases x at most 5 tokens pass 50; the result is measured all the same."""
+    budget = {"generated_tokens": 50}
+    outcome = run(recipe(model_folder, budget=budget), tmp_path / "r", Console(file=StringIO()))
+    rounds = [here.number for here in RunDir(outcome.folder).rounds()]
+    drawn = [manifests(outcome.folder, n)["candidates"]["generated_tokens"] for n in rounds]
+    assert rounds == [0, 1]
+    assert drawn[0] < 50 <= sum(drawn)
+    assert [result.round for result in outcome.results] == [-1, 1]
+    last, published = (outcome.folder / p for p in ("rounds/0001/policy", "policy"))
+    weights = "adapter_model.safetensors"
+    assert (last / weights).read_bytes() == (published / weights).read_bytes()
+    found = manifests(outcome.folder)
+    assert found["candidates"]["generated_tokens"] == tokens(outcome.folder)
+    assert found["ranked"]["read_tokens"] > 0
+    assert "generated_tokens" not in found["ranked"]
+    assert found["train"]["tokens"] == 2 * found["train"]["reference_tokens"] > 0
+    assert all(manifest["peak_memory_mb"] > 50 for manifest in found.values())
+
+
+def test_a_killed_stage_keeps_what_it_has_spent(model_folder, tmp_path, monkeypatch):
+    options = recipe(model_folder, rounds=1)
+    append = Journal.append
+    with monkeypatch.context() as patch:
+
+        def dying(at: Journal | Trainer, *chunk: Any) -> None:
+            if isinstance(at, Trainer) or (at.chunks and "candidates" in str(at._main)):
+                raise KeyboardInterrupt
+            append(at, *chunk)
+
+        patch.setattr(Journal, "append", dying)
+        with pytest.raises(KeyboardInterrupt):
+            run(options, tmp_path / "killed", Console(file=StringIO()))
+        patch.setattr(Trainer, "run", dying)
+        patch.setattr(Journal, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            run(options, tmp_path / "killed", Console(file=StringIO()))
+    spent = manifests(tmp_path / "killed")["candidates"]["generated_tokens"]
+    assert spent == tokens(tmp_path / "killed")
+
+
+def test_parts_of_several_processes_bring_their_counts(tmp_path):
+    parts = Parts(tmp_path, "candidates")
+    prompt = {"id": "p", "messages": [{"role": "user", "content": "?"}]}
+    # Separators of lines elsewhere, which JSON does not escape.
+    answer = Response(text="x\u2028y\x85z")
+    group = Candidates.model_validate({"prompt": prompt, "responses": {"a": answer}})
+    parts.write(3, [group], {"generated_tokens": 7})
+    assert parts.read(3) == ([group], {"generated_tokens": 7})
+
+
+def test_weights_that_multiply_are_all_but_a_table_that_is_only_looked_up(model_folder, tokenizer):
+    policy = Policy.load(ModelOptions(source=str(model_folder), device="cpu"))
+    plain = LlamaForCausalLM.from_pretrained(model_folder)
+    everything = sum(weight.numel() for weight in plain.parameters())
+    assert policy.multiplying_weights == everything - len(tokenizer) * 32
+    # Tied, the table is the head as well and counts once.
+    policy.model.get_base_model().lm_head.weight = policy.model.get_input_embeddings().weight
+    assert policy.multiplying_weights == everything - len(tokenizer) * 32
+
+
+def test_a_budget_that_limits_nothing_is_refused():
+    with pytest.raises(ValueError, match="limits nothing"):
+        Budget()

@@ -1,0 +1,558 @@
+"""The closed loop on a tiny model: what it leaves behind, what it does not do twice, and how it is resumed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import prefloop.run.loop
+import prefloop.run_folder
+import prefloop.train.checkpoint
+from prefloop.errors import GuardStop
+from prefloop.generate.engines import Weights
+from prefloop.generate.engines._fake_engine import _WORDS
+from prefloop.generate.engines.fake import Fake, _OpenFake
+from prefloop.models.chat import Chat
+from prefloop.models.policy import ModelOptions, Policy
+from prefloop.recipe import Recipe, load_recipe
+from prefloop.records import Candidates, Pair
+from prefloop.run.loop import Outcome, run
+from prefloop.run_folder import Journal, RunDir, read_run
+from prefloop.train.logprobs import padded_logprobs
+from prefloop.train.packing import TokenGroup
+from prefloop.train.trainer import Trainer
+from tests.fake_chat_server import serve
+
+SAMPLING = {"max_new_tokens": 8}
+# Random weights never stop by themselves, and what they write would not pass any gate.
+OPEN = {
+    "cut_off": False,
+    "identical": False,
+    "meta_talk": False,
+    "max_edit_share": None,
+    "max_length_ratio": None,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "ial": {
+        "method": {"name": "ial", "sampling": SAMPLING, "advice": SAMPLING, "gates": OPEN},
+        "judge": {"name": "similarity"},
+    },
+    "arop": {"method": {"name": "arop", "sampling": SAMPLING, "gates": OPEN}},
+}
+# For tests of other stages: as little evaluation as there can be.
+LIGHT = {"prompts": 1, "introspection": False, "every_round": False}
+STAGES = ("candidates", "ranked", "pairs", "train", "answers", "introspection", "result")
+
+
+def recipe(folder: Path, name: str, **changes: Any) -> Recipe:
+    """A loop of two rounds over eight prompts; `changes` are laid over its sections."""
+    values: dict[str, Any] = {
+        "name": name,
+        "model": {"source": str(folder), "device": "cpu", "dtype": "float32"},
+        "generate": {"chunk_size": 4},
+        "loop": {"rounds": 2, "prompts_per_round": 8},
+        "train": {"epochs": 1, "lr": 1e-3, "batch_size": 4, "micro_batch_size": 2, "save_every": 1},
+        "evaluate": {"prompts": 4},
+        "guard": {"min_stop_rate": 0.0},
+        **METHODS[name],
+    }
+    for section, options in changes.items():
+        both = isinstance(options, dict) and isinstance(values.get(section), dict)
+        values[section] = {**values[section], **options} if both else options
+    return Recipe.model_validate(values)
+
+
+def play(recipe: Recipe, folder: Path) -> Outcome:
+    return run(recipe, folder, Console(file=StringIO()))
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here only processes are killed, never the machine."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Outcome]:
+    """The unbroken run of a method, played once for all tests of this file."""
+    found: dict[str, Outcome] = {}
+
+    def get(name: str) -> Outcome:
+        if name not in found:
+            folder = tmp_path_factory.mktemp("runs") / name
+            found[name] = play(recipe(model_folder, name), folder)
+        return found[name]
+
+    return get
+
+
+def what_counts(folder: Path) -> dict[str, bytes]:
+    """Records, measures, training metrics and weights: all that must not depend on interruptions."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".jsonl", ".safetensors") and path.name != "events.jsonl"
+    }
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+# What a run leaves behind.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_leaves_every_artifact(finished, model_folder, name):
+    outcome = finished(name)
+    folder = outcome.folder
+    for number in range(2):
+        here = folder / "rounds" / f"{number:04d}"
+        for stage in STAGES:
+            manifest = json.loads((here / f"{stage}.done.json").read_text())
+            assert manifest["stage"] == stage
+            assert manifest["versions"]["torch"] == version("torch")
+        assert len((here / "pairs.jsonl").read_text().splitlines()) == 8
+        assert (here / "policy" / "adapter_model.safetensors").is_file()
+        assert len((here / "train" / "metrics.jsonl").read_text().splitlines()) == (
+            4 if name == "ial" and number else 2
+        )
+    leftovers = ["*.progress.json", "*.tmp", "checkpoint-*", ".checkpoint*", ".policy*", "*.old"]
+    assert [path for pattern in leftovers for path in folder.rglob(pattern)] == []
+    for file in ("recipe.yaml", "environment.json", "events.jsonl", "policy/README.md"):
+        assert (folder / file).is_file()
+    assert outcome.policy == folder / "policy"
+    assert load_recipe(str(folder / "recipe.yaml")) == recipe(model_folder, name)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_start_and_every_round_are_measured(finished, name):
+    results = finished(name).results
+    assert [result.round for result in results] == [-1, 0, 1]
+    always = {"distinct_2", "mean_length", "stop_rate", "kl", "score", "win_rate", "identical_rate"}
+    trained = {"train_loss", "train_real_reward", "train_accuracy"}
+    own = {"ial": {"R_i", "train_margin"}, "arop": {"flaw_edit_share", "train_reward_margin"}}[name]
+    assert always <= results[0].measures.keys()
+    assert always | trained | own <= results[2].measures.keys()
+    assert results[0].measures["kl"] == 0.0
+    assert results[0].measures["win_rate"] == 0.5
+    assert results[1].measures["kl"] != 0.0
+    assert results == read_run(finished(name).folder).results()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+@pytest.mark.parametrize("name", METHODS)
+def test_peft_loads_the_published_adapter(finished, model_folder, name):
+    folder = finished(name).policy
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = peft.PeftModel.from_pretrained(base, folder)
+    loaded = peft.get_peft_model_state_dict(model)
+    last = load_file(folder.parent / "rounds" / "0001" / "policy" / "adapter_model.safetensors")
+    assert loaded.keys() == last.keys()
+    assert all(torch.equal(loaded[key], last[key]) for key in last)
+    assert any(value.abs().max() > 0 for key, value in last.items() if "lora_B" in key)
+
+
+def test_rounds_draw_other_prompts_and_train_on(finished):
+    folder = finished("arop").folder
+    pairs = [found for _, found in read_run(folder).pairs()]
+    first, second = ({pair.prompt_id for pair in round_pairs} for round_pairs in pairs)
+    assert len(first) == len(second) == 8
+    assert first != second
+    adapters = [
+        (folder / "rounds" / f"{n:04d}" / "policy" / "adapter_model.safetensors").read_bytes()
+        for n in range(2)
+    ]
+    assert adapters[0] != adapters[1]
+
+
+def test_manifests_name_what_they_were_made_from(finished):
+    here = read_run(finished("ial").folder).rounds()[1]
+    train = here.manifest("train")
+    pairs = here.manifest("pairs")
+    assert train is not None
+    assert pairs is not None
+    assert train["input"] == pairs["output"] == here.digest("pairs")
+    assert (pairs["records"], pairs["rejects"]) == (8, {})
+
+
+def test_nothing_in_the_folder_is_pickled(finished):
+    for name in METHODS:
+        suffixes = {path.suffix for path in finished(name).folder.rglob("*") if path.is_file()}
+        assert suffixes <= {".json", ".jsonl", ".yaml", ".safetensors", ".md", ".jinja", ""}
+
+
+# What is not done twice.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_second_run_loads_no_model_and_changes_nothing(finished, model_folder, monkeypatch, name):
+    first = finished(name)
+    before = what_counts(first.folder)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a finished run needs no model")
+
+    monkeypatch.setattr(Policy, "load", refuse)
+    second = play(recipe(model_folder, name), first.folder)
+    assert second == first
+    assert what_counts(first.folder) == before
+
+
+def test_another_seed_gives_another_run(finished, model_folder, tmp_path):
+    changed = recipe(model_folder, "arop", seed=1, loop={"rounds": 1}, evaluate=LIGHT)
+    other = play(changed, tmp_path / "other")
+    pairs = [
+        read_run(folder).pairs([0])[0][1] for folder in (other.folder, finished("arop").folder)
+    ]
+    assert {pair.chosen for pair in pairs[0]}.isdisjoint(pair.chosen for pair in pairs[1])
+
+
+# Ways to go around the loop.
+
+
+def test_previous_pairs_are_mixed_in(finished, model_folder, tmp_path):
+    """IAL's default; without it a round trains on its own pairs only."""
+
+    def examples(folder: Path) -> list[int]:
+        manifests = (here.manifest("train") or {} for here in read_run(folder).rounds())
+        return [manifest["examples"] for manifest in manifests]
+
+    assert examples(finished("ial").folder) == [8, 16]
+    alone = recipe(model_folder, "ial", loop={"mix_previous": False}, evaluate=LIGHT)
+    assert examples(play(alone, tmp_path / "alone").folder) == [8, 8]
+
+
+def test_a_frozen_generator_answers_as_the_initial_policy(finished, model_folder, tmp_path):
+    """Seen in the log-probs of the second round's answers, which the sampler itself has noted."""
+    method = {**METHODS["arop"]["method"], "generator": "frozen"}
+    frozen = play(recipe(model_folder, "arop", method=method, evaluate=LIGHT), tmp_path / "frozen")
+    options = ModelOptions(source=str(model_folder), device="cpu", dtype="float32")
+    initial = Policy.load(options)
+    chat = Chat(initial.tokenizer)
+
+    def distance(folder: Path, number: int) -> float:
+        groups = RunDir(folder).round(number).records("candidates", Candidates)
+        drafts = [group.responses["draft_a"] for group in groups]
+        rows = [
+            TokenGroup(tuple(chat.prompt_ids(group.prompt.messages)), (draft.token_ids,))
+            for group, draft in zip(groups, drafts, strict=True)
+        ]
+        with torch.no_grad():
+            known = [group[0].mean().item() for group in padded_logprobs(initial.model, rows)]
+        found = [draft.mean_logprob or 0.0 for draft in drafts]
+        return max(abs(a - b) for a, b in zip(known, found, strict=True))
+
+    assert distance(frozen.folder, 1) < 1e-4
+    assert distance(finished("arop").folder, 0) < 1e-4
+    assert distance(finished("arop").folder, 1) > 1e-3
+
+
+def test_full_tuning_saves_whole_models(model_folder, tmp_path):
+    full = recipe(model_folder, "ial", model={"tuning": "full"}, loop={"rounds": 1}, evaluate=LIGHT)
+    outcome = play(full, tmp_path / "full")
+    trained = AutoModelForCausalLM.from_pretrained(outcome.policy).state_dict()
+    initial = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    assert trained.keys() == initial.keys()
+    assert any(not torch.equal(trained[key], initial[key]) for key in initial)
+    assert not (outcome.policy / "adapter_config.json").exists()
+
+
+def test_round_0_makes_a_new_initial_policy(finished, model_folder, tmp_path):
+    """After supervised fine-tuning the divergence is measured from its result, and the loop starts there."""
+    tuned = recipe(
+        model_folder,
+        "ial",
+        sft={"epochs": 1, "lr": 1e-3, "batch_size": 8},
+        data={"limit": 16},
+        loop={"rounds": 1},
+        evaluate=LIGHT,
+    )
+    outcome = play(tuned, tmp_path / "tuned")
+    start = outcome.folder / "rounds" / "start"
+    manifest = json.loads((start / "sft.done.json").read_text())
+    assert (manifest["examples"], manifest["steps"]) == (16, 2)
+    assert manifest["last_loss"] < manifest["first_loss"]
+    assert outcome.results[0].measures["kl"] == 0.0
+    merged = AutoModelForCausalLM.from_pretrained(start / "policy").state_dict()
+    initial = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    assert merged.keys() == initial.keys()
+    assert any(not torch.equal(merged[key], initial[key]) for key in initial)
+    config = json.loads((outcome.policy / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == start / "policy"
+
+
+def test_arop_carries_its_optimiser_and_ial_does_not(finished):
+    def optimizers(name: str) -> list[Path]:
+        return sorted(finished(name).folder.rglob("optimizer.safetensors"))
+
+    taken = [load_file(path)["0/step"].item() for path in optimizers("arop")]
+    assert taken == [2.0, 4.0]
+    assert optimizers("ial") == []
+
+
+# Engines.
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_any_engine_plays_the_policy_and_divergence_is_measured_in_process(
+    model_folder, tmp_path, name
+):
+    """The fake engine writes all text, without having a look at the model."""
+    fake = recipe(model_folder, name, engine={"name": "fake"}, loop={"rounds": 1})
+    outcome = play(fake, tmp_path / "fake")
+    drafts = [
+        group.responses[fake.method.answer].text
+        for group in read_run(outcome.folder).round(0).records("candidates", Candidates)
+    ]
+    assert len(drafts) == 8
+    assert all(set(draft.strip(".").split()) <= set(_WORDS) for draft in drafts)
+    assert outcome.results[0].measures["kl"] == 0.0
+    assert outcome.results[1].measures["kl"] != 0.0
+
+
+def test_an_engine_is_told_whose_weights_to_serve_and_closed_at_the_end(
+    model_folder, tmp_path, monkeypatch
+):
+    told: list[Any] = []
+
+    class Watched(_OpenFake):
+        def serve(self, weights: Weights, probe: Any) -> None:
+            told.append((weights.adapter and weights.adapter.parent.name, len(probe()) > 60))
+
+        def rest(self) -> None:
+            told.append("rest")
+
+        def close(self) -> None:
+            told.append("close")
+
+    monkeypatch.setattr(Fake, "open", lambda self, setting: Watched())
+    fake = recipe(model_folder, "arop", engine={"name": "fake"}, evaluate=LIGHT)
+    play(fake, tmp_path / "fake")
+    without_repeats = [now for before, now in pairwise([None, *told]) if now != before]
+    assert without_repeats == [
+        (None, True),
+        "rest",
+        ("0000", True),
+        "rest",
+        ("0001", True),
+        "close",
+    ]
+    told.clear()
+    monkeypatch.setattr(Trainer, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        play(fake, tmp_path / "stopped")
+    assert told[-1] == "close"
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_vllm_and_this_process_make_one_policy_of_one_recipe_and_stale_weights_stop_the_run():
+    """benchmarks/vllm_rounds.py says what that means; needs PREFLOOP_VLLM_PYTHON."""
+    python = os.environ.get("PREFLOOP_VLLM_PYTHON")
+    if python is None:
+        pytest.skip("vLLM has an environment of its own: name its Python in PREFLOOP_VLLM_PYTHON")
+    script = Path(__file__).parents[2] / "benchmarks" / "vllm_rounds.py"
+    command = [sys.executable, str(script), "--vllm-python", python, "--rounds", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+# Guards.
+
+
+def test_a_guard_stops_the_run_and_keeps_the_rounds_before(model_folder, tmp_path):
+    strict = recipe(model_folder, "arop", guard={"action": "stop", "min_stop_rate": 0.5})
+    for _ in range(2):
+        with pytest.raises(GuardStop, match=r"end by themselves.* after round 0.*guard\.action"):
+            play(strict, tmp_path / "a")
+    assert [here.number for here in read_run(tmp_path / "a").rounds()] == [0]
+    assert [e["round"] for e in events(tmp_path / "a") if e["event"] == "guard"] == [0, 0]
+    assert not (tmp_path / "a" / "policy").exists()
+
+
+def test_a_round_of_rejects_stops_the_run_and_says_why(model_folder, tmp_path):
+    gates = {**METHODS["arop"]["method"], "gates": {**OPEN, "cut_off": True}}
+    with pytest.raises(GuardStop, match=r"0 pairs of 8 prompts \(8 cut off\).*max_reject_share"):
+        play(recipe(model_folder, "arop", method=gates), tmp_path / "a")
+    rejects = read_run(tmp_path / "a").rounds()[0].rejects()
+    assert Counter((reject.stage, reject.reason) for reject in rejects) == {("pair", "cut off"): 8}
+
+
+def test_the_implicit_reward_measures_from_the_first_update_on(model_folder, tmp_path):
+    small = {"rounds": 1, "prompts_per_round": 4}
+    evaluate = {"prompts": 2, "introspection": False}
+    changes = {"judge": {"name": "implicit"}, "loop": small, "evaluate": evaluate}
+    outcome = play(recipe(model_folder, "arop", **changes), tmp_path / "run")
+    start, after = [result.measures.get("score") for result in outcome.results]
+    assert start is None
+    assert after
+    answers = read_run(tmp_path / "run").round(0).records("answers", Candidates)
+    for answer in answers:
+        # The judge's sums against the evaluation's own means, made outside merged weights.
+        tokens = len(answer.responses["answer"].text.encode()) + 1  # bytes, and end-of-turn
+        moved = (answer.ratings["logprob"] - answer.ratings["logprob_initial"]) * tokens
+        assert answer.scores["answer"] == pytest.approx(0.1 * moved, rel=1e-3, abs=1e-5)
+
+
+def test_a_servers_verdicts_are_asked_for_once_however_often_the_run_is_started(
+    model_folder, tmp_path
+):
+    def longer(body: dict[str, Any]) -> str:
+        first, second = re.findall(
+            r"<(answer_[ab]-\w+)>\n(.*?)\n</\1>", body["messages"][0]["content"], re.DOTALL
+        )
+        return "A" if len(first[1]) >= len(second[1]) else "B"
+
+    file = tmp_path / "verdicts.jsonl"
+    with serve(longer) as server:
+        judge = {"name": "api", "url": server.url, "model": "m", "verdicts": str(file)}
+        small = {"rounds": 1, "prompts_per_round": 4}
+        changes = {"judge": judge, "loop": small, "evaluate": LIGHT}
+        play(recipe(model_folder, "ial", **changes), tmp_path / "first")
+        asked, kept = len(server.asked), file.read_text().count("\n")
+        assert asked == kept > 0
+        play(recipe(model_folder, "ial", **changes), tmp_path / "second")
+        assert len(server.asked) == asked
+    pairs = [
+        read_run(tmp_path / name).round(0).records("pairs", Pair) for name in ("first", "second")
+    ]
+    assert pairs[0] == pairs[1]
+    assert all(len(pair.chosen) >= len(pair.rejected) for pair in pairs[0])
+
+
+def test_judges_that_ask_the_policy_and_others_play_together(model_folder, tmp_path):
+    members = [{"name": "self_judge"}, {"name": "similarity"}]
+    small = {"rounds": 1, "prompts_per_round": 4}
+    changes = {"judge": {"name": "ensemble", "judges": members}, "loop": small}
+    outcome = play(recipe(model_folder, "ial", evaluate=LIGHT, **changes), tmp_path / "run")
+    assert outcome.results[-1].measures["score"] is not None
+
+
+def test_the_best_round_is_published_where_asked_for(model_folder, tmp_path):
+    light = {**LIGHT, "every_round": True, "prompts": 8}
+    best = recipe(model_folder, "ial", guard={"action": "best_round"}, evaluate=light)
+    outcome = play(best, tmp_path / "best")
+    scores = {result.round: result.measures["score"] for result in outcome.results[1:]}
+    number = max(scores, key=lambda n: scores[n] or 0.0)
+    policies = [
+        outcome.folder / "rounds" / f"{n:04d}" / "policy" / "adapter_model.safetensors"
+        for n in range(2)
+    ]
+    published = (outcome.policy / "adapter_model.safetensors").read_bytes()
+    assert [path.read_bytes() == published for path in policies] == [n == number for n in range(2)]
+
+
+# Interruptions.
+
+
+class Interrupter:
+    """Raises KeyboardInterrupt once at every place that it has not seen before."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, thorough: bool) -> None:
+        self.thorough = thorough
+        """Every chunk and step of every round is a place of its own, not only every stage."""
+        self.seen: set[str] = set()
+        self._patch = patch
+        self._around(Journal, "append", lambda self, records, counts=None: self._main)
+        self._around(Trainer, "_step", lambda self, job, ref, chosen, n, steps: job.folder / str(n))
+        self._around(Policy, "save", lambda self, folder: folder)
+        self._around(prefloop.run.loop, "publish", lambda recipe, run, here, results: here.policy)
+        self._around(prefloop.run_folder, "replace_folder", lambda temporary, final: final)
+        save: Any = prefloop.train.checkpoint
+        self._around(save, "save_checkpoint", lambda folder, *_, **p: folder / str(p["step"]))
+        self._around(save, "drop_checkpoints", lambda folder: folder)
+        if thorough:
+            self._around(save, "save_file", lambda tensors, path: path)
+            self._around(prefloop.run_folder, "write_atomically", lambda path, text: path)
+
+    def _around(self, owner: Any, name: str, place: Callable[..., Path]) -> None:
+        original = getattr(owner, name)
+
+        def guarded(*args: Any, **options: Any) -> Any:
+            label = f"{name} {self._name(place(*args, **options))}"
+            self._stop(f"before {label}")
+            result = original(*args, **options)
+            self._stop(f"after {label}")
+            return result
+
+        self._patch.setattr(owner, name, guarded)
+
+    def _name(self, path: Path) -> str:
+        if self.thorough:
+            return "/".join(path.parts[-4:])
+        return path.parent.name if path.name.isdigit() else path.name
+
+    def _stop(self, label: str) -> None:
+        if label not in self.seen:
+            self.seen.add(label)
+            raise KeyboardInterrupt(label)
+
+
+def play_interrupted(recipe: Recipe, folder: Path, *, thorough: bool = False) -> set[str]:
+    """Play a run that is stopped at every place once; returns the places."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupter = Interrupter(patch, thorough=thorough)
+        while True:
+            known = len(interrupter.seen)
+            try:
+                play(recipe, folder)
+            except KeyboardInterrupt:
+                assert len(interrupter.seen) == known + 1
+            else:
+                return interrupter.seen
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_stopped_in_every_stage_ends_in_the_same_bytes(
+    finished, model_folder, tmp_path, name
+):
+    places = play_interrupted(recipe(model_folder, name), tmp_path / name)
+    for stage in ("candidates", "ranked", "pairs", "answers", "introspection"):
+        assert {f"before append {stage}.jsonl", f"after append {stage}.jsonl"} <= places
+    assert {"before _step train", "after _step train", "before save policy"} <= places
+    assert {"after save policy", "before save_checkpoint train", "after publish policy"} <= places
+    assert what_counts(tmp_path / name) == what_counts(finished(name).folder)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ial": ("ial", {}),
+    "arop": ("arop", {}),
+    "full": ("ial", {"model": {"tuning": "full"}}),
+    "full-carried": ("arop", {"model": {"tuning": "full"}, "train": {"optimizer": "rmsprop"}}),
+    "sft": ("ial", {"sft": {"batch_size": 8}, "data": {"limit": 16}}),
+    "dropout": ("arop", {"model": {"lora": {"dropout": 0.3}}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_at_every_single_place_ends_in_the_same_bytes(
+    model_folder, tmp_path, variant
+):
+    name, changes = VARIANTS[variant]
+    wanted = recipe(model_folder, name, **changes)
+    unbroken = play(wanted, tmp_path / "unbroken").folder
+    places = play_interrupted(wanted, tmp_path / "stopped", thorough=True)
+    assert len(places) > 100
+    assert what_counts(tmp_path / "stopped") == what_counts(unbroken)
