@@ -74,7 +74,7 @@ def _load(job: Mapping[str, Any], dtype: str = "float32") -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from prefloop.memory import keep_freed_memory
+    from prefloop.machine import keep_freed_memory
     from prefloop.models.sources import quiet
 
     keep_freed_memory()

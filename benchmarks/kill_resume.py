@@ -132,10 +132,10 @@ def plan(
     chosen: dict[str, list[Place]] = {name: [] for name in names}
     for number in range(kills):
         stage = STAGES[number % len(STAGES)]
-        here = [place for place in places(rounds) if place.stage == stage]
+        at_stage = [place for place in places(rounds) if place.stage == stage]
         name = names[number % len(names)]
-        unused = [place for place in here if place not in chosen[name]]
-        chosen[name].append(draw.choice(unused or here))
+        unused = [place for place in at_stage if place not in chosen[name]]
+        chosen[name].append(draw.choice(unused or at_stage))
     return {name: sorted(found, key=lambda place: place.time) for name, found in chosen.items()}
 
 

@@ -126,7 +126,7 @@ def by_prefloop(job: Mapping[str, Any]) -> dict[str, Any]:
     from prefloop.evaluate import lm_eval_model as harness
     from prefloop.evaluate.measures import Subject, leaderboard
     from prefloop.generate.hf_engine import HFEngine
-    from prefloop.memory import keep_freed_memory
+    from prefloop.machine import keep_freed_memory
 
     keep_freed_memory()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()

@@ -13,8 +13,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from prefloop.run_folder import RunDir
-from prefloop.train.trainer import read_metrics
+from prefloop.run_folder import RunDir, read_metrics
 
 Curves = dict[str, dict[str, list[float]]]
 
@@ -25,7 +24,7 @@ def curves(folder: Path, measure: str, variants: list[str] | None) -> Curves:
     for cell in sorted(folder.glob("*/seed-*")):
         if variants and cell.parent.name not in variants:
             continue
-        paths = [here.train / "metrics.jsonl" for here in RunDir(cell).rounds()]
+        paths = [round_dir.train / "metrics.jsonl" for round_dir in RunDir(cell).rounds()]
         rows = [row for path in paths if path.exists() for row in read_metrics(path)]
         values = [row[measure] for row in rows if measure in row]
         if values:

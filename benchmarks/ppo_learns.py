@@ -18,8 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from prefloop.records import Candidates, Pair
-from prefloop.run_folder import read_run
-from prefloop.train.trainer import read_metrics
+from prefloop.run_folder import read_metrics, read_run
 
 _LOGGED = ("kl_reference", "entropy", "explained_variance", "clip_fraction", "approx_kl")
 _PANELS = (
@@ -35,16 +34,16 @@ _PANELS = (
 def rounds(run: Path) -> list[dict[str, float]]:
     """One row for each trained round."""
     found = []
-    for here in read_run(run).rounds():
-        if here.number < 0 or not here.manifest("train"):
+    for round_dir in read_run(run).rounds():
+        if round_dir.number < 0 or not round_dir.manifest("train"):
             continue
-        scores = [pair.scores["chosen"] for pair in here.stream("pairs", Pair)]
-        answers = [group.responses["answer"] for group in here.stream("ranked", Candidates)]
-        steps = read_metrics(here.train / "metrics.jsonl")
+        scores = [pair.scores["chosen"] for pair in round_dir.stream("pairs", Pair)]
+        answers = [group.responses["answer"] for group in round_dir.stream("ranked", Candidates)]
+        steps = read_metrics(round_dir.train / "metrics.jsonl")
         spread = 1.96 * stdev(scores) / len(scores) ** 0.5
         found.append(
             {
-                "round": here.number,
+                "round": round_dir.number,
                 "answers": len(scores),
                 "reward": fmean(scores),
                 "half_interval": spread,

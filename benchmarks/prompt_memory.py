@@ -54,13 +54,13 @@ def round_of(count: int, model: str, holdout: int) -> dict[str, Any]:
             loop = _Loop(recipe, rundir, Console(file=StringIO()))
             loop.session.policy_at(None)
             before, since = peak(), time.perf_counter()
-            here = rundir.round(0)
-            loop._generate(here)
-            loop._rank(here)
-            loop._pair(here)
+            round_dir = rundir.round(0)
+            loop._generate(round_dir)
+            loop._rank(round_dir)
+            loop._pair(round_dir)
             return {
                 "prompts": count,
-                "pairs": here.count("pairs"),
+                "pairs": round_dir.count("pairs"),
                 "start_mib": before,
                 "peak_mib": peak(),
                 "seconds": round(time.perf_counter() - since, 1),

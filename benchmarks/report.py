@@ -110,7 +110,7 @@ def word_of(draw: random.Random) -> str:
 def make_round(
     run: RunDir, number: int, pairs: int, vocabulary: list[str], draw: random.Random
 ) -> None:
-    here = run.round(number)
+    round_dir = run.round(number)
     groups, made, rejects = [], [], []
     for n in range(round(pairs * (1 + REJECTED))):
         group = group_of(f"prompt-{n:06d}", vocabulary, draw)
@@ -131,20 +131,20 @@ def make_round(
             )
         )
     for stage, records in (("candidates", groups), ("ranked", groups), ("pairs", made)):
-        write_jsonl(here.path / f"{stage}.jsonl", records)
-        here.finish(stage, records=len(records), seconds=10.0)
-    write_jsonl(here.path / "rejects.jsonl", rejects)
+        write_jsonl(round_dir.path / f"{stage}.jsonl", records)
+        round_dir.finish(stage, records=len(records), seconds=10.0)
+    write_jsonl(round_dir.path / "rejects.jsonl", rejects)
     write_jsonl(
-        here.path / "result.jsonl",
+        round_dir.path / "result.jsonl",
         [RoundResult(round=number, measures={"score": draw.random(), "kl": 0.1 * number})],
     )
-    here.finish("result", seconds=1.0)
-    here.train.mkdir()
+    round_dir.finish("result", seconds=1.0)
+    round_dir.train.mkdir()
     steps = [
         {"step": n, "loss": 1 / (1 + n), "lr": 1e-4, "tokens": 9000} for n in range(len(made) // 32)
     ]
-    (here.train / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    here.finish("train", tokens=9000 * len(steps), seconds=60.0)
+    (round_dir.train / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    round_dir.finish("train", tokens=9000 * len(steps), seconds=60.0)
 
 
 def group_of(name: str, vocabulary: list[str], draw: random.Random) -> Candidates:

@@ -83,7 +83,7 @@ def run_script(job: Mapping[str, Any]) -> dict[str, Any]:
 
     from prefloop.generate.templates import PromptSet
     from prefloop.judges.similarity import Similarity
-    from prefloop.memory import keep_freed_memory
+    from prefloop.machine import keep_freed_memory
     from prefloop.models.sources import quiet, resolve_source
     from prefloop.records import Message, Prompt
 

@@ -26,8 +26,9 @@ from kill_resume import tiny_model
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.errors import LaunchError
 from prefloop.recipe import Recipe
+from prefloop.recipe.options import LaunchOptions
 from prefloop.records import Pair, write_jsonl
-from prefloop.run.launch import LaunchOptions, Stage, run_processes
+from prefloop.run.launch import Stage, run_processes
 from prefloop.run.session import Session
 from prefloop.run_folder import RunDir
 
@@ -76,10 +77,10 @@ def run_folder(folder: Path, recipe: Recipe, count: int) -> Stage:
         )
         for one, other in pairwise(prompts)
     ]
-    here = RunDir(folder).round(0)
-    write_jsonl(here.path / "pairs.jsonl", pairs)
+    round_dir = RunDir(folder).round(0)
+    write_jsonl(round_dir.path / "pairs.jsonl", pairs)
     (folder / "recipe.yaml").write_text(recipe.dump())
-    return Stage(folder, 0, "train", here.train)
+    return Stage(folder, 0, "train", round_dir.train)
 
 
 def losses(stage: Stage) -> list[float]:

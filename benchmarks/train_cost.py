@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from prefloop.memory import keep_freed_memory
+from prefloop.machine import keep_freed_memory
 from prefloop.models.policy import ModelOptions, Policy
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.packing import TokenGroup, build_tree

@@ -37,7 +37,7 @@ from ways.steps import (
     trl_step,
 )
 
-from prefloop.memory import keep_freed_memory
+from prefloop.machine import keep_freed_memory
 from prefloop.models.policy import ModelOptions, Policy
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.packing import build_tree, pack

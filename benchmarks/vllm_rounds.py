@@ -75,19 +75,19 @@ def facts(folder: Path) -> list[dict[str, Any]]:
     run = read_run(folder)
     measures = {result.round: result.measures for result in run.results()}
     found = []
-    for here in run.rounds():
-        groups = here.records("ranked", Candidates)
-        manifest = here.manifest("candidates") or {}
+    for round_dir in run.rounds():
+        groups = round_dir.records("ranked", Candidates)
+        manifest = round_dir.manifest("candidates") or {}
         found.append(
             {
-                "round": here.number,
-                "pairs": here.count("pairs"),
+                "round": round_dir.number,
+                "pairs": round_dir.count("pairs"),
                 "draft_score": [group.scores["draft"] for group in groups],
                 "draft_tokens": [
                     float(len(group.responses["draft"].token_ids)) for group in groups
                 ],
                 "seconds": manifest.get("seconds"),
-                **{key: measures.get(here.number, {}).get(key) for key in _MEASURES},
+                **{key: measures.get(round_dir.number, {}).get(key) for key in _MEASURES},
             }
         )
     return found

@@ -15,8 +15,8 @@ from pydantic_core import PydanticUndefined
 import prefloop.generate.engines
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import find, names
-from prefloop.generate.engines import EngineOptions
+from prefloop.config import find_plugin, plugin_names
+from prefloop.generate.engine import EngineOptions
 from prefloop.judges import Judge
 from prefloop.methods import Method
 from prefloop.recipe import Recipe
@@ -57,8 +57,8 @@ def reference() -> str:
 
 
 def _plugins(package: ModuleType, base: type[BaseModel], section: str) -> Iterator[str]:
-    for name in names(package):
-        kind = find(package, name, base, section)
+    for name in plugin_names(package):
+        kind = find_plugin(package, name, base, section)
         about = (kind.__doc__ or "").strip().partition("\n")[0]
         yield f"### {section}: {name}\n\n{about}\n"
         schedule = getattr(kind, "defaults", {})

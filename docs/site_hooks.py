@@ -31,10 +31,10 @@ API = {
         [
             "prefloop.evaluate.measures",
             "prefloop.evaluate.stats",
-            "prefloop.evaluate.winrate",
+            "prefloop.evaluate.win_rates",
             "prefloop.evaluate.agreement",
-            "prefloop.evaluate.raters",
-            "prefloop.evaluate.health",
+            "prefloop.evaluate.agreement",
+            "prefloop.evaluate.answers",
         ],
     ),
     "records": ("Records and runs", ["prefloop.records", "prefloop.run_folder", "prefloop.errors"]),

@@ -16,6 +16,10 @@ A message says what is wrong, where, and what to do about it, in one sentence. E
 can cause are assertions.
 """
 
+from __future__ import annotations
+
+from difflib import get_close_matches
+
 
 class PrefloopError(Exception):
     """Base of all errors that are the user's to mend."""
@@ -59,3 +63,9 @@ class GuardStop(PrefloopError, RuntimeError):
 
 class RunFolderError(PrefloopError, OSError):
     """The run's folder cannot be used: another recipe's, damaged, or not writable."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The hint that ends an error about an unknown name: the nearest spelling, else all there are."""
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"

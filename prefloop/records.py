@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -12,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from prefloop.errors import RunFolderError
 
 Finish = Literal["stop", "length"]
-
 
 _Text = Annotated[str, Field(min_length=1)]
 
@@ -252,3 +252,14 @@ def read_json(path: Path) -> dict[str, object]:
             f"{path} holds no JSON object; delete {path.parent} to make all in it again"
         )
     return value
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from a path such as (run seed, round, stage, chunk); equal paths, equal seeds."""
+    text = "/".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+GENERATED = "generated_tokens"
+
+READ = "read_tokens"

@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import file_digest
 from pathlib import Path
@@ -25,10 +26,19 @@ from safetensors import SafetensorError
 
 from prefloop.errors import RunFolderError
 from prefloop.machine import environment, installed_versions, peak_memory_mb
-from prefloop.records import Pair, Record, Reject, RoundResult, read_json, read_jsonl
+from prefloop.records import (
+    Pair,
+    Record,
+    Reject,
+    RoundResult,
+    read_json,
+    read_jsonl,
+)
 
 R = TypeVar("R", bound=Record)
+
 REJECTS = "rejects.jsonl"
+
 _FULL = os.strerror(errno.ENOSPC)
 
 
@@ -40,59 +50,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-class Journal:
-    """Append-only record files of one stage, advanced in whole chunks."""
-
-    def __init__(self, folder: Path, stage: str) -> None:
-        """Open the stage's files, cut back to the last whole chunk if the stage was killed."""
-        self._folder = folder
-        self._note = folder / f"{stage}.progress.json"
-        self._main = folder / f"{stage}.jsonl"
-        self._files = (self._main, folder / REJECTS)
-        if self._note.exists():
-            note = read_json(self._note)
-        else:
-            # The stage's own file starts empty; rejects of earlier stages stay.
-            note = {"chunks": 0, self._main.name: 0, REJECTS: _size(folder / REJECTS)}
-            write_atomically(self._note, json.dumps(note))
-        try:
-            self.chunks = int(str(note["chunks"]))
-            counts: Any = note.get("counts")
-            self.counts: Counter[str] = Counter(counts)
-            sizes = [int(str(note[path.name])) for path in self._files]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(
-                f"{self._note} is damaged ({note}); delete {folder} to redo the round"
-            ) from error
-        for path, wanted in zip(self._files, sizes, strict=True):
-            have = _size(path)
-            if have < wanted:
-                raise RunFolderError(
-                    f"{path} is shorter than when it was written; delete {folder} to redo the round"
-                )
-            path.touch()
-            os.truncate(path, wanted)
-
-    def append(self, records: Iterable[Record], counts: Mapping[str, int] | None = None) -> None:
-        """Write one chunk: rejects to the rejects, all else to the stage's file; then note it.
-
-        `counts` of what the chunk cost are added to `self.counts`, which survives a kill.
-        """
-        main, rejects = (path.open("a", encoding="utf-8") for path in self._files)
-        with main, rejects:
-            for record in records:
-                file = rejects if isinstance(record, Reject) else main
-                file.write(record.model_dump_json() + "\n")
-            for file in (main, rejects):
-                file.flush()
-                os.fsync(file.fileno())
-        self.chunks += 1
-        self.counts.update(counts or {})
-        sizes = {path.name: _size(path) for path in self._files}
-        note = {"chunks": self.chunks, **sizes, "counts": self.counts}
-        write_atomically(self._note, json.dumps(note))
 
 
 class RoundDir:
@@ -181,16 +138,16 @@ class RunDir:
 
     def pairs(self, rounds: Iterable[int] | None = None) -> list[tuple[RoundDir, list[Pair]]]:
         """Pairs of the rounds that have made theirs; `rounds` picks some. Raises RunFolderError."""
-        made = [here for here in self.rounds() if here.manifest("pairs")]
-        missing = sorted(set(rounds or ()) - {here.number for here in made})
+        made = [round_dir for round_dir in self.rounds() if round_dir.manifest("pairs")]
+        missing = sorted(set(rounds or ()) - {round_dir.number for round_dir in made})
         if missing:
             raise RunFolderError(
                 f"{self.path} has no pairs of round {missing[0]}; it has {len(made)} rounds with pairs"
             )
         return [
-            (here, here.records("pairs", Pair))
-            for here in made
-            if rounds is None or here.number in rounds
+            (round_dir, round_dir.records("pairs", Pair))
+            for round_dir in made
+            if rounds is None or round_dir.number in rounds
         ]
 
     def results(self) -> list[RoundResult]:
@@ -198,9 +155,9 @@ class RunDir:
         everywhere = [self.start, *self.rounds()]
         return [
             result
-            for here in everywhere
-            if here.manifest("result")
-            for result in here.records("result", RoundResult)
+            for round_dir in everywhere
+            if round_dir.manifest("result")
+            for result in round_dir.records("result", RoundResult)
         ]
 
     def events(self) -> list[dict[str, Any]]:
@@ -357,3 +314,27 @@ def replace_folder(temporary: Path, final: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """What each optimiser step logged. Raises RunFolderError for a damaged line."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunFolderError(
+                f"{path}:{number} is damaged ({error.msg}); delete {path.parent.parent} to redo the round"
+            ) from error
+    return rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves to look at."""
+
+    folder: Path
+    policy: Path
+    """The policy that the run recommends: the last round's, or the best one's under `best_round`."""
+    results: list[RoundResult]
+    """Measures of the start (-1) and of each measured round."""

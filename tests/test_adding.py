@@ -13,10 +13,10 @@ import torch
 
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import find
+from prefloop.config import find_plugin
 from prefloop.evaluate import measures
 from prefloop.evaluate.measures import Measure, Subject
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import EMPTY, Judge, NoVerdict
 from prefloop.judges.python import DECLINED, Python
@@ -59,7 +59,7 @@ def test_the_function_judges(package: str) -> None:
 
 
 def test_the_judge_scores_and_refuses_empty_answers(package: str) -> None:
-    kind = find(prefloop.judges, f"{package}.mentions", Judge, "judge")
+    kind = find_plugin(prefloop.judges, f"{package}.mentions", Judge, "judge")
     opened = kind(shortest=3).open(None, PromptSet("compact"))
     (verdict,) = opened.score([prompt("why grass green")], [["grass is green", "no"]])
     assert not isinstance(verdict, NoVerdict)
@@ -68,7 +68,7 @@ def test_the_judge_scores_and_refuses_empty_answers(package: str) -> None:
 
 
 def test_the_method_pairs_and_has_a_loss(package: str) -> None:
-    kind = find(prefloop.methods, f"{package}.longer", Method, "method")
+    kind = find_plugin(prefloop.methods, f"{package}.longer", Method, "method")
     method = kind()
     answers = {"draft_a": Response(text="short"), "draft_b": Response(text="a longer one")}
     (pair,) = method.pair([Candidates(prompt=prompt("q"), responses=answers)], 0)
@@ -81,7 +81,7 @@ def test_the_method_pairs_and_has_a_loss(package: str) -> None:
 
 
 def test_the_measure_measures(package: str, tmp_path: Path) -> None:
-    kind = find(measures, f"{package}.brevity", Measure, "measure")
+    kind = find_plugin(measures, f"{package}.brevity", Measure, "measure")
     engine = FakeEngine(lambda request, seed: "three words here")
     subject = Subject("s", engine, None, None, None, None, tmp_path, 0)
     outcome = kind().run(subject)

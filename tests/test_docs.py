@@ -14,7 +14,7 @@ import typer.main
 import prefloop.methods
 from prefloop import cli
 from prefloop.compare.file import cells, load_comparison
-from prefloop.config import find, names
+from prefloop.config import find_plugin, plugin_names
 from prefloop.methods import Method
 from prefloop.recipe import load_recipe, shipped_recipes
 from prefloop.recipe.reward import load_reward_recipe
@@ -153,10 +153,10 @@ def test_the_recipe_reference_explains_every_option() -> None:
     assert not [row for row in rows if re.search(r"\|\s*\|$", row)]
 
 
-@pytest.mark.parametrize("name", names(prefloop.methods))
+@pytest.mark.parametrize("name", plugin_names(prefloop.methods))
 def test_every_method_has_a_page_and_its_training_measures_are_explained(name: str) -> None:
     assert (ROOT / f"docs/methods/{name}.md").is_file()
-    kind: type[Method] = find(prefloop.methods, name, Method, "method")
+    kind: type[Method] = find_plugin(prefloop.methods, name, Method, "method")
     output, _ = loss_of(kind(), 0.0)
     explained = (ROOT / "docs/metrics.md").read_text("utf-8")
     assert output.metrics

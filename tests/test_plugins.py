@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import prefloop.methods
-from prefloop import config as plugins
+from prefloop.config import find_plugin, plugin_name, plugin_names
 from prefloop.errors import RecipeError
 from prefloop.methods import Method
 from prefloop.methods.ial import IAL
@@ -32,7 +32,7 @@ def importable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def find(name: str) -> type[Method]:
-    return plugins.find(prefloop.methods, name, Method, "method")
+    return find_plugin(prefloop.methods, name, Method, "method")
 
 
 def package(folder: Path, **files: str) -> None:
@@ -46,8 +46,8 @@ def test_the_names_are_the_files_of_the_package(importable: Path) -> None:
     package(importable, zeta="", alpha="")
     import my_methods
 
-    assert plugins.names(my_methods) == ["alpha", "zeta"]
-    assert {"arop", "ial"} <= set(plugins.names(prefloop.methods))
+    assert plugin_names(my_methods) == ["alpha", "zeta"]
+    assert {"arop", "ial"} <= set(plugin_names(prefloop.methods))
 
 
 def test_a_method_is_found_by_its_files_name() -> None:
@@ -63,7 +63,7 @@ def test_a_users_module_is_found_by_its_dotted_name(importable: Path) -> None:
 def test_a_plug_in_knows_the_name_it_is_found_by(importable: Path) -> None:
     package(importable, mine=OWN)
     for name in ("ial", "my_methods.mine"):
-        assert plugins.name_of(prefloop.methods, find(name)()) == name
+        assert plugin_name(prefloop.methods, find(name)()) == name
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from prefloop import progress
-from prefloop.progress import Bar
+from prefloop import machine
+from prefloop.machine import Bar
 
 
 class Terminal(io.StringIO):
@@ -21,7 +21,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     screen = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(
-        progress, "Console", lambda stderr: Console(file=screen, force_terminal=True)
+        machine, "Console", lambda stderr: Console(file=screen, force_terminal=True)
     )
     return screen
 

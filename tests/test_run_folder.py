@@ -10,8 +10,8 @@ import pytest
 
 from prefloop.errors import RunFolderError
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Response, RoundResult
+from prefloop.run.chunks import Journal
 from prefloop.run_folder import (
-    Journal,
     RoundDir,
     RunDir,
     differences,
@@ -46,9 +46,9 @@ def test_records_and_rejects_go_to_their_files_in_order(tmp_path):
     journal = Journal(tmp_path, "pairs")
     journal.append([pair(0), reject(0), pair(1)])
     journal.append([reject(1)])
-    here = RoundDir(tmp_path, 0)
-    assert here.records("pairs", Pair) == [pair(0), pair(1)]
-    assert list(here.rejects()) == [reject(0), reject(1)]
+    round_dir = RoundDir(tmp_path, 0)
+    assert round_dir.records("pairs", Pair) == [pair(0), pair(1)]
+    assert list(round_dir.rejects()) == [reject(0), reject(1)]
     assert journal.chunks == 2
 
 
@@ -90,7 +90,7 @@ def test_a_chunk_whose_note_is_missing_is_written_again(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("prefloop.run_folder.write_atomically", killed)
+        patch.setattr("prefloop.run.chunks.write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             journal.append([pair(1), reject(1)])
     assert len(RoundDir(tmp_path, 0).records("pairs", Pair)) == 2
@@ -129,11 +129,11 @@ def test_a_file_shorter_than_its_note_is_refused_with_the_remedy(tmp_path):
 
 
 def test_a_stage_is_done_when_its_manifest_is_there(tmp_path):
-    here = RoundDir(tmp_path, 0)
+    round_dir = RoundDir(tmp_path, 0)
     Journal(tmp_path, "pairs").append([pair(0)])
-    assert here.manifest("pairs") is None
-    here.finish("pairs", records=1, rejects={"identical": 2})
-    manifest = here.manifest("pairs")
+    assert round_dir.manifest("pairs") is None
+    round_dir.finish("pairs", records=1, rejects={"identical": 2})
+    manifest = round_dir.manifest("pairs")
     assert manifest is not None
     assert (manifest["stage"], manifest["records"]) == ("pairs", 1)
     assert manifest["rejects"] == {"identical": 2}
@@ -322,20 +322,20 @@ def test_rounds_are_found_in_order_and_start_apart(tmp_path):
     run = RunDir(tmp_path)
     for number in (10, -1, 2):
         run.round(number)
-    assert [here.number for here in run.rounds()] == [2, 10]
+    assert [round_dir.number for round_dir in run.rounds()] == [2, 10]
     assert run.round(-1).path.name == "start"
 
 
 def test_pairs_and_results_come_from_finished_stages_only(tmp_path):
     run = RunDir(tmp_path)
     for number in (0, 1):
-        here = run.round(number)
-        Journal(here.path, "pairs").append([pair(number)])
+        round_dir = run.round(number)
+        Journal(round_dir.path, "pairs").append([pair(number)])
         result = RoundResult(round=number, measures={"score": 1.0})
-        Journal(here.path, "result").append([result])
+        Journal(round_dir.path, "result").append([result])
     for stage in ("pairs", "result"):
         run.round(0).finish(stage)
-    assert [(here.number, found) for here, found in run.pairs()] == [(0, [pair(0)])]
+    assert [(round_dir.number, found) for round_dir, found in run.pairs()] == [(0, [pair(0)])]
     assert [result.round for result in run.results()] == [0]
     with pytest.raises(RunFolderError, match="no pairs of round 1"):
         run.pairs([0, 1])

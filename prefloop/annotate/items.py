@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from random import Random
 from typing import Literal, NamedTuple, TypeAlias
 
-from prefloop.data.rows import READERS, Row, open_rows
-from prefloop.data.turns import conversation, filled_text
+from pydantic import Field
+
+from prefloop.data.rows import READERS, Row, conversation, filled_text, open_rows
 from prefloop.errors import DataError, RunFolderError
 from prefloop.evaluate.answers import ANSWER
-from prefloop.records import Candidates, Message
+from prefloop.records import Candidates, Message, Record, derive_seed
 from prefloop.run_folder import RoundDir, read_run
 
 Side: TypeAlias = Literal["a", "b"]
+
 _START = "start"
 
 
@@ -103,9 +106,9 @@ def read_source(text: str) -> Source:
     if not path.exists() and (named := re.fullmatch(rf"(.+)@(\d+|{_START})", text)):
         path, round_name = Path(named[1]), named[2]
     if path.is_dir():
-        here = _round(path, round_name)
-        answers: Iterator[Answered] = _of_round(here)
-        name = f"{path}@{_name(here)}"
+        round_dir = _round(path, round_name)
+        answers: Iterator[Answered] = _of_round(round_dir)
+        name = f"{path}@{_name(round_dir)}"
     elif round_name is None and path.suffix.lower() in READERS:
         answers, name = _of_file(text), text
     else:
@@ -131,9 +134,9 @@ def _round(path: Path, name: str | None) -> RoundDir:
     """The round that was asked for, else the last one with held-out answers."""
     run = read_run(path)
     answered = [
-        here
-        for here in (RoundDir(path / "rounds" / _START, -1), *run.rounds())
-        if here.manifest("answers")
+        round_dir
+        for round_dir in (RoundDir(path / "rounds" / _START, -1), *run.rounds())
+        if round_dir.manifest("answers")
     ]
     if not answered:
         raise RunFolderError(
@@ -142,20 +145,20 @@ def _round(path: Path, name: str | None) -> RoundDir:
     if name is None:
         return answered[-1]
     number = -1 if name == _START else int(name)
-    for here in answered:
-        if here.number == number:
-            return here
+    for round_dir in answered:
+        if round_dir.number == number:
+            return round_dir
     raise RunFolderError(
         f"{path} has no held-out answers of round {name}; it has: {', '.join(map(_name, answered))}"
     )
 
 
-def _name(here: RoundDir) -> str:
-    return _START if here.number < 0 else str(here.number)
+def _name(round_dir: RoundDir) -> str:
+    return _START if round_dir.number < 0 else str(round_dir.number)
 
 
-def _of_round(here: RoundDir) -> Iterator[Answered]:
-    for group in here.stream("answers", Candidates):
+def _of_round(round_dir: RoundDir) -> Iterator[Answered]:
+    for group in round_dir.stream("answers", Candidates):
         yield Answered(group.prompt.id, group.prompt.messages, group.responses[ANSWER].text)
 
 
@@ -179,3 +182,45 @@ def _conversation(where: str, row: Row) -> list[Message]:
     if turns[-1].role != "user":
         raise DataError(f"{where}: 'prompt' ends with the assistant's turn; put it into 'answer'")
     return turns
+
+
+class Plan(Record):
+    """The options of a round of annotation, kept in the file of votes."""
+
+    seed: int = 0
+    """Draws the order of the items and the sides, for each annotator by name."""
+    each: int | None = Field(default=None, ge=1)
+    """Items that each annotator sees; None: all."""
+    shared: int | None = Field(default=None, ge=0)
+    """Of them, how many are the same for everybody, so that agreement can be told; None: a fifth of `each`."""
+
+    def order(self, items: Sequence[str], annotator: str, number: int) -> list[str]:
+        """The items of one annotator, in the order in which they are shown.
+
+        `number` counts annotators from 0 as they came. All share the same first items of a seeded
+        permutation; from the others each takes the stretch after the one before, round and round, so that
+        every item has as many votes as any other, or one more.
+        """
+        drawn = list(items)
+        Random(derive_seed(self.seed, "items")).shuffle(drawn)
+        if self.each is not None and self.each < len(drawn):
+            shared = self.each // 5 if self.shared is None else self.shared
+            rest, own = drawn[shared:], self.each - shared
+            stretch = [rest[(number * own + place) % len(rest)] for place in range(own)]
+            drawn = [*drawn[:shared], *stretch]
+        Random(derive_seed(self.seed, "order", annotator)).shuffle(drawn)
+        return drawn
+
+    def first(self, annotator: str, item: str) -> Side:
+        """Whose answer is "Answer 1": on the left, or above where the page is narrow."""
+        return "b" if derive_seed(self.seed, "side", annotator, item) % 2 else "a"
+
+
+def make_plan(seed: int, each: int | None, shared: int | None) -> Plan:
+    """A plan from the options of the command line. Raises DataError where they contradict each other."""
+    if shared is not None and (each is None or shared > each):
+        raise DataError(
+            f"--shared {shared} needs --each with at least that number; without --each everybody sees "
+            "all items"
+        )
+    return Plan(seed=seed, each=each, shared=shared)

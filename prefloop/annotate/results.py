@@ -11,7 +11,7 @@ from typing import Any
 
 from prefloop.annotate.items import Comparison
 from prefloop.annotate.votes import Ballots, Vote
-from prefloop.evaluate.raters import cohen_kappa, krippendorff_alpha
+from prefloop.evaluate.agreement import cohen_kappa, krippendorff_alpha
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, clustered_mean
 
 _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}

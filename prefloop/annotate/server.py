@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
 
-from prefloop.annotate.service import Answer, Desk
+from prefloop.annotate.service import AnnotationService, Answer
 from prefloop.errors import DataError, PrefloopError
 from prefloop.records import Record
 
@@ -84,7 +84,7 @@ class AnnotationServer(ThreadingHTTPServer):
     # A thread that waits for a browser must not keep the command from ending.
     block_on_close = False
 
-    def __init__(self, desk: Desk, host: str = LOOPBACK, port: int = 0) -> None:
+    def __init__(self, desk: AnnotationService, host: str = LOOPBACK, port: int = 0) -> None:
         """Bind; port 0 takes a free one. Raises PrefloopError where that cannot be."""
         self.desk = desk
         self.token = secrets.token_urlsafe(24)

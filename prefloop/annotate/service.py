@@ -6,8 +6,7 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any, Literal, TypeAlias
 
-from prefloop.annotate.items import Comparison, Item, Side
-from prefloop.annotate.plan import Plan
+from prefloop.annotate.items import Comparison, Item, Plan, Side
 from prefloop.annotate.votes import Choice, Joined, Undo, Vote, VoteFile, key
 from prefloop.errors import DataError
 
@@ -16,7 +15,7 @@ _LONGEST_NAME, _LONGEST_REASON = 40, 300
 _OTHER: dict[Side, Side] = {"a": "b", "b": "a"}
 
 
-class Desk:
+class AnnotationService:
     """One round of annotation. Safe to be called by several threads.
 
     Every call returns the annotator's state: the next item with its two answers in the order of this annotator, how many

@@ -16,8 +16,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from prefloop.annotate.items import Comparison, Side
-from prefloop.annotate.plan import Plan
+from prefloop.annotate.items import Comparison, Plan, Side
 from prefloop.errors import DataError, RunFolderError
 from prefloop.records import Record
 

@@ -140,9 +140,10 @@ def run(
     from rich.console import Console
 
     from prefloop.recipe import load_recipe
+    from prefloop.recipe.check import check_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    for note in loaded.check():
+    for note in check_recipe(loaded):
         typer.echo(f"note: {note}", err=True)
     from prefloop.report.html import write_report
     from prefloop.report.summary import outcome_json, show_outcome
@@ -199,7 +200,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The model's folder; must not exist.")],
 ) -> None:
     """Write a run's policy as one plain model, its adapter merged in."""
-    from prefloop.run.merge import merge_policy
+    from prefloop.run.publish import merge_policy
 
     typer.echo(f"merged model in {merge_policy(run_folder, out)}")
 
@@ -223,9 +224,10 @@ def check(
 ) -> None:
     """Look for what would stop a run, without loading a model."""
     from prefloop.recipe import load_recipe
+    from prefloop.recipe.check import check_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    notes = loaded.check()
+    notes = check_recipe(loaded)
     if dump:
         typer.echo(loaded.dump(), nl=False)
     for note in notes:
@@ -285,14 +287,17 @@ def _judges() -> dict[str, str]:
 
 def _engines() -> dict[str, str]:
     import prefloop.generate.engines as package
+    from prefloop.generate.engine import EngineOptions
 
-    return _plugins(package, package.EngineOptions, "engine")
+    return _plugins(package, EngineOptions, "engine")
 
 
 def _plugins(package: ModuleType, base: type, what: str) -> dict[str, str]:
-    from prefloop.config import find, names
+    from prefloop.config import find_plugin, plugin_names
 
-    return {name: _first_line(find(package, name, base, what)) for name in names(package)}
+    return {
+        name: _first_line(find_plugin(package, name, base, what)) for name in plugin_names(package)
+    }
 
 
 def _measures() -> dict[str, str]:

@@ -13,8 +13,7 @@ import typer
 from prefloop.errors import DataError
 
 if TYPE_CHECKING:
-    from prefloop.annotate.items import Comparison
-    from prefloop.annotate.plan import Plan
+    from prefloop.annotate.items import Comparison, Plan
 
 
 def annotate(  # noqa: PLR0913 - an option of the command line is a parameter
@@ -52,8 +51,7 @@ def annotate(  # noqa: PLR0913 - an option of the command line is a parameter
     ] = False,
 ) -> None:
     """Let people compare the held-out answers of two policies, blind; Ctrl-C ends it with the results."""
-    from prefloop.annotate.items import read_comparison
-    from prefloop.annotate.plan import make_plan
+    from prefloop.annotate.items import make_plan, read_comparison
     from prefloop.annotate.results import results
     from prefloop.annotate.votes import read_votes
 
@@ -89,7 +87,7 @@ def _serve(
     """Serve until Ctrl-C; returns the results."""
     from prefloop.annotate.results import results
     from prefloop.annotate.server import AnnotationServer, is_loopback
-    from prefloop.annotate.service import Desk
+    from prefloop.annotate.service import AnnotationService
     from prefloop.annotate.votes import VoteFile
 
     def say(line: str) -> None:
@@ -97,7 +95,7 @@ def _serve(
         (sys.stderr if to_stderr else sys.stdout).flush()
 
     file = VoteFile(path, comparison, plan)
-    desk = Desk(comparison, plan, file, instructions=instructions, say=say)
+    desk = AnnotationService(comparison, plan, file, instructions=instructions, say=say)
     try:
         with AnnotationServer(desk, host, port) as server:
             if file.torn:

@@ -40,6 +40,7 @@ def compare(
     """
     from prefloop.compare.file import cells, load_comparison
     from prefloop.compare.run import sharing
+    from prefloop.recipe.check import check_recipe
     from prefloop.run_folder import alone_in
 
     loaded = load_comparison(comparison)
@@ -47,7 +48,7 @@ def compare(
     every, notes = cells(loaded, folder)
     chosen = _chosen(every, loaded, only or ())
     for cell in () if table else chosen:
-        notes += [f"variant {cell.variant}: {note}" for note in cell.recipe.check()]
+        notes += [f"variant {cell.variant}: {note}" for note in check_recipe(cell.recipe)]
     for note in dict.fromkeys(notes):
         typer.echo(f"note: {note}", err=True)
     if check:
@@ -62,8 +63,7 @@ def compare(
 
 
 def _chosen(every: Sequence[Cell], loaded: Comparison, only: Sequence[str]) -> list[Cell]:
-    from prefloop.config import nearest
-    from prefloop.errors import RecipeError
+    from prefloop.errors import RecipeError, nearest
 
     for name in only:
         if name not in loaded.variants:

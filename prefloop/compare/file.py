@@ -16,7 +16,6 @@ from typing import Annotated, Any
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -25,14 +24,12 @@ from pydantic import (
 
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import find, nearest
-from prefloop.errors import RecipeError
+from prefloop.config import Options, build, find_plugin, overridden, read_yaml, sentence
+from prefloop.errors import RecipeError, nearest
 from prefloop.judges import Judge
 from prefloop.methods import Method
-from prefloop.recipe import Recipe, load_recipe, read_yaml, shipped_recipes
-from prefloop.run.cost import Budget
-from prefloop.validation import build, sentence
-from prefloop.yaml_text import overridden
+from prefloop.recipe import Recipe, load_recipe, shipped_recipes
+from prefloop.recipe.options import Budget
 
 _PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
     "method": (prefloop.methods, Method),
@@ -45,12 +42,8 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Comparison(BaseModel):
+class Comparison(Options):
     """What `prefloop compare` reads."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     base: str | dict[str, Any]
     """The recipe that variants vary: a file, the name of a shipped one, or a recipe's sections themselves."""
@@ -166,7 +159,7 @@ def _varied(
         name, old = changes.get(f"{section}.name"), values.get(section)
         if not isinstance(name, str) or not isinstance(old, Mapping) or name == old.get("name"):
             continue
-        known = find(package, name, kind, section).model_fields
+        known = find_plugin(package, name, kind, section).model_fields
         dropped = [key for key in old if key != "name" and key not in known]
         values[section] = {key: value for key, value in old.items() if key not in dropped}
         if dropped:

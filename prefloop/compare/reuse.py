@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import prefloop.methods
-from prefloop.config import name_of
+from prefloop.config import plugin_name
 from prefloop.recipe import Recipe
 from prefloop.run_folder import REJECTS, RunDir
 
@@ -29,14 +29,13 @@ _LATER = ("rank", "pair", "loss")
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
     """A digest for each stage that can be shared; equal digests, equal work."""
-    method, judge = recipe.method, recipe.judge
+    method = recipe.method
     told: dict[str, Any] = recipe.model_dump(mode="json")
-    name = name_of(prefloop.methods, method)
-    needs_target = method.needs_target or bool(judge and judge.needs_target)
+    name = plugin_name(prefloop.methods, method)
     policy = {
         **{key: told[key] for key in ("seed", "model", "data", "engine", "generate", "launch")},
         # They decide which rows of the data are read, and how.
-        "needs": [needs_target, method.needs_pairs],
+        "needs": [recipe.needs_target, method.needs_pairs],
         "sft": recipe.sft_train.model_dump(mode="json") if recipe.sft_train else None,
     }
     sampling = recipe.evaluate.sampling or method.sampling
@@ -122,6 +121,6 @@ def _link(origin: str, target: str) -> None:
 def _copy_rejects(origin: Path, target: Path, stage: str) -> None:
     """The rejects up to the end of a stage; the origin may have added those of later ones."""
     manifest = json.loads((origin / f"{stage}.done.json").read_text(encoding="utf-8"))
-    count = sum(manifest["rejects"].values())
+    count = sum(manifest.get("rejects", {}).values())
     with (origin / REJECTS).open(encoding="utf-8") as file:
         (target / REJECTS).write_text("".join(islice(file, count)), encoding="utf-8")

@@ -14,7 +14,7 @@ import numpy as np
 from prefloop.compare.file import Cell, Comparison
 from prefloop.errors import RecipeError
 from prefloop.evaluate.answers import prompt_values
-from prefloop.evaluate.contrasts import (
+from prefloop.evaluate.significance import (
     Contrast,
     crossed_contrast,
     holm,
@@ -87,7 +87,7 @@ def _not_this_cells(cell: Cell) -> str | None:
 def _read(cell: Cell) -> _Result:
     run = RunDir(cell.folder)
     result = run.results()[-1]
-    last = next(here for here in run.rounds() if here.number == result.round)
+    last = next(round_dir for round_dir in run.rounds() if round_dir.number == result.round)
     start = RoundDir(cell.folder / "rounds" / "start", -1)
     return _Result(
         cell,
@@ -134,7 +134,7 @@ def _cost(comparison: Comparison, results: Sequence[_Result]) -> dict[str, Any]:
         },
         "peak_memory_mb": max(cost.peak_memory_mb for cost in costs),
         "rounds": fmean(result.round + 1 for result in results),
-        "budget_used": fmean(cost.share_of(comparison.budget) for cost in costs)
+        "budget_used": fmean(cost.fraction_used(comparison.budget) for cost in costs)
         if comparison.budget
         else None,
     }

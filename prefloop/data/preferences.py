@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from prefloop.data.rows import Row, open_rows
-from prefloop.data.turns import conversation, filled_text
+from prefloop.data.rows import Row, conversation, filled_text, open_rows
 from prefloop.errors import DataError
 from prefloop.records import Message, Prompt, Record
 

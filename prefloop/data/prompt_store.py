@@ -12,7 +12,7 @@ from typing import overload
 from prefloop.records import Prompt
 
 
-class Spool(Sequence[Prompt]):
+class PromptStore(Sequence[Prompt]):
     """Prompts in a file that has no name and goes with the process; 16 bytes a prompt are held."""
 
     def __init__(self, prompts: Iterable[Prompt], folder: Path | None = None) -> None:
@@ -29,9 +29,9 @@ class Spool(Sequence[Prompt]):
             file.flush()
             self._file = _Descriptor(file.fileno())
 
-    def picked(self, indices: Iterable[int]) -> Spool:
+    def picked(self, indices: Iterable[int]) -> PromptStore:
         """Some of these prompts, in the order of `indices`, over the same file."""
-        view = object.__new__(Spool)
+        view = object.__new__(PromptStore)
         view._file = self._file
         view._starts, view._lengths = array("Q"), array("Q")
         for index in indices:
@@ -45,8 +45,8 @@ class Spool(Sequence[Prompt]):
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
     @overload
-    def __getitem__(self, index: slice) -> Spool: ...
-    def __getitem__(self, index: int | slice) -> Prompt | Spool:
+    def __getitem__(self, index: slice) -> PromptStore: ...
+    def __getitem__(self, index: int | slice) -> Prompt | PromptStore:
         if isinstance(index, slice):
             return self.picked(range(*index.indices(len(self))))
         line = self._file.read(self._lengths[index], self._starts[index])

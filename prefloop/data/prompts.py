@@ -11,29 +11,26 @@ from pathlib import Path
 from random import Random
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from prefloop.config import Options
 from prefloop.data.preferences import ANSWERS, preference
-from prefloop.data.prompt_store import Spool
-from prefloop.data.rows import EMBEDDED, Row, open_rows
-from prefloop.data.turns import conversation, filled_text
+from prefloop.data.prompt_store import PromptStore
+from prefloop.data.rows import EMBEDDED, Row, conversation, filled_text, open_rows
 from prefloop.errors import DataError
-from prefloop.records import Message, Prompt
-from prefloop.seeds import derive_seed
+from prefloop.records import Message, Prompt, derive_seed
 
 Part: TypeAlias = Literal["train", "eval"]
 CountTokens: TypeAlias = Callable[[str], int]
 
 
-class DataOptions(BaseModel):
+class DataOptions(Options):
     """The recipe's section `data`.
 
     A source is a file (.jsonl, .json, .csv, .parquet), a folder (written by `save_to_disk`, or holding
     data files), a data set on the Hugging Face hub ("owner/name"), or "embedded:instructions". Where a
     method trains on labelled pairs, rows with `chosen` and `rejected` are read as `read_preferences` does.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: str = Field(default=EMBEDDED, min_length=1)
     """Source of the prompts to train on."""
@@ -76,8 +73,8 @@ class DataOptions(BaseModel):
 class LoadedData:
     """The prompts of a run, and how many rows were left out for which reason."""
 
-    train: Spool
-    eval: Spool
+    train: PromptStore
+    eval: PromptStore
     dropped: dict[str, int]
     """Reason -> rows; reasons of the evaluation source begin with "eval: "."""
 
@@ -99,7 +96,7 @@ def load_data(
     """
     dropped: Counter[str] = Counter()
 
-    def read(source: str, part: Part, limit: int | None = None) -> Spool:
+    def read(source: str, part: Part, limit: int | None = None) -> PromptStore:
         def drop(reason: str) -> None:
             dropped[reason if part == "train" else f"eval: {reason}"] += 1
 
@@ -117,7 +114,7 @@ def load_data(
             needs_pairs=needs_pairs,
             drop=drop,
         )
-        prompts = Spool(islice(filter(fits, rows), limit), folder)
+        prompts = PromptStore(islice(filter(fits, rows), limit), folder)
         if not prompts:
             raise DataError(f"every row of {source} is too long; raise data.max_*_tokens")
         return prompts
@@ -234,7 +231,7 @@ def _too_long(
     return None
 
 
-def _hold_out(prompts: Spool, count: int, seed: int) -> tuple[Spool, Spool]:
+def _hold_out(prompts: PromptStore, count: int, seed: int) -> tuple[PromptStore, PromptStore]:
     """Draw `count` prompts by seed; the others, without copies of the drawn, and the drawn."""
     distinct = len({hash(prompt.messages) for prompt in prompts})
     if count >= distinct:

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.errors import DataError
-from prefloop.records import Prompt, Record, Request, Response, Sampling, read_jsonl, write_jsonl
-from prefloop.seeds import derive_seed
+from prefloop.records import (
+    Prompt,
+    Record,
+    Request,
+    Response,
+    Sampling,
+    derive_seed,
+    read_jsonl,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -25,7 +33,7 @@ def digest(*parts: object) -> str:
     return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def kept(
+def cached_records(
     folder: Path,
     rows: Sequence[T],
     kind: type[R],
@@ -93,4 +101,4 @@ def answers_of(
         return engine.sample(asks, sampling, seed=own, label=label)
 
     place = folder / digest([prompt.messages for prompt in prompts], sampling, seed, chunk)
-    return kept(place, prompts, Response, work, chunk=chunk)
+    return cached_records(place, prompts, Response, work, chunk=chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefloop.evaluate.winrate import steps_to
+from prefloop.evaluate.win_rates import steps_to
 from prefloop.records import CurvePoint
 from prefloop.run_folder import RoundDir, RunDir
 
@@ -17,9 +17,9 @@ def win_rate_curve(run: RunDir) -> list[CurvePoint]:
     """The win rate during training of all rounds, in order; [] where the recipe did not ask for it."""
     return [
         point
-        for here in run.rounds()
-        if (here.path / f"{CURVE}.jsonl").is_file()
-        for point in here.records(CURVE, CurvePoint)
+        for round_dir in run.rounds()
+        if (round_dir.path / f"{CURVE}.jsonl").is_file()
+        for point in round_dir.records(CURVE, CurvePoint)
     ]
 
 
@@ -28,11 +28,11 @@ def steps_to_share(points: list[CurvePoint]) -> int | None:
     return steps_to([(p.step, p.win_rate) for p in points if p.win_rate is not None], SHARE)
 
 
-def training_curve(here: RoundDir) -> list[dict[str, Any]]:
+def training_curve(round_dir: RoundDir) -> list[dict[str, Any]]:
     """What each optimiser step of a round logged: loss, margin, real_reward ...; [] before its training."""
-    from prefloop.train.trainer import read_metrics
+    from prefloop.run_folder import read_metrics
 
-    path = here.train / "metrics.jsonl"
+    path = round_dir.train / "metrics.jsonl"
     return read_metrics(path) if path.is_file() else []
 
 
@@ -40,7 +40,9 @@ def curves(run: RunDir) -> dict[str, Any]:
     """Both as JSON values: `training` by round, `win_rate`, and `steps_to_90`."""
     points = win_rate_curve(run)
     return {
-        "training": {str(here.number): training_curve(here) for here in run.rounds()},
+        "training": {
+            str(round_dir.number): training_curve(round_dir) for round_dir in run.rounds()
+        },
         "win_rate": [point.model_dump() for point in points],
         "steps_to_90": steps_to_share(points),
     }

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from prefloop.errors import DataError
 from prefloop.evaluate.measures import Outcome
 from prefloop.evaluate.measures.leaderboard import BENCHMARKS, MEAN, stratum_of
-from prefloop.evaluate.stats import Estimate
-from prefloop.evaluate.task_means import mean_difference, mean_of
+from prefloop.evaluate.stats import Estimate, mean_difference, mean_of
 
 _SHORT = {
     "arc_challenge": "ARC-c",

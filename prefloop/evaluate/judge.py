@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import prefloop.judges
-from prefloop.config import name_of
+from prefloop.config import plugin_name
 from prefloop.errors import DataError, RecipeError
 from prefloop.evaluate.cache import digest, held_out_prompts
 from prefloop.evaluate.judge_check import parse_judge
 from prefloop.evaluate.subjects import Source, contents
 from prefloop.generate.causal_lm import open_engine
 from prefloop.generate.templates import PromptSet
-from prefloop.judges import Judge, OpenJudge, Remembering
+from prefloop.judges import CachedJudge, Judge, OpenJudge
 from prefloop.models.sources import quiet
 
 
-class ChosenJudge:
-    """A judge, or that there is none."""
+class EvaluationJudge:
+    """The judge of this evaluation, or none."""
 
     def __init__(self, judge: Judge | None, told: str | None, policy: str | None) -> None:
         """`told` is how the report calls it; `policy` is the model that it asks where it asks one."""
@@ -31,7 +31,7 @@ class ChosenJudge:
     @classmethod
     def of(
         cls, text: str | None, policy: str | None, sources: Sequence[Source], prompts: str
-    ) -> ChosenJudge:
+    ) -> EvaluationJudge:
         """The judge that `text` names, or the one that the runs share. Raises PrefloopError.
 
         A judge that compares with targets needs `prompts`, the source of prompts, to have some.
@@ -54,7 +54,7 @@ class ChosenJudge:
         return cls(judge, f"{told}{asks}", policy if judge.needs_policy else None)
 
     @classmethod
-    def _shared(cls, sources: Sequence[Source], prompts: str) -> ChosenJudge:
+    def _shared(cls, sources: Sequence[Source], prompts: str) -> EvaluationJudge:
         recipes = [recipe for source in sources if (recipe := source.recipe) is not None]
         judges = [recipe.judge for recipe in recipes]
         first = judges[0] if judges else None
@@ -62,7 +62,7 @@ class ChosenJudge:
             return cls(None, None, None)
         if first.needs_target and _without_target(prompts):
             return cls(None, None, None)
-        return cls(first, f"{name_of(prefloop.judges, first)}, the run's own", None)
+        return cls(first, f"{plugin_name(prefloop.judges, first)}, the run's own", None)
 
     @property
     def key(self) -> str:
@@ -73,27 +73,29 @@ class ChosenJudge:
         found = [
             contents(Path(s).expanduser()) if Path(s).expanduser().exists() else s for s in sources
         ]
-        return digest(name_of(prefloop.judges, self.judge), self.judge.model_dump_json(), found)
+        return digest(plugin_name(prefloop.judges, self.judge), self.judge.model_dump_json(), found)
 
     @cached_property
     def _open(self) -> OpenJudge:
         assert self.judge is not None
         with quiet():
             engine: Any = open_engine(self.policy) if self.policy else None
-            return Remembering(self.judge.open(engine, PromptSet("compact")))
+            return CachedJudge(self.judge.open(engine, PromptSet("compact")))
 
     @property
     def opened(self) -> OpenJudge | None:
-        """At work, when it is first asked; None where there is none."""
-        return None if self.judge is None else _Late(self)
+        """The open judge, loaded on first use; None where there is none."""
+        return None if self.judge is None else LazyJudge(self)
 
 
 def _without_target(prompts: str) -> int:
     return sum(prompt.target is None for prompt in held_out_prompts(prompts, None))
 
 
-class _Late:
-    def __init__(self, chosen: ChosenJudge) -> None:
+class LazyJudge:
+    """The judge of an evaluation, loaded when it is first asked."""
+
+    def __init__(self, chosen: EvaluationJudge) -> None:
         self._chosen = chosen
 
     def score(self, prompts: Any, groups: Any) -> Any:

@@ -12,18 +12,17 @@ from random import Random
 from typing import Any
 
 import prefloop.judges
+from prefloop.config import build_plugin, overridden, parse_yaml, read_yaml
 from prefloop.data.preferences import Preference, read_preferences, sources
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.evaluate.agreement import Scored, agreement, calibration, position_bias
 from prefloop.generate.causal_lm import open_engine
 from prefloop.generate.templates import PromptSet
-from prefloop.judges import Judge, NoVerdict, OpenJudge, Remembering, Verdict
+from prefloop.judges import CachedJudge, Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.judges.reward_model import RewardModel
 from prefloop.models.sources import quiet
-from prefloop.recipe import build_plugin, read_yaml
-from prefloop.seeds import derive_seed
-from prefloop.yaml_text import overridden, parse_yaml
+from prefloop.records import derive_seed
 
 LONGER, CHANCE = "longer answer", "chance"
 
@@ -106,7 +105,7 @@ def score_pairs(
         (pair.rejected, pair.chosen) if turned else (pair.chosen, pair.rejected)
         for pair, turned in zip(pairs, rejected_first, strict=True)
     ]
-    verdicts = Remembering(judge).score([pair.prompt for pair in pairs], groups)
+    verdicts = CachedJudge(judge).score([pair.prompt for pair in pairs], groups)
     return [
         scored(pair, _turned(verdict) if turned else verdict)
         for pair, verdict, turned in zip(pairs, verdicts, rejected_first, strict=True)

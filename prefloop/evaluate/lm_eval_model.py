@@ -22,8 +22,8 @@ from lm_eval.models.utils import (
 from pydantic import ConfigDict
 
 from prefloop.errors import GenerationError
-from prefloop.evaluate.cache import digest, kept
-from prefloop.progress import Bar
+from prefloop.evaluate.cache import cached_records, digest
+from prefloop.machine import Bar
 from prefloop.records import Record, Response, Sampling
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
                     greedy = all(found.likeliest)
                     yield _Likelihood(logprob=sum(found.logprobs), greedy=greedy)
 
-            scores = kept(place, distinct, _Likelihood, work, chunk=_SCORED_AT_A_TIME)
+            scores = cached_records(place, distinct, _Likelihood, work, chunk=_SCORED_AT_A_TIME)
         found = dict(zip(distinct, scores, strict=True))
         return [(found[row].logprob, found[row].greedy) for row in rows]
 
@@ -169,7 +169,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
             return [Response(text=text) for text in self._generated(part, kind)]
 
         place = self._folder / digest("answers", kind, prompts)
-        answers = kept(place, prompts, Response, work, chunk=_DECODED_AT_A_TIME)
+        answers = cached_records(place, prompts, Response, work, chunk=_DECODED_AT_A_TIME)
         return {context: answer.text for context, answer in zip(asked, answers, strict=True)}
 
     def _kind(self, options: dict[str, Any]) -> _Kind:

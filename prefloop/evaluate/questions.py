@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from prefloop.data.rows import Located, open_rows
 from prefloop.errors import DataError
 from prefloop.evaluate.cache import digest
-from prefloop.seeds import derive_seed
+from prefloop.records import derive_seed
 
 T = TypeVar("T")
 

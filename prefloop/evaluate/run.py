@@ -26,15 +26,13 @@ from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.data.rows import EMBEDDED
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.evaluate.cache import digest
-from prefloop.evaluate.contrasts import holm
 from prefloop.evaluate.curves import curves
-from prefloop.evaluate.judge import ChosenJudge
+from prefloop.evaluate.judge import EvaluationJudge
 from prefloop.evaluate.measures import Item, Measure, Subject
-from prefloop.evaluate.significance import differences
+from prefloop.evaluate.significance import differences, holm
 from prefloop.evaluate.subjects import Source, contents, find, held_out, names, opened
 from prefloop.evaluate.suites import Chosen, choose
-from prefloop.machine import environment
-from prefloop.memory import keep_freed_memory
+from prefloop.machine import environment, keep_freed_memory
 from prefloop.records import Sampling, read_json, read_jsonl, write_jsonl
 from prefloop.run_folder import alone_in, write_atomically
 
@@ -77,7 +75,7 @@ def evaluate(options: Options, say: Say) -> dict[str, Any]:
         defaults = {"held_out": prompts, **limits}
         chosen = choose(options.suite, options.measures, options.overrides, defaults)
         able, unable = _checked(chosen)
-        judge = ChosenJudge.of(options.judge, options.policy, sources, prompts)
+        judge = EvaluationJudge.of(options.judge, options.policy, sources, prompts)
         report: dict[str, Any] = {
             "prefloop": __version__,
             "suite": options.suite,
@@ -89,7 +87,7 @@ def evaluate(options: Options, say: Say) -> dict[str, Any]:
         }
         items: dict[str, dict[str, tuple[Item, ...]]] = {}
         for name, source in zip(called, sources, strict=True):
-            one = _One(options, name, source, judge, say)
+            one = SubjectRun(options, name, source, judge, say)
             report["subjects"][name], items[name] = one.measured(able, unable)
         report["comparisons"] = _comparisons(items, options.seed)
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
@@ -112,11 +110,11 @@ def _checked(chosen: Sequence[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
     return able, unable
 
 
-class _One:
+class SubjectRun:
     """One subject's measuring."""
 
     def __init__(
-        self, options: Options, name: str, source: Source, judge: ChosenJudge, say: Say
+        self, options: Options, name: str, source: Source, judge: EvaluationJudge, say: Say
     ) -> None:
         self.options = options
         self.name = name
@@ -137,8 +135,8 @@ class _One:
         skipped, todo = dict(unable), [self._bound(one) for one in able]
         done: dict[str, dict[str, Any]] = {}
         for one in todo:
-            if (kept := self._read(one)) is not None:
-                done[one.name] = kept
+            if (cached_records := self._read(one)) is not None:
+                done[one.name] = cached_records
         if missing := [one for one in todo if one.name not in done]:
             with opened(self.source, self.options.initial) as model:
                 subjects = {one.name: self._subject(one, model) for one in missing}

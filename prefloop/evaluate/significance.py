@@ -1,20 +1,20 @@
-"""Two subjects on the same items: paired differences, and how often chance alone would make them.
-
-Shapes: N clusters of items, S sign patterns.
-"""
+"""Tests of differences: by item and by seed, with Holm's correction."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 from prefloop.evaluate.measures import Item
 from prefloop.evaluate.stats import Estimate, clustered_mean, in_blocks
 
 _EXACT = 12
 """Clusters up to which all sign patterns are gone through."""
+
 _PATTERNS = 9_999
 
 
@@ -68,3 +68,113 @@ def sign_flip(values: Sequence[float], clusters: Sequence[str], *, seed: int) ->
         signs_SN = 1 - 2 * generator.integers(2, size=(size, count))
         as_far += int((np.abs(signs_SN @ sums_N) >= bound).sum())
     return (as_far + 1) / (_PATTERNS + 1)
+
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The mean difference of two methods."""
+
+    difference: float
+    low: float
+    high: float
+    """Ends of its own 95 % interval, not corrected for how many differences are looked at."""
+    p: float
+    """Two-sided, of no difference."""
+    seeds: int
+    prompts: int
+    """0 where only the seeds' means were at hand."""
+
+
+def seed_mean(values: Sequence[float], *, level: float = 0.95) -> Estimate:
+    """The mean over S seeds with its t-interval (S - 1 degrees of freedom); of one seed, without width: NaN.
+
+    With three seeds the interval is 4.3 standard errors to each side, and it ought to be.
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return Estimate(mean, float("nan"), float("nan"), count)
+    error = float(np.std(values, ddof=1)) / count**0.5
+    half = float(stdtrit(count - 1, (1 + level) / 2)) * error
+    return Estimate(mean, mean - half, mean + half, count)
+
+
+def seed_contrast(first: Sequence[float], second: Sequence[float]) -> Contrast | None:
+    """First minus second over the same S seeds, paired: the t-test on S differences; None below two seeds."""
+    assert len(first) == len(second)
+    differences_S = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if len(differences_S) < 2:
+        return None
+    variance = float(differences_S.var(ddof=1)) / len(differences_S)
+    return _contrast(float(differences_S.mean()), variance, len(differences_S) - 1, (len(first), 0))
+
+
+def crossed_contrast(differences_SP: Array) -> Contrast | None:
+    """The mean of S x P differences, one for each seed and prompt; None below two of either.
+
+    Seeds and prompts are both taken as drawn at random, and crossed: every seed met every prompt. The
+    variance of the mean is (MS_seeds + MS_prompts - MS_rest) / (S P), its degrees of freedom are
+    Satterthwaite's; neither mean square may be below the rest's, which errs on the wide side where a
+    variance is small. Source: Searle, Casella and McCulloch (1992), Variance Components, chapter 4;
+    Satterthwaite (1946), Biometrics Bulletin 2. In simulations of noise with three seeds it calls 0 to
+    8 % of differences real at level 5 %, the most where almost all noise is between seeds.
+    """
+    seeds, prompts = differences_SP.shape
+    if min(seeds, prompts) < 2:
+        return None
+    mean = float(differences_SP.mean())
+    by_seed_S = differences_SP.mean(axis=1) - mean
+    by_prompt_P = differences_SP.mean(axis=0) - mean
+    rest_SP = differences_SP - mean - by_seed_S[:, None] - by_prompt_P
+    df_seed, df_prompt = seeds - 1, prompts - 1
+    df_rest = df_seed * df_prompt
+    rest = float((rest_SP**2).sum()) / df_rest
+    seed = max(prompts * float((by_seed_S**2).sum()) / df_seed, rest)
+    prompt = max(seeds * float((by_prompt_P**2).sum()) / df_prompt, rest)
+    total = seed + prompt - rest
+    spread = seed**2 / df_seed + prompt**2 / df_prompt + rest**2 / df_rest
+    freedom = total**2 / spread if spread else float(df_seed)
+    return _contrast(mean, total / differences_SP.size, freedom, (seeds, prompts))
+
+
+def _contrast(mean: float, variance: float, freedom: float, size: tuple[int, int]) -> Contrast:
+    error = variance**0.5
+    if not error:
+        # Nothing varies, so there is no error to measure by: what is left is the sign, seed by seed.
+        return Contrast(mean, mean, mean, 2 * 0.5 ** size[0] if mean else 1.0, *size)
+    half = float(stdtrit(freedom, 0.975)) * error
+    p = 2 * float(stdtr(freedom, -abs(mean) / error))
+    return Contrast(mean, mean - half, mean + half, p, *size)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values that may be looked at together: Holm (1979), Scandinavian Journal of Statistics 6."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = largest
+    return adjusted
+
+
+def not_distinguishable(
+    names: Sequence[str], differ: Mapping[frozenset[str], bool]
+) -> list[tuple[str, ...]]:
+    """The largest sets of names within which no two differ; every name is in at least one.
+
+    Such sets overlap: a may be told from c while b is told from neither. Source: Piepho (2004), J. Comput.
+    Graph. Stat. 13 (insert and absorb).
+    """
+    found = [frozenset(names)]
+    for pair, real in differ.items():
+        if not real:
+            continue
+        split = [group - {name} for group in found if pair <= group for name in pair]
+        found = [group for group in found if not pair <= group] + split
+        distinct = list(dict.fromkeys(found))
+        found = [group for group in distinct if not any(group < other for other in distinct)]
+    place = {name: number for number, name in enumerate(names)}
+    groups = [tuple(sorted(group, key=place.__getitem__)) for group in found]
+    return sorted(groups, key=lambda group: [place[name] for name in group])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from prefloop.errors import DataError
 
@@ -157,3 +159,113 @@ def wilson_share(share: float, size: float, *, count: int, level: float = 0.95) 
     return Estimate(
         share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), count
     )
+
+
+def crossed_share(
+    hits: Sequence[bool], first: Sequence[str], second: Sequence[str], *, level: float = 0.95
+) -> Estimate | None:
+    """The share of N hits, each of one attack (`first`) on one prompt (`second`); None where N = 0.
+
+    An attack that works, works on many prompts, and a prompt that gives way does so to many attacks, so
+    N trials say less than N independent ones. The variance is the two-way clustered one (Cameron, Gelbach
+    and Miller 2011, J. Bus. Econ. Stat. 29, equation 2.3, with the factor G/(G - 1)); it gives an
+    effective number of trials (Kish 1965), reduced for few clusters by Student's t (Korn and Graubard
+    1998), and Wilson's interval takes that number. So it has a width at 0 and at 1, where a bootstrap has
+    none; where all trials agree, the smaller number of clusters is the effective one. A family with one
+    member counts as fixed: the interval is then about that attack, or that prompt, alone.
+    """
+    assert len(hits) == len(first) == len(second)
+    if not hits:
+        return None
+    count, share = len(hits), sum(hits) / len(hits)
+    sizes = (len(set(first)), len(set(second)))
+    clusters = min((size for size in sizes if size > 1), default=1)
+    effective = _effective(hits, first, second, share, clusters)
+    z, t = NormalDist().inv_cdf((1 + level) / 2), stdtrit(max(1, clusters - 1), (1 + level) / 2)
+    return wilson_share(share, effective * float(z / t) ** 2, count=count, level=level)
+
+
+def _effective(
+    hits: Sequence[bool], first: Sequence[str], second: Sequence[str], share: float, clusters: int
+) -> float:
+    """How many independent trials would have the variance of these."""
+    rows, columns = _squares(hits, first, share), _squares(hits, second, share)
+    variance = max(rows + columns - share * (1 - share) / len(hits), rows, columns)
+    if variance <= 0:
+        return clusters
+    return min(len(hits), share * (1 - share) / variance)
+
+
+def _squares(hits: Sequence[bool], names: Sequence[str], share: float) -> float:
+    """Variance of the share with one family's clusters as the independent units."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for hit, name in zip(hits, names, strict=True):
+        sums[name] += hit - share
+    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0
+    return correction * sum(value**2 for value in sums.values()) / len(hits) ** 2
+
+
+Strata = Mapping[str, Sequence[float]]
+"""Values by stratum; a task without strata is one of them."""
+
+# From so many values or strata on, their variance is known well enough to be relied on.
+_ENOUGH = 10
+
+
+def share_of_strata(strata: Strata) -> Estimate:
+    """The mean of the strata's shares of 1 among their zeros and ones, with a Wilson interval at 95 %."""
+    values = [value for part in strata.values() for value in part]
+    share, count = _mean(strata), len(values)
+    if len(strata) == 1:
+        found = wilson(round(sum(values)), count)
+        assert found is not None
+        return found
+    spread = _variance_of_mean(strata)
+    size = share * (1 - share) / spread if spread else count
+    return wilson_share(share, size or count, count=count)
+
+
+def mean_of(parts: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates, with an interval as lopsided as theirs.
+
+    Source: Zou and Donner (2008), Statistics in Medicine 27: the variance is recovered from each
+    part's own limits, the lower from the lower ones and the upper from the upper ones.
+    """
+    value = sum(part.value for part in parts) / len(parts)
+    below = sum((part.value - part.low) ** 2 for part in parts) ** 0.5 / len(parts)
+    above = sum((part.high - part.value) ** 2 for part in parts) ** 0.5 / len(parts)
+    return Estimate(value, value - below, value + above, sum(part.count for part in parts))
+
+
+def mean_difference(strata: Strata, *, level: float = 0.95) -> Estimate:
+    """The mean of the strata's mean differences, each in [-1, 1] and of one question answered twice.
+
+    A normal interval, never narrower than if each side had won one question more: else two models that agree on
+    the few questions asked would pass for equal. Source of that: Bonett and Price (2012), Journal of
+    Educational and Behavioral Statistics 37, who add those questions.
+    """
+    count = sum(map(len, strata.values()))
+    value = _mean(strata)
+    least = 2 / (count + 2) ** 2
+    half = NormalDist().inv_cdf((1 + level) / 2) * max(_variance_of_mean(strata), least) ** 0.5
+    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), count)
+
+
+def _mean(strata: Strata) -> float:
+    return float(np.mean([np.mean(part) for part in strata.values()]))
+
+
+def _variance_of_mean(strata: Strata) -> float:
+    """Within the strata where each has enough values; else between them, which is wider, if they are enough."""
+    parts = list(strata.values())
+    if all(len(part) >= _ENOUGH for part in parts) or len(parts) == 1:
+        return sum(_variance(part) / len(part) for part in parts) / len(parts) ** 2
+    if len(parts) >= _ENOUGH:
+        return _variance([float(np.mean(part)) for part in parts]) / len(parts)
+    values = [value for part in parts for value in part]
+    return _variance(values) / len(values)
+
+
+def _variance(values: Sequence[float]) -> float:
+    """Unbiased; 0 of a single value."""
+    return float(np.var(values, ddof=1)) if len(values) > 1 else 0.0

@@ -16,9 +16,8 @@ from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions, local_folder, quiet, resolve_source
-from prefloop.recipe import Recipe, load_recipe
+from prefloop.recipe import Recipe, initial_source, load_recipe
 from prefloop.records import Candidates, Prompt, Request, Response, Sampling, Scored
-from prefloop.run.outside import initial_source
 from prefloop.run_folder import RunDir, read_run
 
 # What a model computes depends on these of its files.
@@ -81,7 +80,7 @@ def find(text: str) -> Source:
         if place != "start" and not place.isdecimal():
             raise RunFolderError(f"{text}: {place!r} is no round; write {path}@start or {path}@0")
         found = Source(text, run, -1 if place == "start" else int(place))
-        rounds = [here.number for here in run.rounds() if here.policy.is_dir()]
+        rounds = [round_dir.number for round_dir in run.rounds() if round_dir.policy.is_dir()]
         if found.round != -1 and found.round not in rounds:
             there = f"it has {', '.join(map(str, rounds))}" if rounds else "it has none yet"
             raise RunFolderError(f"{text}: the run has no policy of round {found.round}; {there}")

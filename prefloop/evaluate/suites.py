@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import prefloop.evaluate.measures as package
-from prefloop import config as plugins
-from prefloop.errors import RecipeError
+from prefloop.config import build, find_plugin, overridden, plugin_names, read_yaml, shown
+from prefloop.errors import RecipeError, nearest
 from prefloop.evaluate.measures import Measure, Suite
-from prefloop.recipe import read_yaml
-from prefloop.validation import build
-from prefloop.yaml_text import overridden, shown
 
 ALL = "all"
 SUITES = (*get_args(Suite), ALL)
@@ -32,15 +29,15 @@ class Chosen:
 
 def measure_names() -> list[str]:
     """All measures of this package."""
-    return plugins.names(package)
+    return plugin_names(package)
 
 
 def find_measure(name: str) -> type[Measure]:
     """The measure of that name, or of a module of the user's. Raises RecipeError."""
     known = measure_names()
     if name not in known and "." not in name:
-        raise RecipeError(f"no measure {name!r}; {plugins.nearest(name, known)}")
-    return plugins.find(package, name, Measure, "measure")
+        raise RecipeError(f"no measure {name!r}; {nearest(name, known)}")
+    return find_plugin(package, name, Measure, "measure")
 
 
 def choose(
@@ -55,7 +52,7 @@ def choose(
     take which have them and are not told otherwise. Raises RecipeError.
     """
     if suite is not None and suite not in SUITES:
-        raise RecipeError(f"no suite {suite!r}; {plugins.nearest(suite, list(SUITES))}")
+        raise RecipeError(f"no suite {suite!r}; {nearest(suite, list(SUITES))}")
     options: dict[str, Any] = {}
     if file is not None:
         options = {name: given or {} for name, given in _read(file).items()}

@@ -17,16 +17,15 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefloop.config import Options
 from prefloop.errors import ApiError
 from prefloop.records import Message
 
 
-class ServerOptions(BaseModel):
+class ServerOptions(Options):
     """Which server is asked for which model, and how hard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     url: str = Field(pattern=r"^https?://\S+$")
     """The server's address up to its version, such as http://127.0.0.1:8000/v1."""

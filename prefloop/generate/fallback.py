@@ -11,9 +11,94 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from prefloop.generate.decode import Sampled, Task
-from prefloop.generate.sampler import draw
+from prefloop.generate.cache_attention import Step, attending, slot_attention
+from prefloop.generate.decode import Sampled, Task, draw, feed
+from prefloop.generate.kv_cache import Slots
+from prefloop.machine import is_out_of_memory
 from prefloop.records import Sampling
+
+# E places whose logits are compared, V vocabulary.
+
+# Largest difference of a logit, in standard deviations of all.
+_TOLERANCE = 1e-3
+
+# Half precision rounds each step, some models much more than others; beyond the second number it is no rounding.
+_TOLERANCE_HALF, _MOST_HALF = 0.1, 0.5
+
+# What models raise that cannot be asked in another way than their own.
+_REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def slot_decoding_unsupported(model: Any, longest: int) -> str | None:
+    """Why conversations of `longest` tokens cannot be decoded in slots; None where they can.
+
+    Two short conversations go through slots and through the model's own forward pass. Where the model
+    has a window that `longest` exceeds, one of them exceeds it too.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return f"its attention is {config._attn_implementation!r}"
+    length = max([9, *(window + 3 for window in windows_of(model) if window < longest)])
+    rows = [[(7919 * n + 3) % config.vocab_size for n in range(size)] for size in (5, length)]
+    try:
+        found_EV = _in_slots(model, rows)
+        expected_EV = _plainly(model, rows)
+    except _REFUSALS as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return f"it refuses ({type(error).__name__}: {str(error).splitlines()[0]})"
+    if found_EV.shape != expected_EV.shape:
+        return "its logits have another shape"
+    worst = _apart(found_EV, expected_EV)
+    if not worst <= _tolerance(model, rows, expected_EV):
+        return f"its logits differ by {worst:.2g} standard deviations"
+    return None
+
+
+def _apart(found_EV: Tensor, expected_EV: Tensor) -> float:
+    return float((found_EV - expected_EV).abs().max() / expected_EV.std().clamp(min=1e-6))
+
+
+def _tolerance(model: Any, rows: list[list[int]], expected_EV: Tensor) -> float:
+    """In half precision as much as two of the model's own ways to attend, which round differently, are apart."""
+    if model.dtype in (torch.float32, torch.float64):
+        return _TOLERANCE
+    try:
+        with attending(model, "eager"):
+            apart = _apart(_plainly(model, rows), expected_EV)
+    except _REFUSALS as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        return _TOLERANCE_HALF
+    return min(max(_TOLERANCE_HALF, 1.5 * apart), _MOST_HALF)
+
+
+def windows_of(model: Any) -> list[int]:
+    """Numbers of tokens beyond which some layers no longer see everything."""
+    config = model.config.get_text_config()
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return [int(window) for window in found if window]
+
+
+def _in_slots(model: Any, rows: list[list[int]]) -> Tensor:
+    """All but the last token of each row in one step, the last ones in the next."""
+    slots = Slots(len(rows), max(map(len, rows)))
+    with slot_attention(model):
+        begun = [(slot, 0, len(row) - 1) for slot, row in enumerate(rows)]
+        ids = [token for row in rows for token in row[:-1]]
+        feed(model, ids, [], Step.plan(slots, begun, model.device))
+        ended = [(slot, len(row) - 1, 1) for slot, row in enumerate(rows)]
+        step = Step.plan(slots, ended, model.device)
+        return feed(model, [row[-1] for row in rows], list(range(len(rows))), step)
+
+
+def _plainly(model: Any, rows: list[list[int]]) -> Tensor:
+    logits = [
+        model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0, -1]
+        for row in rows
+    ]
+    return torch.stack(logits).float()
+
 
 # B rows, T positions, V vocabulary.
 

@@ -24,15 +24,12 @@ from prefloop.generate.cache_attention import slot_attention
 from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.decode import STEP_TOKENS, Sampled, Task, decode
 from prefloop.generate.engine import TokenScores
-from prefloop.generate.fallback import generate
+from prefloop.generate.fallback import generate, slot_decoding_unsupported, windows_of
 from prefloop.generate.kv_cache import Slots
 from prefloop.generate.scoring import Wanted, joined, score, scores_of
-from prefloop.generate.servable import why_not, windows_of
-from prefloop.memory import is_out_of_memory
+from prefloop.machine import Bar, is_out_of_memory
 from prefloop.models.chat import Chat
-from prefloop.progress import Bar
-from prefloop.records import Request, Response, Sampling, Scored
-from prefloop.seeds import derive_seed
+from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
 # B rows, T positions, V vocabulary.
 
@@ -124,8 +121,8 @@ class HFEngine:
             while todo := [place for place in range(len(tasks)) if place not in found]:
                 done = partial(_at_place, finished, todo)
                 with (
-                    self._limits(max(len(prompts[place]) for place in todo)),
-                    self._ready(len(todo), longest) as slots,
+                    self._halve_batch_on_oom(max(len(prompts[place]) for place in todo)),
+                    self._with_slots(len(todo), longest) as slots,
                 ):
                     decode(self.model, slots, [tasks[p] for p in todo], sampling, ended, done)
         return found
@@ -134,8 +131,8 @@ class HFEngine:
         """Whether conversations of `longest` tokens can be decoded in slots; if not, it is said once."""
         beyond = sum(longest > window for window in windows_of(self.model))
         while beyond not in self._served:
-            with self._limits(longest):
-                reason = why_not(self.model, longest)
+            with self._halve_batch_on_oom(longest):
+                reason = slot_decoding_unsupported(self.model, longest)
                 self._served[beyond] = reason is None
                 if reason is not None:
                     log.warning(
@@ -147,9 +144,9 @@ class HFEngine:
         return self._served[beyond]
 
     @contextmanager
-    def _ready(self, count: int, longest: int) -> Iterator[Slots]:
+    def _with_slots(self, count: int, longest: int) -> Iterator[Slots]:
         """Room for the conversations, and the model prepared to use it."""
-        with self._prepared():
+        with self._patched_model():
             count = min(count, self.batch_size)
             if self._slots is None:
                 self._slots = Slots(count, longest)
@@ -162,7 +159,7 @@ class HFEngine:
                 raise
 
     @contextmanager
-    def _prepared(self) -> Iterator[None]:
+    def _patched_model(self) -> Iterator[None]:
         """Inside, the model's forward pass goes through slots, with reordered weights."""
         weights = fingerprint(self.model)
         if weights != self._weights:
@@ -213,7 +210,7 @@ class HFEngine:
                 # Scoring so keeps the logits of every position, decoding those of one.
                 self._batched([list(row.ids) for row in wanted], forward, share=4)
             while todo := [place for place in range(len(wanted)) if place not in found]:
-                with self._limits(longest), self._prepared():
+                with self._halve_batch_on_oom(longest), self._patched_model():
                     rows = [wanted[place] for place in todo]
                     slots = Slots(_slots_for(longest, len(rows), self.batch_size), longest)
                     score(self.model, slots, rows, top, partial(_at_place, finished, todo))
@@ -282,13 +279,13 @@ class HFEngine:
         done: dict[int, T] = {}
         while todo:
             places = todo[: max(1, self.batch_size // share)]
-            with self._limits(len(rows[places[0]]), share):
+            with self._halve_batch_on_oom(len(rows[places[0]]), share):
                 done.update(zip(places, work(places), strict=True))
                 todo = todo[len(places) :]
         return [done[place] for place in range(len(rows))]
 
     @contextmanager
-    def _limits(self, longest: int, share: int = 1) -> Iterator[None]:
+    def _halve_batch_on_oom(self, longest: int, share: int = 1) -> Iterator[None]:
         """Out of memory halves the batch, for the caller to try again; what no batch can mend is an error."""
         try:
             yield

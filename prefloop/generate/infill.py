@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from prefloop.generate.engine import Engine
-from prefloop.records import Request, Response, Sampling, Scored
-from prefloop.seeds import derive_seed
+from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _FUNCTION_WORDS = frozenset(
@@ -133,8 +132,10 @@ def _draw_plan(options: list[_Option], draw: random.Random) -> list[_Option]:
     draw.shuffle(words)
     plan = []
     for start in words[:_TRIES]:
-        here = [option for option in options if option.start == start]
-        plan += draw.choices(here, weights=[math.exp(option.logprob) for option in here])
+        same_start = [option for option in options if option.start == start]
+        plan += draw.choices(
+            same_start, weights=[math.exp(option.logprob) for option in same_start]
+        )
     return plan
 
 

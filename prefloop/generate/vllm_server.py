@@ -20,7 +20,7 @@ from anyio.from_thread import start_blocking_portal
 
 from prefloop.errors import GenerationError
 from prefloop.generate.supervisor import GRACE, kill
-from prefloop.progress import Bar
+from prefloop.machine import Bar
 
 Body = Mapping[str, Any]
 T = TypeVar("T")

@@ -10,9 +10,8 @@ from hashlib import sha256
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-from pydantic import BaseModel, ConfigDict
-
-from prefloop.progress import Bar
+from prefloop.config import Options
+from prefloop.machine import Bar
 from prefloop.records import Prompt
 
 if TYPE_CHECKING:
@@ -55,10 +54,8 @@ class OpenJudge(Protocol):
         ...
 
 
-class Judge(BaseModel):
+class Judge(Options):
     """A judge is a frozen model: its fields are its options; `open` puts it to work."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     @property
     def needs_target(self) -> bool:
@@ -94,7 +91,7 @@ class Judge(BaseModel):
         raise NotImplementedError
 
 
-class Remembering:
+class CachedJudge:
     """A judge that is asked about the same prompt and group once, in batches, under a progress bar."""
 
     BATCH = 64

@@ -31,7 +31,7 @@ from prefloop.generate.api_client import (
 from prefloop.judges import Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.judges._verdict_text import read_verdict
 from prefloop.judges.self_judge import Question, question
-from prefloop.progress import Bar
+from prefloop.machine import Bar
 from prefloop.records import Message, Prompt, Record
 
 if TYPE_CHECKING:

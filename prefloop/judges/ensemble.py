@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 import prefloop.judges
-from prefloop.config import find, name_of
+from prefloop.config import build, find_plugin, plugin_name
 from prefloop.errors import RecipeError
 from prefloop.judges import ALONE, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Prompt
-from prefloop.validation import build
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -32,13 +31,13 @@ def _built(value: object) -> Judge:
         raise RecipeError(
             "judge.judges: each member is a section with the name of a judge and its options"
         )
-    kind = find(prefloop.judges, str(name), Judge, "judge")
+    kind = find_plugin(prefloop.judges, str(name), Judge, "judge")
     options = {key: option for key, option in value.items() if key != "name"}
     return build(kind, options, f"judge.judges ({name})")
 
 
 def _named(judge: Judge) -> dict[str, Any]:
-    return {"name": name_of(prefloop.judges, judge), **judge.model_dump(mode="json")}
+    return {"name": plugin_name(prefloop.judges, judge), **judge.model_dump(mode="json")}
 
 
 _SECTION = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
@@ -61,7 +60,7 @@ class Ensemble(Judge):
     def _weights_fit(self) -> Ensemble:
         given = self.weights
         if given is not None and (
-            len(given) != len(self.judges) or not all(0 < w < math.inf for w in given)
+            len(given) != len(self.judges) or not all(w > 0 for w in given)
         ):
             raise ValueError(
                 f"judge.weights must hold {len(self.judges)} positive numbers, one a judge"

@@ -18,11 +18,12 @@ from safetensors import SafetensorError
 from prefloop.errors import JudgeError
 from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.models.embedding import Embedder
-from prefloop.models.reward import EmbeddingHead, load_head
-from prefloop.models.reward_encoding import (
+from prefloop.models.reward import (
+    EmbeddingHead,
     Encoded,
     RewardEncoder,
     has_segments,
+    load_head,
     padded,
     padding_token,
     trained_with,

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
+from prefloop.config import Options
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import Judge, NoVerdict, OpenJudge
@@ -90,10 +91,8 @@ def pair_of(group: Candidates, chosen: str, rejected: str, round: int) -> Pair:
     )
 
 
-class Method(BaseModel):
+class Method(Options):
     """A method's fields are its options; what it needs is declared; the rest it composes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     """The responses of a pair that the trainer scores, in order."""

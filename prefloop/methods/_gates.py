@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefloop.config import Options
 from prefloop.data.text_distance import edit_share, fold_whitespace
 from prefloop.records import Candidates, Reject, Response
 
@@ -45,10 +46,8 @@ def is_meta_talk(text: str) -> bool:
     return _META_TALK.search(text) is not None
 
 
-class Gates(BaseModel):
+class Gates(Options):
     """What a pair must satisfy. Empty answers never pass."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     cut_off: bool = True
     """Reject an answer that the length limit cut off."""

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from prefloop.methods import Actors, Generator, Method, pair_of, scored
 from prefloop.methods._gates import Gates
-from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling
-from prefloop.seeds import derive_seed
+from prefloop.records import (
+    Candidates,
+    Pair,
+    Prompt,
+    Reject,
+    Request,
+    Response,
+    Sampling,
+    derive_seed,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
 LABELLED = ("chosen", "rejected")
 
 
-class OfflinePairs(Method):
+class PairMethod(Method):
     """A method that brings a loss for pairs and takes the pairs as they come."""
 
     roles: ClassVar[tuple[str, ...]] = LABELLED

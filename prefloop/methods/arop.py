@@ -1,6 +1,6 @@
 """AROP: the policy refines its own answer, plants one subtle flaw in it, and learns the difference by a margin.
 
-Source: "Adversarial Reflection-Optimized Preference". Section 4.2's three phases are `_draft`, `_refine` and
+Source: "Adversarial Reflection-Optimized Preference". Options 4.2's three phases are `_draft`, `_refine` and
 `_flaw`; section 4.3's loss is -log sigma(R - M) against the initial policy; Algorithm 1 generates
 with the current policy, so optimiser and learning-rate schedule run through all rounds.
 """
@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefloop.config import Options
 from prefloop.data.text_distance import edit_share, fold_whitespace
 from prefloop.generate.infill import infill_flaws
 from prefloop.methods import Actors, Layout, Method, further, unfinished
 from prefloop.methods._gates import Gates
-from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response
-from prefloop.seeds import derive_seed
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, derive_seed
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
@@ -28,24 +28,20 @@ _FINAL = "Final answer:"
 _Said = tuple[Request, Response]
 
 
-class Margin(BaseModel):
+class Margin(Options):
     """AROP's M, one number a pair, at least 0 (docs/methods/arop.md, "The margin")."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
     kind: Literal["fixed", "confidence", "severity", "edit", "axes"] = "confidence"
-    """How M is found. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
+    """How M is found. Options 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
     m: float = Field(default=1.0, ge=0.0)
     """fixed: M itself; confidence, edit: what the measured difference is multiplied by."""
     m_min: float = Field(default=0.0, ge=0.0)
     """severity, axes: M of a flaw rated 1."""
     m_max: float = Field(default=2.0, ge=0.0)
     """severity, axes: M of a flaw rated 5."""
-    axes: dict[str, Annotated[float, Field(ge=0.0)]] = {
-        "helpfulness": 1 / 3,
-        "harmlessness": 1 / 3,
-        "honesty": 1 / 3,
-    }
+    axes: dict[str, Annotated[float, Field(ge=0.0)]] = Field(
+        default={"helpfulness": 1 / 3, "harmlessness": 1 / 3, "honesty": 1 / 3}
+    )
     """axes: weight of each axis (section 6.2, V-AROP)."""
 
     def rated_axes(self) -> tuple[str | None, ...]:

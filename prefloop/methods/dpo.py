@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.methods._pair_method import OfflinePairs, dpo_loss
+from prefloop.methods._pair_method import PairMethod, dpo_loss
 from prefloop.records import Pair
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
 
 
-class DPO(OfflinePairs):
+class DPO(PairMethod):
     """Direct Preference Optimization on labelled pairs, or on drafts that a judge puts in order."""
 
     first_read: ClassVar = {"gates": "pair", "beta": "loss"}

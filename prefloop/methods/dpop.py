@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.methods._pair_method import OfflinePairs, pair_metrics
+from prefloop.methods._pair_method import PairMethod, pair_metrics
 from prefloop.records import Pair
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
 
 
-class DPOP(OfflinePairs):
+class DPOP(PairMethod):
     """DPO-Positive: DPO with a penalty where the chosen answer becomes less likely."""
 
     first_read: ClassVar = {"gates": "pair", "beta": "loss", "gamma": "loss"}

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from prefloop.methods._pair_method import OfflinePairs, pair_metrics
+from prefloop.methods._pair_method import PairMethod, pair_metrics
 from prefloop.records import Pair
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
 
 
-class IPO(OfflinePairs):
+class IPO(PairMethod):
     """Identity Preference Optimization: a squared loss that stops where the gap is wide enough."""
 
     first_read: ClassVar = {"gates": "pair", "beta": "loss"}

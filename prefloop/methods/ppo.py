@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from prefloop.methods import Actors, Method, Trains, scored, unfinished
-from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Sampling
-from prefloop.seeds import derive_seed
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Sampling, derive_seed
 
 if TYPE_CHECKING:
     from prefloop.train.losses import LossOutput

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from prefloop.judges import NoVerdict
 from prefloop.judges.implicit import Implicit
 from prefloop.methods import Actors, Generator, Reference, scored, unranked
-from prefloop.methods._pair_method import OfflinePairs, drafts, pair_metrics
+from prefloop.methods._pair_method import PairMethod, drafts, pair_metrics
 from prefloop.records import Candidates, Pair, Prompt, Reject, as_tuple
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _Weight = Annotated[float, Field(ge=0.0)]
 _Weights = Annotated[tuple[_Weight, ...], Field(min_length=1)]
 
 
-class SPA(OfflinePairs):
+class SPA(PairMethod):
     """Spread Preference Annotation: DPO on labelled seed pairs, then on pairs that the policy labels itself."""
 
     first_read: ClassVar = {

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from prefloop.methods import Actors, Generator, Reference
-from prefloop.methods._pair_method import OfflinePairs, pair_metrics
-from prefloop.records import Candidates, Pair, Prompt, Reject, Request
-from prefloop.seeds import derive_seed
+from prefloop.methods._pair_method import PairMethod, pair_metrics
+from prefloop.records import Candidates, Pair, Prompt, Reject, Request, derive_seed
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 _SAMPLE = "sample"
 
 
-class SPAC(OfflinePairs):
+class SPAC(PairMethod):
     """Self-Play with Adversarial Critic: chosen over rejected, and over the policy's own answer."""
 
     roles: ClassVar[tuple[str, ...]] = (_SAMPLE, "chosen", "rejected")

@@ -16,8 +16,17 @@ from pydantic import BeforeValidator, Field
 from prefloop.methods import Actors, Method, Reference, pair_of
 from prefloop.methods._gates import Gates
 from prefloop.methods._pair_method import dpo_loss
-from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, Sampling, as_tuple
-from prefloop.seeds import derive_seed
+from prefloop.records import (
+    Candidates,
+    Pair,
+    Prompt,
+    Reject,
+    Request,
+    Response,
+    Sampling,
+    as_tuple,
+    derive_seed,
+)
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from prefloop.config import nearest
-from prefloop.errors import ModelError
+from prefloop.errors import ModelError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor

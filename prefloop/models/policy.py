@@ -77,12 +77,12 @@ class Policy:
         trainable: bool = True,
         *,
         seed: int = 0,
-        in_main_memory: bool = False,
+        on_cpu: bool = False,
     ) -> Policy:
         """The initial policy, or the one that `save` wrote to the folder `adapter`; in eval mode.
 
         A fresh adapter's weights depend on `seed` alone, and the global random state is left as it was.
-        `in_main_memory` leaves the weights there, for a model that no device could hold whole.
+        `on_cpu` leaves the weights there, for a model that no device could hold whole.
         Raises ModelError.
         """
         device = _device(options.device)
@@ -107,7 +107,7 @@ class Policy:
         if not trainable:
             model.requires_grad_(False)
         model.eval()
-        nn.Module.to(model, "cpu" if in_main_memory else device)
+        nn.Module.to(model, "cpu" if on_cpu else device)
         return cls(model, tokenizer, options)
 
     @property

@@ -1,15 +1,13 @@
-"""A linear reward over frozen sentence embeddings of question and answer: trains in seconds, reads topic and tone.
-
-Shapes: N answers, H numbers of an embedding, F = 3H + 2 features.
-"""
+"""A reward model: the head that scores an embedding, and how an encoder reads a conversation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +18,15 @@ from prefloop.errors import ModelError
 from prefloop.records import Message
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prefloop.models.embedding import Embedder
 
+
 Array = NDArray[np.float32]
+
 MODEL_TYPE = "prefloop_embedding_head"
+
 _WEIGHTS = "model.safetensors"
 
 
@@ -107,3 +110,151 @@ def _embedded(embedder: Embedder, texts: Sequence[str], window: int) -> Array:
     different = list(dict.fromkeys(texts))
     vectors = dict(zip(different, embedder.embed(different, cut=window), strict=True))
     return np.array([vectors[text] for text in texts], dtype=np.float32)
+
+
+# Of a window that question and answer overfill, the least share that the question keeps.
+_QUESTION_SHARE = 0.25
+
+
+class Encoded(NamedTuple):
+    """One conversation in tokens; `types` are BERT's segment ids where the model has them."""
+
+    ids: list[int]
+    types: list[int] | None
+
+
+@dataclass(frozen=True)
+class RewardEncoder:
+    """Encodes conversations with the tokenizer's chat template, or as a plain pair where it has none."""
+
+    tokenizer: Any
+    segments: bool
+    """Whether the model has segment ids."""
+    window: int
+    """Tokens of question and answer together."""
+    cut: bool
+    """Whether what exceeds the window is cut: of a template's tokens the first ones; of a plain pair the
+    question's first ones, down to a quarter of the window, then the answer's last ones."""
+
+    def encode(self, messages: Sequence[Message], answer: str) -> Encoded | None:
+        """None where it does not fit and is not to be cut. Raises jinja2.TemplateError."""
+        if self.tokenizer.chat_template:
+            return self._conversation(messages, answer)
+        return self._plain_pair(messages, answer)
+
+    def _conversation(self, messages: Sequence[Message], answer: str) -> Encoded | None:
+        turns = [*messages, Message(role="assistant", content=answer)]
+        # Sanitized: an answer that spells the model's end-of-turn token cannot end its own turn.
+        ids = list(
+            self.tokenizer.apply_chat_template(
+                [{"role": turn.role, "content": turn.content} for turn in turns],
+                return_dict=False,
+                sanitize_control_tokens=True,
+            )
+        )
+        if len(ids) <= self.window:
+            return Encoded(ids, None)
+        return Encoded(ids[-self.window :], None) if self.cut else None
+
+    def _plain_pair(self, messages: Sequence[Message], answer: str) -> Encoded | None:
+        """(question, answer), as OpenAssistant's reward-model-deberta-v3-large-v2 takes them."""
+        question = "\n\n".join(message.content for message in messages)
+        pair = self._pair(question, answer)
+        if len(pair.ids) <= self.window:
+            return pair
+        if not self.cut:
+            return None
+        room = self.window - self.tokenizer.num_special_tokens_to_add(pair=True)
+        pair = self._pair(*self._cut(question, answer, room))
+        while room and (over := len(pair.ids) - self.window) > 0:
+            # What is left of a word that was cut can need more tokens than it had in the whole word.
+            room = max(0, room - over)
+            pair = self._pair(*self._cut(question, answer, room))
+        return pair
+
+    def _pair(self, question: str, answer: str) -> Encoded:
+        # verbose: the tokenizer's own limit is not the window; we look ourselves.
+        pair = self.tokenizer(question, answer, split_special_tokens=True, verbose=False)
+        types = pair.get("token_type_ids") if self.segments else None
+        return Encoded(list(pair["input_ids"]), types)
+
+    def _cut(self, question: str, answer: str, room: int) -> tuple[str, str]:
+        least = int(room * _QUESTION_SHARE)
+        question_ends, answer_ends = self._ends(question), self._ends(answer)
+        kept = min(len(answer_ends), room - min(len(question_ends), least))
+        answer = answer[: answer_ends[kept - 1][1]] if kept else ""
+        begins = [*(begin for begin, _ in question_ends), len(question)]
+        first = len(question_ends) - (room - kept)
+        return (question[begins[first] :] if first > 0 else question), answer
+
+    def _ends(self, text: str) -> list[tuple[int, int]]:
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        return list(encoded["offset_mapping"])
+
+
+def window_of(max_length: int, config: Any, tokenizer: Any) -> int:
+    """Tokens that fit: the least of `max_length`, the model's positions and the tokenizer's limit."""
+    positions = getattr(config, "max_position_embeddings", None) or max_length
+    return int(min(max_length, positions, tokenizer.model_max_length))
+
+
+def has_segments(model: Any) -> bool:
+    """Whether a model tells the question from the answer by segment ids, as BERT does."""
+    return getattr(model.config, "type_vocab_size", 0) > 1
+
+
+# Where a model's config.json keeps what it was trained with.
+CONFIG_KEY = "prefloop_reward"
+
+
+def trained_with(config: Any) -> dict[str, Any]:
+    """What `prefloop reward train` noted in the model's config; empty for any other model."""
+    noted = getattr(config, CONFIG_KEY, None)
+    return dict(noted) if isinstance(noted, dict) else {}
+
+
+def free_token(config: Any, rows: Sequence[Encoded]) -> int | None:
+    """A token of the vocabulary that these rows do not contain; None where they use all of it."""
+    used = {token for row in rows for token in row.ids}
+    return next((token for token in range(config.vocab_size) if token not in used), None)
+
+
+@contextmanager
+def padding_token(config: Any, rows: Sequence[Encoded]) -> Iterator[int | None]:
+    """Inside, the token to pad these rows with; None where there is none left.
+
+    Decoders score the last token that is not padding and find it by its id. To pad with the end-of-turn
+    token, as is common, would move the score to the token before it; so where the model has no padding
+    token, one that these rows do not contain is lent to it.
+    """
+    own = config.pad_token_id
+    token = own if own is not None and own >= 0 else free_token(config, rows)
+    config.pad_token_id = token
+    try:
+        yield token
+    finally:
+        config.pad_token_id = own
+
+
+def padded(rows: Sequence[Encoded], pad: int, device: Any) -> dict[str, Tensor]:
+    """The model's input: `input_ids`, `attention_mask` and, where the rows have them, `token_type_ids`, (B, T)."""
+    import torch
+
+    def table(lists: Sequence[Sequence[int]], value: int) -> Tensor:
+        width = max(map(len, lists))
+        return torch.tensor([[*ids, *[value] * (width - len(ids))] for ids in lists], device=device)
+
+    inputs_BT = {
+        "input_ids": table([row.ids for row in rows], pad),
+        "attention_mask": table([[1] * len(row.ids) for row in rows], 0),
+    }
+    types = [row.types for row in rows if row.types is not None]
+    if types:
+        inputs_BT["token_type_ids"] = table(types, 0)
+    return inputs_BT

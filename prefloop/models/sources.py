@@ -19,19 +19,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 
-from prefloop.config import nearest
-from prefloop.errors import ModelError
+from prefloop.config import Options
+from prefloop.errors import ModelError, nearest
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-class LoraOptions(BaseModel):
+class LoraOptions(Options):
     """Low-rank adaptation (Hu et al. 2021): W + (alpha / r)·B·A, with only A and B trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     r: int = Field(default=16, ge=1)
     """Rank of the update."""
@@ -43,10 +41,8 @@ class LoraOptions(BaseModel):
     """Module names, or a pattern, that get an adapter; "all-linear" is all but the output layer."""
 
 
-class ModelOptions(BaseModel):
+class ModelOptions(Options):
     """Which model is aligned, what of it is trained, and in which numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = "embedded:smollm2-135m"
     """A folder, a hub id ("owner/name"), or "embedded:NAME" for a model inside an installed package."""

@@ -10,16 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     FieldSerializationInfo,
-    ValidationError,
     field_serializer,
     field_validator,
     model_validator,
@@ -28,156 +24,46 @@ from pydantic import (
 import prefloop.generate.engines
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import find, name_of, names, nearest
+from prefloop.config import (
+    Options,
+    build,
+    build_plugin,
+    dump_yaml,
+    model_in,
+    plugin_name,
+    read_recipe,
+)
 from prefloop.data.prompts import DataOptions
-from prefloop.errors import RecipeError
-from prefloop.generate.engines import EngineOptions
+from prefloop.errors import RecipeError, nearest
+from prefloop.generate.engine import EngineOptions
 from prefloop.generate.engines.hf import InProcess
 from prefloop.judges import Judge
 from prefloop.methods import Method
 from prefloop.models.sources import ModelOptions
-from prefloop.recipe.check import check
-from prefloop.records import Sampling, as_tuple
-from prefloop.run.cost import Budget
-from prefloop.run.launch import LaunchOptions
-from prefloop.validation import build, model_in, sentence
-from prefloop.yaml_text import dump_yaml, overridden, parse_yaml, shown
+from prefloop.recipe.options import (
+    EvaluateOptions,
+    GenerateOptions,
+    GuardOptions,
+    LaunchOptions,
+    LoopOptions,
+)
+from prefloop.run_folder import RunDir
+from prefloop.train.options import SftOptions, TrainOptions
 
 M = TypeVar("M", bound=BaseModel)
+
 _HOMES = {
     "method": prefloop.methods,
     "judge": prefloop.judges,
     "engine": prefloop.generate.engines,
 }
+
 Tracker = Literal[
     "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
 ]
 
 
-class Section(BaseModel):
-    """One section of the recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class GenerateOptions(Section):
-    """How text is generated; what is generated is the method's."""
-
-    batch_size: int = Field(default=64, ge=1)
-    """Conversations decoded together; changes no answer in float32 on CPUs."""
-    chunk_size: int = Field(default=64, ge=1)
-    """Prompts a chunk: what a killed run loses at most, and what one seed covers."""
-
-
-class LoopOptions(Section):
-    """The closed loop's schedule."""
-
-    rounds: int = Field(default=3, ge=1)
-    """Times around the loop. IAL section 4.1: 3."""
-    prompts_per_round: int = Field(default=64, ge=1)
-    """Prompts that each round draws from the training data. IAL section 4.1: 50,000."""
-    mix_previous: bool = False
-    """Train on the previous round's pairs as well (IAL Algorithm 1: D'_t and D'_{t-1})."""
-    carry_optimizer: bool = False
-    """One optimiser and one schedule for the whole run (AROP), not a new one each round (IAL)."""
-    lr_factors: Annotated[
-        tuple[Annotated[float, Field(gt=0.0)], ...], BeforeValidator(as_tuple), Field(min_length=1)
-    ] = (1.0,)
-    """What train.lr is multiplied by in each round; the last number holds for all that follow."""
-    budget: Budget | None = None
-    """What the run may spend: generated_tokens, trained_tokens, seconds or flops; null: all rounds."""
-
-    def rate_factor(self, round: int) -> float:
-        """What train.lr is multiplied by in this round."""
-        return self.lr_factors[min(round, len(self.lr_factors) - 1)]
-
-
-class SftOptions(Section):
-    """Round 0: supervised fine-tuning on the data's targets. What is not here comes from `train`."""
-
-    epochs: int = Field(default=1, ge=1)
-    """Passes over the training prompts. IAL appendix B.2.2: 2, for a baseline's SFT stage."""
-    lr: float = Field(default=2e-4, gt=0.0, le=1.0)
-    """Peak learning rate. IAL appendix B.2.2: 2e-4, for a baseline's SFT stage."""
-    batch_size: int = Field(default=32, ge=1)
-    """Examples per optimiser step."""
-
-
-class TrainOptions(Section):
-    """How a round's pairs become a new policy."""
-
-    epochs: int = Field(default=1, ge=1)
-    """Passes over a round's pairs. IAL section 4.1: 2."""
-    lr: float = Field(default=5e-6, gt=0.0, le=1.0)
-    """Peak learning rate. IAL section 4.1: 5e-7."""
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """IAL section 4.1: RMSProp."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after warm-up: to 0 on a line or a cosine, or not at all."""
-    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the optimiser steps in which the learning rate rises. IAL section 4.1: 10 %."""
-    batch_size: int = Field(default=32, ge=1)
-    """Pairs per optimiser step. IAL appendix B: 4 x 8 accumulation steps."""
-    micro_batch_size: int = Field(default=4, ge=1)
-    """Pairs per forward and backward pass; must divide batch_size."""
-    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Weight decay: decoupled under adamw, part of the gradient under rmsprop."""
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
-    """Gradients are scaled down to this norm."""
-    packing: bool = True
-    """Compute what a pair's responses share once, several pairs to a row, where the model allows."""
-    token_budget: int = Field(default=2048, ge=1)
-    """Tokens in a packed row."""
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """bf16: matrix products in bfloat16, also over float32 weights; auto: where the model is in bfloat16."""
-    save_every: int = Field(default=0, ge=0)
-    """Optimiser steps between training checkpoints; 0 saves only at the round's end."""
-
-    @model_validator(mode="after")
-    def _steps_are_whole(self) -> TrainOptions:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size ({self.micro_batch_size}) must divide "
-                f"train.batch_size ({self.batch_size})"
-            )
-        return self
-
-
-class EvaluateOptions(Section):
-    """What is measured on held-out prompts."""
-
-    prompts: int = Field(default=64, ge=1)
-    """Held-out prompts answered for each measurement; fewer where the data hold fewer."""
-    sampling: Sampling | None = None
-    """How they are answered; null takes the method's sampling."""
-    every_round: bool = True
-    """Measure after each round, not only at the start and after the last."""
-    every_steps: int = Field(default=0, ge=0)
-    """Also measure the win rate against the start every so many optimiser steps; 0 does not."""
-    introspection: bool = True
-    """Play the whole method on these prompts too, for its own measures (R_i, identical rate ...)."""
-
-
-class GuardOptions(Section):
-    """What counts as collapse, and what is done about it."""
-
-    action: Literal["warn", "stop", "best_round"] = "warn"
-    """Warn, stop the run, or go on and give the best round's policy at the end."""
-    max_kl: float = Field(default=2.0, gt=0.0)
-    """Divergence from the initial policy, nats per token."""
-    min_distinct2: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Distinct word bigrams, as a share of the initial policy's."""
-    min_stop_rate: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of answers that end by themselves."""
-    max_identical_rate: float = Field(default=0.9, ge=0.0, le=1.0)
-    """Share of prompts with the rewrite equal to the draft. IAL appendix B.4: 3 to 5 % at T = 0.7."""
-    max_reject_share: float = Field(default=0.95, ge=0.0, le=1.0)
-    """Share of a round's prompts that gave no pair."""
-
-
-class Recipe(Section):
+class Recipe(Options):
     """Every option of a run. Sections may be given as mappings or as their objects.
 
     In Python a mistake raises pydantic's ValidationError; `load_recipe` makes one sentence of it.
@@ -287,7 +173,13 @@ class Recipe(Section):
         if plugin is None:
             return None
         home = _HOMES[info.field_name]
-        return {"name": name_of(home, plugin), **plugin.model_dump(mode="json")}
+        return {"name": plugin_name(home, plugin), **plugin.model_dump(mode="json")}
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether every prompt must have a target response: for the method, round 0 or the judge."""
+        judges = self.judge is not None and self.judge.needs_target
+        return self.method.needs_target or self.sft is not None or judges
 
     @property
     def sft_train(self) -> TrainOptions | None:
@@ -298,14 +190,6 @@ class Recipe(Section):
         """The recipe as YAML with every value; loading it gives an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
 
-    def check(self) -> list[str]:
-        """Look for what would stop the run, loading no model; returns notes that need no change.
-
-        Raises RecipeError or DataError: a judge or target that the method needs and has not, a
-        prompt set, tracker or model folder that does not exist, data whose first rows do not parse.
-        """
-        return check(self)
-
 
 def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe: a file, or the NAME of recipes/NAME.yaml here or among those shipped.
@@ -314,19 +198,6 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _recipe_path(path_or_name)
     return read_recipe(path, Recipe, overrides, needs="method")
-
-
-def read_recipe(path: Path, kind: type[M], overrides: Sequence[str], *, needs: str) -> M:
-    """A file as a recipe of one kind, overridden; RecipeError names file and overrides. `needs`: a section."""
-    values = {"name": path.stem, **read_yaml(path, needs=needs)}
-    source = str(path)
-    for override in overrides:
-        values = overridden(values, override)
-        source += f" with --set {override}"
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {sentence(error, kind)}") from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -349,32 +220,9 @@ def _recipe_path(path_or_name: str) -> Path:
     return recipes[path_or_name]
 
 
-def read_yaml(path: Path, *, needs: str) -> dict[str, Any]:
-    """The mapping in a recipe file; RecipeError where it holds none. `needs` is a section it must have."""
-    try:
-        values = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    if not isinstance(values, dict):
-        what = "is empty" if values is None else f"holds {shown(values)}"
-        raise RecipeError(f"{path} {what}; a recipe is a mapping with at least the section {needs}")
-    return values
-
-
-def build_plugin(package: ModuleType, value: object, base: type[M], what: str) -> M:
-    """A method or judge from its section: `name` and its options. Raises RecipeError."""
-    if isinstance(value, base):
-        return value
-    name = value.get("name") if isinstance(value, Mapping) else None
-    if not isinstance(value, Mapping) or not isinstance(name, str):
-        raise RecipeError(
-            f"{what} should be a section with a name ({', '.join(names(package))}); "
-            f"it is {shown(value)}"
-        )
-    if not re.fullmatch(r"\w+(\.\w+)*", name):
-        raise RecipeError(
-            f"{what}.name {name!r} is neither one of {', '.join(names(package))} "
-            "nor a module that can be imported, such as my_package.my_module"
-        )
-    options = {key: option for key, option in value.items() if key != "name"}
-    return build(find(package, name, base, what), options, what)
+def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:
+    """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
+    start = run.round(-1)
+    if recipe.sft is not None and start.manifest("sft"):
+        return recipe.model.model_copy(update={"source": str(start.policy.resolve())})
+    return recipe.model

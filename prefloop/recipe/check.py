@@ -8,45 +8,46 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import prefloop.generate.engines
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import name_of, names, nearest
+from prefloop.config import plugin_name, plugin_names
 from prefloop.data.prompts import read_prompts
 from prefloop.data.rows import EMBEDDED as EMBEDDED_DATA
 from prefloop.data.rows import READERS
-from prefloop.errors import RecipeError
+from prefloop.errors import RecipeError, nearest
 from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
 from prefloop.models.sources import local_folder
-
-if TYPE_CHECKING:
-    from prefloop.recipe import Recipe
+from prefloop.recipe import Recipe
 
 
-def check(recipe: Recipe) -> list[str]:
-    """Notes that need no change; RecipeError or DataError where something would stop the run."""
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Look for what would stop the run, loading no model; returns notes that need no change.
+
+    Raises RecipeError or DataError: a judge or target that the method needs and has not, a
+    prompt set, tracker or model folder that does not exist, data whose first rows do not parse.
+    """
     PromptSet(recipe.method.prompt_set)
     check_curve(recipe)
     if recipe.method.needs_judge and recipe.judge is None:
         raise RecipeError(
-            f"method {name_of(prefloop.methods, recipe.method)!r} needs a judge; "
-            f"add a section judge with a name ({', '.join(names(prefloop.judges))})"
+            f"method {plugin_name(prefloop.methods, recipe.method)!r} needs a judge; "
+            f"add a section judge with a name ({', '.join(plugin_names(prefloop.judges))})"
         )
     if recipe.method.trains == "tokens" and recipe.loop.mix_previous:
         raise RecipeError(
             "loop.mix_previous adds answers of an earlier policy, and method "
-            f"{name_of(prefloop.methods, recipe.method)!r} learns from the round's own alone; set it to false"
+            f"{plugin_name(prefloop.methods, recipe.method)!r} learns from the round's own alone; set it to false"
         )
     if recipe.launch is not None:
         _check_launcher(recipe.launch.words())
     judge = recipe.judge
     if recipe.method.needs_judge and judge is not None and judge.needs_moved_policy:
         raise RecipeError(
-            f"judge {name_of(prefloop.judges, judge)!r} compares the policy with the initial one, and in round 0 they are the same; "
+            f"judge {plugin_name(prefloop.judges, judge)!r} compares the policy with the initial one, and in round 0 they are the same; "
             "name the implicit judge's model and reference, or choose another judge"
         )
     if judge is not None:
@@ -80,7 +81,7 @@ def check_curve(recipe: Recipe) -> None:
 def _check_engine(recipe: Recipe) -> None:
     engine, method, model = recipe.engine, recipe.method, recipe.model
     if not engine.plays_policy:
-        name = name_of(prefloop.generate.engines, engine)
+        name = plugin_name(prefloop.generate.engines, engine)
         if method.generator != "frozen":
             raise RecipeError(
                 f"engine {name!r} writes all answers with a model that is never trained; "
@@ -89,7 +90,7 @@ def _check_engine(recipe: Recipe) -> None:
         if method.asks_logprobs:
             raise RecipeError(
                 f"engine {name!r} tells no log-probabilities, which "
-                f"{name_of(prefloop.methods, method)} asks for here ({method.asks_logprobs}); "
+                f"{plugin_name(prefloop.methods, method)} asks for here ({method.asks_logprobs}); "
                 "choose another engine or another option"
             )
     engine.check(tuning=model.tuning, lora_rank=model.lora.r)
@@ -147,13 +148,14 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
 def _check_data(recipe: Recipe) -> Iterator[str]:
     """Parse as many rows as the first round needs: a short read also tells that there are too few."""
     data, size = recipe.data, recipe.loop.prompts_per_round
-    plugins = (recipe.method, recipe.judge) if recipe.judge else (recipe.method,)
-    needs_target = recipe.sft is not None or any(plugin.needs_target for plugin in plugins)
     if _on_the_hub(data.train):
         yield f"data.train {data.train} is not here: it will be looked up on the Hugging Face Hub"
     else:
         prompts = read_prompts(
-            data.train, data, needs_target=needs_target, needs_pairs=recipe.method.needs_pairs
+            data.train,
+            data,
+            needs_target=recipe.needs_target,
+            needs_pairs=recipe.method.needs_pairs,
         )
         found = sum(1 for _ in islice(prompts, min(size + data.holdout, sys.maxsize)))
         usable = min(found, data.limit or found) - data.holdout
@@ -174,7 +176,7 @@ def _check_data(recipe: Recipe) -> Iterator[str]:
             data.eval,
             data,
             part="eval",
-            needs_target=needs_target,
+            needs_target=recipe.needs_target,
             needs_pairs=recipe.method.needs_pairs,
         )
         deque(islice(prompts, recipe.evaluate.prompts), maxlen=0)
@@ -182,8 +184,8 @@ def _check_data(recipe: Recipe) -> Iterator[str]:
 
 def _on_the_hub(source: str) -> bool:
     path = Path(source).expanduser()
-    here = source.startswith((".", "embedded:")) or path.suffix in READERS or path.exists()
-    return not here and source.count("/") == 1
+    is_local = source.startswith((".", "embedded:")) or path.suffix in READERS or path.exists()
+    return not is_local and source.count("/") == 1
 
 
 def _without_effect(recipe: Recipe) -> Iterator[str]:
@@ -191,7 +193,7 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     method, loop, train = recipe.method, recipe.loop, recipe.train
     if recipe.judge and not method.needs_judge:
         yield (
-            f"judge: method {name_of(prefloop.methods, method)} ranks without it; "
+            f"judge: method {plugin_name(prefloop.methods, method)} ranks without it; "
             "it only scores the held-out answers"
         )
     for option in ("mix_previous", "carry_optimizer"):

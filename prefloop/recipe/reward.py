@@ -7,18 +7,15 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from prefloop.config import nearest
-from prefloop.errors import RecipeError
-from prefloop.recipe import Section, read_recipe
+from prefloop.config import Options, build, dump_yaml, read_recipe
+from prefloop.errors import RecipeError, nearest
 from prefloop.train.options import RewardModelOptions, RewardTrainOptions
-from prefloop.validation import build
-from prefloop.yaml_text import dump_yaml
 
 FOLDER = Path("rewards")
 """Where trained reward models lie: rewards/NAME."""
 
 
-class RewardDataOptions(Section):
+class RewardDataOptions(Options):
     """Labelled pairs, in the shapes that docs/reward-models.md shows."""
 
     train: tuple[str, ...] = Field(min_length=1)
@@ -31,7 +28,7 @@ class RewardDataOptions(Section):
     """Read only the first so many pairs of each source; null reads all."""
 
 
-class RewardRecipe(Section):
+class RewardRecipe(Options):
     """Every option of `prefloop reward train`."""
 
     name: str = Field(strict=True, pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -57,7 +54,7 @@ class RewardRecipe(Section):
         return dump_yaml(self.model_dump(mode="json"))
 
 
-_SECTIONS: dict[str, type[Section] | type[RewardModelOptions] | type[RewardTrainOptions]] = {
+_SECTIONS: dict[str, type[Options] | type[RewardModelOptions] | type[RewardTrainOptions]] = {
     "model": RewardModelOptions,
     "data": RewardDataOptions,
     "train": RewardTrainOptions,

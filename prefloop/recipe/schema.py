@@ -12,8 +12,8 @@ from pydantic import BaseModel, create_model
 import prefloop.generate.engines
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import find, names
-from prefloop.generate.engines import EngineOptions
+from prefloop.config import find_plugin, plugin_names
+from prefloop.generate.engine import EngineOptions
 from prefloop.generate.engines.hf import InProcess
 from prefloop.judges import Judge
 from prefloop.methods import Method
@@ -41,8 +41,8 @@ def json_schema() -> dict[str, Any]:
 
 def _alternatives(package: ModuleType, base: type[M], what: str) -> Any:
     sections = []
-    for name in names(package):
-        kind = find(package, name, base, what)
+    for name in plugin_names(package):
+        kind = find_plugin(package, name, base, what)
         fields: dict[str, Any] = {"name": (Literal[name], ...)}
         sections.append(create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields))
     return reduce(or_, sections)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from prefloop.report.plain_table import show_table
+from prefloop.report.formats import show_table
 
 _HEAD = ("", "votes", "A", "tie", "B", "skipped", "A wins", "95 %", "first wins", "median s")
 # Below it a bootstrap interval is too narrow: three votes for A would be certainty.

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich.console import Console
+from rich.text import Text
+
+from prefloop.data.text_distance import Kind as SpanKind
+from prefloop.data.text_distance import Span, spans
 from prefloop.records import Candidates, Message, Pair, PairRatios, Reject, Response
+from prefloop.report.console import show_text
+from prefloop.report.formats import coloured, marked, printable
 from prefloop.run_folder import RoundDir, RunDir
 
 Kind = Literal["pair", "reject", "held-out"]
@@ -17,8 +24,10 @@ Kind = Literal["pair", "reject", "held-out"]
 # What each text is a changed copy of, by the names that the methods give; for others nothing is marked
 # but the difference between chosen and rejected.
 BASES = {"rewrite": "draft", "refined": "draft_a", "flawed": "refined", "rejected": "chosen"}
+
 # The records keep the order in which texts were stored; read is the order in which they were written.
 _ROLES = ("chosen", "rejected", "target", "sample")
+
 _ORDER = ("draft", "advice", "rewrite", "draft_a", "draft_b", "critique", "refined", "flawed")
 
 
@@ -176,23 +185,25 @@ def _turns(messages: tuple[Message, ...]) -> tuple[tuple[str, str], ...]:
     return tuple((message.role, message.content) for message in messages)
 
 
-def round_chains(here: RoundDir, ratios: Mapping[str, PairRatios]) -> Iterator[Chain]:
+def round_chains(round_dir: RoundDir, ratios: Mapping[str, PairRatios]) -> Iterator[Chain]:
     """All chains of a round: its pairs in their order, then its rejects. Reads record by record."""
     aside: dict[str, Candidates] = {}
-    if here.manifest("pairs"):
-        groups = here.stream("ranked", Candidates) if here.manifest("ranked") else iter(())
-        for pair in here.stream("pairs", Pair):
+    if round_dir.manifest("pairs"):
+        groups = (
+            round_dir.stream("ranked", Candidates) if round_dir.manifest("ranked") else iter(())
+        )
+        for pair in round_dir.stream("pairs", Pair):
             yield pair_chain(pair, _take(groups, pair.prompt_id, aside), ratios.get(pair.id))
         aside |= {group.prompt.id: group for group in groups}
-    rejects = list(here.rejects())
+    rejects = list(round_dir.rejects())
     missing = {reject.prompt_id for reject in rejects} - aside.keys()
-    if missing and here.manifest("candidates"):
+    if missing and round_dir.manifest("candidates"):
         # What the judge gave no verdict on never came to be ranked.
-        for group in here.stream("candidates", Candidates):
+        for group in round_dir.stream("candidates", Candidates):
             if group.prompt.id in missing:
                 aside[group.prompt.id] = group
     for reject in rejects:
-        yield reject_chain(reject, aside.get(reject.prompt_id), here.number)
+        yield reject_chain(reject, aside.get(reject.prompt_id), round_dir.number)
 
 
 def _take(
@@ -212,10 +223,10 @@ def held_out_chains(run: RunDir) -> Iterator[Chain]:
     """The answers to each held-out prompt, round by round: how the policy changed."""
     places = [run.start, *run.rounds()]
     by_prompt: dict[str, list[tuple[int, Candidates]]] = {}
-    for here in places:
-        if here.manifest("answers"):
-            for group in here.stream("answers", Candidates):
-                by_prompt.setdefault(group.prompt.id, []).append((here.number, group))
+    for round_dir in places:
+        if round_dir.manifest("answers"):
+            for group in round_dir.stream("answers", Candidates):
+                by_prompt.setdefault(group.prompt.id, []).append((round_dir.number, group))
     for name, answers in by_prompt.items():
         steps: list[Step] = []
         for number, group in answers:
@@ -243,3 +254,79 @@ def held_out_chains(run: RunDir) -> Iterator[Chain]:
             steps=tuple(steps),
             gap=None if first_score is None or last_score is None else last_score - first_score,
         )
+
+
+_TOKENS = 6
+
+
+def show_chain(chain: Chain, console: Console) -> None:
+    """Print a chain. Red or `[-...-]` is only in a text's base, green or `{+...+}` only in the text itself."""
+    details = [f"margin {chain.margin:.3g}"] if chain.margin else []
+    details += [f"score gap {chain.gap:+.3g}"] if chain.gap is not None else []
+    details += [f"{name} {value:.3g}" for name, value in chain.ratings.items()]
+    show_text(console, Text(printable("  ".join([f"{chain.kind} {chain.id}", *details])), "bold"))
+    if chain.reason:
+        why = ": ".join(part for part in (chain.reason, chain.detail) if part)
+        show_text(console, Text(printable(f"rejected by {chain.stage}: {why}"), "red"))
+    for role, text in chain.prompt:
+        _block(console, role, printable(text))
+    steps = {step.name: step for step in chain.steps}
+    for step in chain.steps:
+        base = steps.get(step.base)
+        body = _differing(base, step, console) if base else printable(step.text or "(empty)")
+        _block(console, _head(step), body)
+    _beside(chain, steps, console)
+    for step in chain.steps:
+        if step.ratios:
+            _block(console, f"what training changed in {', '.join(step.roles)}", _learnt(step))
+    show_text(console, "")
+
+
+def _head(step: Step) -> str:
+    name = step.name.replace("_", " ")
+    facts = [role for role in step.roles if role != step.name]
+    facts += [f"scores {step.score:.3g}"] if step.score is not None else []
+    facts += [f"{step.tokens} tokens"] if step.tokens else []
+    facts += ["cut off"] if step.unfinished else []
+    facts += [f"beside {step.base.replace('_', ' ')}"] if step.base else []
+    return f"{name} ({', '.join(facts)})" if facts else name
+
+
+def _differing(
+    base: Step, step: Step, console: Console, hide: SpanKind | None = None
+) -> str | Text:
+    found = [Span(kind, printable(text)) for kind, text in spans(base.text, step.text)]
+    return marked(found, hide) if console.color_system is None else coloured(found, hide)
+
+
+def _beside(chain: Chain, steps: dict[str, Step], console: Console) -> None:
+    """Chosen and rejected beside each other, where neither is shown as a copy of the other already."""
+    by_role = {role: step for step in chain.steps for role in step.roles}
+    if not {"chosen", "rejected"} <= by_role.keys():
+        return
+    chosen, rejected = by_role["chosen"], by_role["rejected"]
+    if rejected.base == chosen.name or chosen.base == rejected.name:
+        return
+    for role, hide in (("chosen", "old"), ("rejected", "new")):
+        _block(console, f"{role}, the two compared", _differing(rejected, chosen, console, hide))  # type: ignore[arg-type]
+
+
+def _learnt(step: Step) -> str:
+    """The sum of the log-ratio, and the tokens that changed most."""
+    assert step.ratios is not None
+    ratios = [p - r for p, r in zip(step.ratios["policy"], step.ratios["reference"], strict=True)]
+    most = sorted(range(len(ratios)), key=lambda n: -abs(ratios[n]))[:_TOKENS]
+    lines = [f"r = {sum(ratios):+.3g} nats over {len(ratios)} tokens; most in"]
+    for n in sorted(most):
+        piece = step.ratios["pieces"][n]
+        name = repr(printable(piece)) if piece else "end of turn"
+        lines.append(
+            f"{ratios[n]:+8.2f}  {name}  ({step.ratios['reference'][n]:.2f} before, "
+            f"{step.ratios['policy'][n]:.2f} after)"
+        )
+    return "\n".join(lines)
+
+
+def _block(console: Console, name: str, body: str | Text) -> None:
+    show_text(console, Text(printable(name), style="dim"))
+    show_text(console, body)

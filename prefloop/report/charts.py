@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from prefloop.report.facts import RunFacts
-from prefloop.report.meanings import round_meaning, step_meaning
+from prefloop.report.page_tables import round_meaning, step_meaning
 
 # Colours of the drawing that stand for classes of the style sheet.
 _INK, _GRID = "#010101", "#020202"

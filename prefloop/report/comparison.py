@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from prefloop.report.console import duration, printable
-from prefloop.report.plain_table import show_table
-from prefloop.report.typeset import latex_text, markdown_table
+from prefloop.report.console import duration
+from prefloop.report.formats import latex_text, markdown_table, printable, show_table
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _STAGES = ("generate", "rank", "pair", "train", "evaluate")

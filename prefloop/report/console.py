@@ -16,8 +16,7 @@ from rich.text import Text
 
 from prefloop.data.text_distance import Span, spans
 from prefloop.records import Pair, RoundResult
-from prefloop.report.formats import coloured, marked
-from prefloop.report.visible import visible
+from prefloop.report.formats import _CONTROLS, coloured, marked, printable
 
 # Most telling first. A key that only begins with one of these ("win_rate_low") follows it.
 MEASURES = (
@@ -36,16 +35,12 @@ MEASURES = (
     "mean_length",
     "stop_rate",
 )
+
 _COLUMNS = 8
+
 _TINY = 5e-4
-# C0 except tab and newline, DEL, C1: a model's answer must not steer the terminal it is shown on.
-_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+
 _CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def printable(text: str) -> str:
-    """The text with control characters replaced by their visible pictures, other hidden ones by numbers."""
-    return visible(text.translate(_CONTROLS))
 
 
 def measure_names(results: Sequence[RoundResult]) -> list[str]:

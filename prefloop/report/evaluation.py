@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from prefloop.report.plain_table import show_table
-from prefloop.report.typeset import latex_text, markdown_table
+from prefloop.report.formats import latex_text, markdown_table, show_table
 from prefloop.run_folder import write_atomically
 
 Report = Mapping[str, Any]

@@ -87,8 +87,8 @@ class RunFacts:
     def chains(self) -> Iterator[Chain]:
         """Every pair, reject and held-out prompt, newest round last."""
         ratios = {found.pair: found for found in read_ratios(self.run)}
-        for here in self.run.rounds():
-            yield from round_chains(here, ratios)
+        for round_dir in self.run.rounds():
+            yield from round_chains(round_dir, ratios)
         yield from held_out_chains(self.run)
 
     @property
@@ -148,58 +148,62 @@ def read_facts(folder: Path) -> RunFacts:
         environment=read_json(around) if around.exists() else {},
         events=run.events(),
         results=run.results(),
-        rounds=[_round(here) for here in run.rounds()],
+        rounds=[_round(round_dir) for round_dir in run.rounds()],
         steps=list(_steps(run)),
         start_seconds=_seconds(run.start),
-        curve=[row for here in run.rounds() for row in _rows(here, here.path / "curve.jsonl")],
+        curve=[
+            row
+            for round_dir in run.rounds()
+            for row in _rows(round_dir, round_dir.path / "curve.jsonl")
+        ],
     )
 
 
-def _round(here: RoundDir) -> RoundFacts:
+def _round(round_dir: RoundDir) -> RoundFacts:
     margins, gaps, pairs = [], [], 0
-    if here.manifest("pairs"):
-        for pair in here.stream("pairs", Pair):
+    if round_dir.manifest("pairs"):
+        for pair in round_dir.stream("pairs", Pair):
             pairs += 1
             margins.append(pair.margin)
             if {"chosen", "rejected"} <= pair.scores.keys():
                 gaps.append(pair.scores["chosen"] - pair.scores["rejected"])
-    trained = here.manifest("train") or {}
+    trained = round_dir.manifest("train") or {}
     return RoundFacts(
-        number=here.number,
+        number=round_dir.number,
         pairs=pairs,
-        reasons=_reasons(here),
+        reasons=_reasons(round_dir),
         margins=margins,
         gaps=gaps,
-        generated_tokens=_generated(here),
+        generated_tokens=_generated(round_dir),
         trained_tokens=int(trained.get("tokens", 0)),
-        seconds=_seconds(here),
+        seconds=_seconds(round_dir),
     )
 
 
-def _reasons(here: RoundDir) -> Counter[str]:
-    return Counter(f"{reject.stage}: {reject.reason}" for reject in _kept_rejects(here))
+def _reasons(round_dir: RoundDir) -> Counter[str]:
+    return Counter(f"{reject.stage}: {reject.reason}" for reject in _kept_rejects(round_dir))
 
 
-def _kept_rejects(here: RoundDir) -> Iterator[Reject]:
+def _kept_rejects(round_dir: RoundDir) -> Iterator[Reject]:
     # A line of a chunk that is being written right now is no record yet.
-    return here.rejects() if here.manifest("candidates") else iter(())
+    return round_dir.rejects() if round_dir.manifest("candidates") else iter(())
 
 
-def _generated(here: RoundDir) -> int:
-    if not here.manifest("candidates"):
+def _generated(round_dir: RoundDir) -> int:
+    if not round_dir.manifest("candidates"):
         return 0
     # An ablation may use one response under two names; its tokens were made once.
     return sum(
         len(ids)
-        for group in here.stream("candidates", Candidates)
+        for group in round_dir.stream("candidates", Candidates)
         for ids in {response.token_ids for response in group.responses.values()}
     )
 
 
-def _seconds(here: RoundDir) -> dict[str, float]:
+def _seconds(round_dir: RoundDir) -> dict[str, float]:
     total: dict[str, float] = {}
     for name, stage in _STAGES.items():
-        facts = here.manifest(name)
+        facts = round_dir.manifest(name)
         if facts and "seconds" in facts:
             total[stage] = total.get(stage, 0.0) + float(facts["seconds"])
     return total
@@ -207,13 +211,13 @@ def _seconds(here: RoundDir) -> dict[str, float]:
 
 def _steps(run: RunDir) -> Iterator[dict[str, Any]]:
     at = 0
-    for here in run.rounds():
-        for row in _rows(here, here.train / "metrics.jsonl"):
+    for round_dir in run.rounds():
+        for row in _rows(round_dir, round_dir.train / "metrics.jsonl"):
             at += 1
-            yield {**row, "round": here.number, "at": at}
+            yield {**row, "round": round_dir.number, "at": at}
 
 
-def _rows(here: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
+def _rows(round_dir: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that may be growing; a last one that is half written is left out."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -221,7 +225,7 @@ def _rows(here: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError as error:
             raise RunFolderError(
-                f"{path}:{number} is damaged; delete {here.path} to redo the round"
+                f"{path}:{number} is damaged; delete {round_dir.path} to redo the round"
             ) from error
 
 

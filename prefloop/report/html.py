@@ -33,7 +33,7 @@ from prefloop.report.charts import (
 )
 from prefloop.report.console import measure_names
 from prefloop.report.facts import Evaluated, RunFacts, read_evaluation, read_facts
-from prefloop.report.visible import visible
+from prefloop.report.formats import visible
 from prefloop.run_folder import write_atomically
 
 _FOLDER = Path(__file__).parent / "page"

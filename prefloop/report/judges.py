@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from prefloop.report.plain_table import show_table
+from prefloop.report.formats import show_table
 
 Measures = Mapping[str, Any]
 

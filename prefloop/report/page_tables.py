@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from prefloop.records import RoundResult
 from prefloop.report.console import (
@@ -17,7 +17,89 @@ from prefloop.report.console import (
     visible_rounds,
 )
 from prefloop.report.facts import Evaluated, RunFacts
-from prefloop.report.meanings import round_meaning
+
+
+class Meaning(NamedTuple):
+    """A measure's name on the page, and one sentence for somebody who meets it for the first time."""
+
+    title: str
+    note: str
+
+
+ROUND_MEASURES: dict[str, Meaning] = {
+    "score": Meaning("Judge's score", "Mean over held-out answers, in the judge's own units."),
+    "win_rate": Meaning(
+        "Win rate over the start",
+        "Share of held-out prompts whose answer scores above the initial policy's; ties count half. "
+        "Bars: 95 % over prompts.",
+    ),
+    "R_i": Meaning(
+        "R_i: rewrites that are better",
+        "Share of held-out prompts whose rewrite the judge puts above the draft.",
+    ),
+    "identical_rate": Meaning(
+        "Identical rate", "Share of prompts where improving the answer changed nothing."
+    ),
+    "flaw_edit_share": Meaning(
+        "How much a flaw changes",
+        "Word edit distance from refined to flawed answer. A subtle flaw is small, and not 0.",
+    ),
+    "kl": Meaning(
+        "Divergence from the start (KL)",
+        "Nats a token between the policy and the initial one. A leap says: stop and read answers.",
+    ),
+    "distinct_2": Meaning(
+        "Variety (distinct-2)",
+        "Different word pairs over all word pairs. Falls when answers become alike.",
+    ),
+    "mean_length": Meaning(
+        "Length of an answer", "Tokens, end-of-turn included. A win rate may be nothing but length."
+    ),
+    "stop_rate": Meaning(
+        "Stop rate", "Share of answers that end by themselves, not at the length limit."
+    ),
+    "score_rewrite": Meaning("Judge's score of rewrites", "Mean over the held-out prompts."),
+}
+
+STEP_MEASURES: dict[str, Meaning] = {
+    "win_rate": Meaning(
+        "Win rate during training", "Over the start, on held-out prompts. Bars: 95 % over prompts."
+    ),
+    "loss": Meaning("Loss", "At a round's start its value is known and checked."),
+    "margin": Meaning(
+        "Margin", "r(target) minus the mean of r(chosen) and r(rejected), nats an answer."
+    ),
+    "reward_margin": Meaning(
+        "Reward margin R", "β (r(chosen) − r(rejected)): what the loss pushes above M."
+    ),
+    "real_reward": Meaning(
+        "Real Reward",
+        "Implicit reward of the answer that is taught. Below 0 it has become less likely.",
+    ),
+    "rewards": Meaning(
+        "Reward of each response",
+        "Both fall together when the policy forgets answers instead of telling them apart.",
+    ),
+    "accuracy": Meaning("Accuracy", "Share of pairs in the right order of implicit reward."),
+    "over_margin": Meaning("Over the margin", "Share of pairs with R above M."),
+    "penalty": Meaning(
+        "Penalty P", "How far the answer that is taught fell below the reference, nats."
+    ),
+    "M": Meaning("Margin M", "Mean of what R must exceed, by step."),
+    "lr": Meaning("Learning rate", ""),
+    "grad_norm": Meaning("Gradient norm", "Before clipping."),
+}
+
+
+def step_meaning(name: str) -> Meaning:
+    """What a training metric means; a method's own metric is called by its name."""
+    return STEP_MEASURES.get(name, Meaning(name, "The method's own measure of training."))
+
+
+def round_meaning(name: str) -> Meaning:
+    """What a round's measure means; an unknown one is called by its name."""
+    return ROUND_MEASURES.get(name, Meaning(name, ""))
+
 
 # A share of rejects that a reader should know before anything else.
 _MANY_REJECTS = 0.3
@@ -60,8 +142,8 @@ def notices(run: RunFacts) -> list[dict[str, str]]:
         {"kind": "bad", "head": f"Guard, round {number}:", "text": sentence}
         for number, sentence in run.guards
     ]
-    pairs = sum(here.pairs for here in run.rounds)
-    rejects = sum(here.reasons.total() for here in run.rounds)
+    pairs = sum(round_dir.pairs for round_dir in run.rounds)
+    rejects = sum(round_dir.reasons.total() for round_dir in run.rounds)
     if rejects and rejects / (pairs + rejects) > _MANY_REJECTS:
         text = f"{rejects:,} of {pairs + rejects:,} prompts gave no pair; see the reasons below."
         found.append({"kind": "warn", "head": "Many rejects:", "text": text})
@@ -104,9 +186,13 @@ def _interval(result: RoundResult, name: str) -> str:
 
 def rejects(run: RunFacts) -> list[dict[str, Any]]:
     """Pairs and rejects by reason: a row each, with counts by round and the share of all prompts."""
-    reasons = dict.fromkeys(reason for here in run.rounds for reason in sorted(here.reasons))
-    counts = {"pairs": [here.pairs for here in run.rounds]}
-    counts |= {reason: [here.reasons[reason] for here in run.rounds] for reason in reasons}
+    reasons = dict.fromkeys(
+        reason for round_dir in run.rounds for reason in sorted(round_dir.reasons)
+    )
+    counts = {"pairs": [round_dir.pairs for round_dir in run.rounds]}
+    counts |= {
+        reason: [round_dir.reasons[reason] for round_dir in run.rounds] for reason in reasons
+    }
     everything = max(1, sum(sum(row) for row in counts.values()))
     return [
         {"name": name, "cells": row, "total": sum(row), "share": round(sum(row) / everything, 4)}
@@ -151,7 +237,7 @@ def _model(run: RunFacts) -> str:
 
 def _rounds(run: RunFacts) -> str:
     planned = _get(run, "loop", "rounds")
-    played = sum("train" in here.seconds for here in run.rounds)
+    played = sum("train" in round_dir.seconds for round_dir in run.rounds)
     of = f"{played} of {planned}" if planned and planned != str(played) else str(played)
     size = _get(run, "loop", "prompts_per_round")
     return f"{of}, {size} prompts each" if size else of
@@ -168,8 +254,8 @@ def _training(run: RunFacts) -> str:
 
 
 def _pairs(run: RunFacts) -> str:
-    pairs = sum(here.pairs for here in run.rounds)
-    total = sum(here.reasons.total() for here in run.rounds)
+    pairs = sum(round_dir.pairs for round_dir in run.rounds)
+    total = sum(round_dir.reasons.total() for round_dir in run.rounds)
     return f"{pairs:,}, and {total:,} rejects" if total else f"{pairs:,}, no rejects"
 
 
@@ -182,8 +268,8 @@ def _time(run: RunFacts) -> str:
 
 
 def _tokens(run: RunFacts) -> str:
-    made = sum(here.generated_tokens for here in run.rounds)
-    trained = sum(here.trained_tokens for here in run.rounds)
+    made = sum(round_dir.generated_tokens for round_dir in run.rounds)
+    trained = sum(round_dir.trained_tokens for round_dir in run.rounds)
     return f"{made:,} generated, {trained:,} trained on" if made or trained else ""
 
 

@@ -14,15 +14,14 @@ from rich.text import Text
 from prefloop.errors import RunFolderError
 from prefloop.evaluate.curves import SHARE, steps_to_share, win_rate_curve
 from prefloop.records import CurvePoint, Pair, RoundResult
-from prefloop.report.chain import Chain, round_chains
-from prefloop.report.chain_text import show_chain
+from prefloop.report.chain import Chain, round_chains, show_chain
 from prefloop.report.console import MEASURES, show_pair, show_rounds
 from prefloop.report.facts import read_ratios
-from prefloop.report.plain_table import show_table
+from prefloop.report.formats import show_table
 from prefloop.run_folder import RunDir, read_run
 
 if TYPE_CHECKING:
-    from prefloop.run.loop import Outcome
+    from prefloop.run_folder import Outcome
 
 _SHOWN_PAIRS = 3
 _SHOWN_POINTS = 12
@@ -82,7 +81,7 @@ def run_json(folder: Path, *, pair: str | None, count: int) -> str:
         "folder": str(folder),
         "results": [result.model_dump() for result in run.results()],
         "win_rate_curve": [point.model_dump() for point in win_rate_curve(run)],
-        "rejects": {here.number: dict(here.reasons()) for here in run.rounds()},
+        "rejects": {round_dir.number: dict(round_dir.reasons()) for round_dir in run.rounds()},
         "pairs": [
             {"id": found.id, **found.model_dump(mode="json")} for found in _newest(run, count)
         ],
@@ -109,8 +108,8 @@ def _found(run: RunDir, wanted: str) -> list[Chain]:
 
 def _chains(run: RunDir) -> Iterator[Chain]:
     ratios = {found.pair: found for found in read_ratios(run)}
-    for here in run.rounds():
-        yield from round_chains(here, ratios)
+    for round_dir in run.rounds():
+        yield from round_chains(round_dir, ratios)
 
 
 def _show_results(results: list[RoundResult], console: Console) -> None:

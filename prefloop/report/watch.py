@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
-from prefloop.report.console import duration, glance, printable, round_name, show_rounds, stage_line
+from prefloop.report.console import duration, glance, round_name, show_rounds, stage_line
 from prefloop.report.facts import read_recipe
+from prefloop.report.formats import printable
 from prefloop.run_folder import RoundDir, RunDir, read_run
 
 _SECONDS = 1.0
@@ -95,26 +96,28 @@ class _Now:
     def line(self) -> str:
         """One line: "round 1  train  step 7 of 12, loss 0.94, 40 s left"."""
         places = [self._run.start, *self._run.rounds()]
-        here = next((place for place in reversed(places) if place.path.is_dir()), None)
-        if here is None:
+        round_dir = next((place for place in reversed(places) if place.path.is_dir()), None)
+        if round_dir is None:
             return "loading"
-        for note in here.path.glob("*.progress.json"):
+        for note in round_dir.path.glob("*.progress.json"):
             stage = note.name.removesuffix(".progress.json")
             # A run that was killed at a stage's very end leaves a note beside the manifest.
-            if not here.manifest(stage):
-                return self._say(here, stage, "chunk", _chunks(note), self._all_chunks(stage))
-        if here.manifest("pairs") and not here.manifest("train"):
-            loss = _last_loss(here)
-            line = self._say(here, "train", "step", here.steps(), self._all_steps(here))
+            if not round_dir.manifest(stage):
+                return self._say(round_dir, stage, "chunk", _chunks(note), self._all_chunks(stage))
+        if round_dir.manifest("pairs") and not round_dir.manifest("train"):
+            loss = _last_loss(round_dir)
+            line = self._say(
+                round_dir, "train", "step", round_dir.steps(), self._all_steps(round_dir)
+            )
             return f"{line}, loss {loss:.3f}" if loss is not None else line
-        return f"round {round_name(here.number)}"
+        return f"round {round_name(round_dir.number)}"
 
-    def _say(self, here: RoundDir, stage: str, unit: str, done: int, total: int | None) -> str:
-        name = f"{here.number}/{stage}"
+    def _say(self, round_dir: RoundDir, stage: str, unit: str, done: int, total: int | None) -> str:
+        name = f"{round_dir.number}/{stage}"
         if self._seen is None or self._seen[0] != name:
             self._seen = (name, done, time.monotonic())
         of = f" of {total}" if total else ""
-        line = f"round {round_name(here.number)}  {stage}  {unit} {done}{of}"
+        line = f"round {round_name(round_dir.number)}  {stage}  {unit} {done}{of}"
         _, before, since = self._seen
         if total and done > before:
             left = (time.monotonic() - since) / (done - before) * max(0, total - done)
@@ -127,15 +130,15 @@ class _Now:
         size = self._recipe.get("generate", {}).get("chunk_size")
         return math.ceil(prompts / size) if prompts and size else None
 
-    def _all_steps(self, here: RoundDir) -> int | None:
+    def _all_steps(self, round_dir: RoundDir) -> int | None:
         train = self._recipe.get("train", {})
         size, epochs = int(train.get("batch_size") or 0), int(train.get("epochs", 1))
         if not size:
             return None
-        pairs = here.count("pairs")
-        before = self._run.path / "rounds" / f"{here.number - 1:04d}"
+        pairs = round_dir.count("pairs")
+        before = self._run.path / "rounds" / f"{round_dir.number - 1:04d}"
         if self._recipe.get("loop", {}).get("mix_previous") and before.is_dir():
-            pairs += RoundDir(before, here.number - 1).count("pairs")
+            pairs += RoundDir(before, round_dir.number - 1).count("pairs")
         return math.ceil(pairs / size) * epochs
 
 
@@ -150,8 +153,8 @@ def _chunks(note: Path) -> int:
         return 0
 
 
-def _last_loss(here: RoundDir) -> float | None:
-    path = here.train / "metrics.jsonl"
+def _last_loss(round_dir: RoundDir) -> float | None:
+    path = round_dir.train / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return float(json.loads(lines[-1])["loss"]) if lines else None

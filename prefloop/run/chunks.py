@@ -1,20 +1,27 @@
-"""Chunks of a stage that several processes share, each in a file of its own until the run takes them over in order."""
+"""A stage chunk by chunk: written in whole chunks, by one process or several, and continued where it was killed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from prefloop.records import Candidates, Pair, Record, Reject
-from prefloop.run_folder import write_atomically
+from prefloop.errors import RunFolderError
+from prefloop.records import Candidates, Pair, Record, Reject, read_json
+from prefloop.run_folder import REJECTS, _size, write_atomically
 
 _ALL = "all"
+
+MakeChunk = Callable[[int, list[Any]], tuple[list[Record], dict[str, int]]]
 _KINDS: dict[str, type[Record]] = {kind.__name__: kind for kind in (Candidates, Pair, Reject)}
 
 
-class Parts:
-    """The finished chunks of one stage that are not in its file yet."""
+class ChunkStore:
+    """Chunks of one stage that workers have written and the run has not yet taken into the stage's file."""
 
     def __init__(self, folder: Path, stage: str) -> None:
         self._folder = folder / f".{stage}.parts"
@@ -58,3 +65,82 @@ class Parts:
 
     def _path(self, chunk: int) -> Path:
         return self._folder / f"{chunk:06d}"
+
+
+class Journal:
+    """Append-only record files of one stage, advanced in whole chunks."""
+
+    def __init__(self, folder: Path, stage: str) -> None:
+        """Open the stage's files, cut back to the last whole chunk if the stage was killed."""
+        self._folder = folder
+        self._note = folder / f"{stage}.progress.json"
+        self._main = folder / f"{stage}.jsonl"
+        self._files = (self._main, folder / REJECTS)
+        if self._note.exists():
+            note = read_json(self._note)
+        else:
+            # The stage's own file starts empty; rejects of earlier stages stay.
+            note = {"chunks": 0, self._main.name: 0, REJECTS: _size(folder / REJECTS)}
+            write_atomically(self._note, json.dumps(note))
+        try:
+            self.chunks = int(str(note["chunks"]))
+            counts: Any = note.get("counts")
+            self.counts: Counter[str] = Counter(counts)
+            sizes = [int(str(note[path.name])) for path in self._files]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(
+                f"{self._note} is damaged ({note}); delete {folder} to redo the round"
+            ) from error
+        for path, wanted in zip(self._files, sizes, strict=True):
+            have = _size(path)
+            if have < wanted:
+                raise RunFolderError(
+                    f"{path} is shorter than when it was written; delete {folder} to redo the round"
+                )
+            path.touch()
+            os.truncate(path, wanted)
+
+    def append(self, records: Iterable[Record], counts: Mapping[str, int] | None = None) -> None:
+        """Write one chunk: rejects to the rejects, all else to the stage's file; then note it.
+
+        `counts` of what the chunk cost are added to `self.counts`, which survives a kill.
+        """
+        main, rejects = (path.open("a", encoding="utf-8") for path in self._files)
+        with main, rejects:
+            for record in records:
+                file = rejects if isinstance(record, Reject) else main
+                file.write(record.model_dump_json() + "\n")
+            for file in (main, rejects):
+                file.flush()
+                os.fsync(file.fileno())
+        self.chunks += 1
+        self.counts.update(counts or {})
+        sizes = {path.name: _size(path) for path in self._files}
+        note = {"chunks": self.chunks, **sizes, "counts": self.counts}
+        write_atomically(self._note, json.dumps(note))
+
+
+class Chunks:
+    """The items of a stage in chunks, and how a chunk becomes records."""
+
+    def __init__(self, items: Iterable[Any], size: int, make: MakeChunk, store: ChunkStore) -> None:
+        """`make` gives a chunk's records and what they cost, by the chunk's number."""
+        self._items = iter(items)
+        self._size = size
+        self._make = make
+        self._store = store
+
+    def make_for_run(self, rank: int, ranks: int) -> None:
+        """As one of several processes: make every `ranks`-th chunk, from chunk `rank` on."""
+        for number, chunk in islice(self._numbered(), rank, None, ranks):
+            if not self._store.has(number):
+                self._store.write(number, *self._make(number, chunk))
+
+    def write(self, journal: Journal) -> None:
+        """Append to the stage's files what is not there yet; what processes have made is taken over."""
+        for number, chunk in islice(self._numbered(), journal.chunks, None):
+            made = self._store.has(number)
+            journal.append(*(self._store.read(number) if made else self._make(number, chunk)))
+
+    def _numbered(self) -> Iterator[tuple[int, list[Any]]]:
+        return enumerate(iter(lambda: list(islice(self._items, self._size)), []))

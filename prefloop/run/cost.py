@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from prefloop.run.engine import GENERATED, READ
+from prefloop.recipe.options import Budget
+from prefloop.records import GENERATED, READ
 from prefloop.run_folder import RoundDir, RunDir
 
 if TYPE_CHECKING:
     from prefloop.recipe import Recipe
+
 
 # Stages that cost, by what people call them.
 _COSTS = {
@@ -25,35 +25,8 @@ _COSTS = {
     "pairs": "pair",
     "train": "train",
 }
+
 _MEASURING = ("answers", "introspection")
-
-
-class Budget(BaseModel):
-    """What a run may spend: after the round in which it reaches one of these it begins no other."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    generated_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that the policy has drawn in generation, those of rejected answers included."""
-    trained_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of prompts and answers in training passes, each as often as it was trained on; sft's too."""
-    seconds: float | None = Field(default=None, gt=0.0)
-    """Wall time of all stages but measuring."""
-    flops: float | None = Field(default=None, gt=0.0)
-    """Floating-point operations by the formula of docs/compare.md."""
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Budget:
-        if not self.limits:
-            raise ValueError(
-                "loop.budget limits nothing; give generated_tokens, trained_tokens, seconds or flops"
-            )
-        return self
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are set, by name."""
-        return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -75,7 +48,7 @@ class Spent:
         """Wall time of all stages but measuring."""
         return sum(self.seconds_by_stage.values()) - self.seconds_by_stage.get("evaluate", 0.0)
 
-    def share_of(self, budget: Budget) -> float:
+    def fraction_used(self, budget: Budget) -> float:
         """How much of the budget is used; 1 where a limit is reached."""
         return max(float(getattr(self, name)) / limit for name, limit in budget.limits.items())
 
@@ -103,9 +76,9 @@ def spent(run: RunDir, recipe: Recipe) -> Spent:
 
 
 def _manifests(run: RunDir) -> Iterator[tuple[str, dict[str, Any]]]:
-    for here in [RoundDir(run.path / "rounds" / "start", -1), *run.rounds()]:
+    for round_dir in [RoundDir(run.path / "rounds" / "start", -1), *run.rounds()]:
         for stage in (*_COSTS, *_MEASURING):
-            if manifest := here.manifest(stage):
+            if manifest := round_dir.manifest(stage):
                 yield stage, manifest
 
 

@@ -1,16 +1,20 @@
-"""An engine that counts what it is asked for, so that a run knows what its generation cost."""
+"""The recipe's engine in a run: opened on first use, closed with the run, counted."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
-from prefloop.generate.engine import Engine
+from peft import LoraConfig, PeftModel
+
+from prefloop.generate.engine import Engine, EngineContext, OutsideEngine, Probe, Weights
 from prefloop.models.chat import Chat
-from prefloop.records import Request, Response, Sampling, Scored
-
-GENERATED = "generated_tokens"
-READ = "read_tokens"
+from prefloop.models.policy import Policy
+from prefloop.models.sources import local_folder, resolve_source
+from prefloop.recipe import Recipe, initial_source
+from prefloop.records import GENERATED, READ, Request, Response, Sampling, Scored
+from prefloop.run_folder import RunDir
 
 
 class Metered:
@@ -55,3 +59,61 @@ class Metered:
         for request in requests:
             prefix = self._chat.text_ids(request.prefix) if request.prefix else []
             self._counts[READ] += len(self._chat.prompt_ids(request.messages)) + len(prefix)
+
+
+class RunEngine:
+    """What there is of it in a run."""
+
+    def __init__(self, recipe: Recipe, rundir: RunDir) -> None:
+        """Opens nothing."""
+        self._recipe = recipe
+        self._rundir = rundir
+        self._engine: OutsideEngine | None = None
+        self._opened = False
+
+    def engine(self, policy: Policy, chat: Chat) -> OutsideEngine | None:
+        """The engine, opened; None where the recipe's is this process."""
+        if not self._opened:
+            model = self._recipe.model
+            self._engine = self._recipe.engine.open(
+                EngineContext(
+                    chat=chat,
+                    dtype=str(policy.model.dtype).removeprefix("torch."),
+                    lora_rank=model.lora.r if model.tuning == "lora" else None,
+                    lora_modules=_adapted(policy),
+                    trust_remote_code=model.trust_remote_code,
+                    log=self._rundir.path / "engine.log",
+                )
+            )
+            self._opened = True
+        return self._engine
+
+    def load_weights(self, place: Path | None, probe: Probe) -> None:
+        """Let it answer with the policy saved in `place` (None: the initial one)."""
+        assert self._engine is not None
+        source = initial_source(self._recipe, self._rundir)
+        if place is not None and source.tuning == "full":
+            weights = Weights(place.resolve())
+        else:
+            base = local_folder(resolve_source(source.source), source).resolve()
+            weights = Weights(base, None if place is None else place.resolve())
+        self._engine.load_weights(weights, probe)
+
+    def offload(self) -> None:
+        """Before training: it may give back memory."""
+        if self._engine is not None:
+            self._engine.offload()
+
+    def close(self) -> None:
+        """End what was started."""
+        if self._engine is not None:
+            self._engine.close()
+
+
+def _adapted(policy: Policy) -> tuple[str, ...]:
+    if not isinstance(policy.model, PeftModel):
+        return ()
+    config = policy.model.peft_config[policy.model.active_adapter]
+    assert isinstance(config, LoraConfig)
+    names = config.target_modules or ()
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))

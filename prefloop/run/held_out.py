@@ -1,41 +1,77 @@
-"""The win rate in the middle of training: every k optimiser steps, on the same prompts and random numbers.
+"""Held-out prompts answered by a policy and scored by a judge: at a round's end, and in the middle of its training.
 
-The weights that are trained, and the random numbers that training draws, are the same with it and without.
+What is measured in the middle leaves the weights that are trained, and the random numbers that training draws, as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from prefloop.evaluate.answers import ANSWER
 from prefloop.evaluate.curves import CURVE
-from prefloop.evaluate.winrate import win_rate
-from prefloop.judges import NoVerdict
-from prefloop.records import Candidates, CurvePoint, Request
+from prefloop.evaluate.win_rates import win_rate
+from prefloop.judges import NoVerdict, Verdict
+from prefloop.recipe import Recipe
+from prefloop.records import Candidates, CurvePoint, Prompt, Request, Response, derive_seed
 from prefloop.run_folder import RoundDir, write_atomically
-from prefloop.seeds import derive_seed
 from prefloop.train.checkpoint import random_state, set_random_state
 
-if TYPE_CHECKING:
-    from prefloop.run.session import Session
+HELD_OUT = "held-out"
+"""Stands for the round in seeds: the prompts meet the same random numbers after every round, so that rounds compare."""
+Sample = Callable[[list[Request], int], list[Response]]
+"""Answers to requests, drawn from a seed, by the policy that is measured."""
+Score = Callable[[Sequence[Prompt], Sequence[str]], list[Verdict]]
+"""A judge's verdict on each answer."""
+
+
+def answer_and_score(
+    prompts: Sequence[Prompt], sample: Sample, score: Score, seed: int
+) -> tuple[list[Candidates], dict[str, int]]:
+    """One scored answer a prompt, and how often the judge had no verdict, by its reason."""
+    answers = sample([Request(messages=prompt.messages) for prompt in prompts], seed)
+    verdicts = score(prompts, [answer.text for answer in answers])
+    groups, failures = [], dict[str, int]()
+    for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True):
+        if isinstance(verdict, NoVerdict):
+            failures[verdict.reason] = failures.get(verdict.reason, 0) + 1
+        scores = {} if isinstance(verdict, NoVerdict) else {ANSWER: verdict[0]}
+        groups.append(Candidates(prompt=prompt, responses={ANSWER: answer}, scores=scores))
+    return groups, failures
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts of a run, and how the policy that is being trained is measured on them."""
+
+    prompts: Callable[[], Sequence[Prompt]]
+    start: Callable[[], Iterable[Candidates]]
+    """The initial policy's answers, scored."""
+    sample: Sample
+    score: Score
+    release: Callable[[], None]
+    """Give back the memory that sampling took."""
 
 
 class TrainingCurve:
-    """Called after each step of a round's training. A point that is there is not measured again.
+    """The win rate every k optimiser steps, on the same prompts and random numbers: called after each step.
 
-    A killed training goes on through the same weights, so the points that it left are true; a checkpoint is
-    written after its step's point, so none is missing.
+    A point that is there is not measured again. A killed training goes on through the same weights, so the
+    points that it left are true; a checkpoint is written after its step's point, so none is missing.
     """
 
-    def __init__(self, session: Session, here: RoundDir, first_step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, held_out: HeldOut, round_dir: RoundDir, first_step: int
+    ) -> None:
         """`first_step`: optimiser steps of the rounds before."""
-        self._session = session
-        self._here = here
+        self._recipe = recipe
+        self._held_out = held_out
+        self._round = round_dir.number
         self._first = first_step
-        self._every = session.recipe.evaluate.every_steps
-        self._path = here.path / f"{CURVE}.jsonl"
-        self._points = here.records(CURVE, CurvePoint) if self._path.exists() else []
+        self._every = recipe.evaluate.every_steps
+        self._path = round_dir.path / f"{CURVE}.jsonl"
+        self._points = round_dir.records(CURVE, CurvePoint) if self._path.exists() else []
 
     def __call__(self, done: int) -> None:
         """`done` steps of this round are done."""
@@ -49,35 +85,25 @@ class TrainingCurve:
         write_atomically(self._path, lines)
 
     def _point(self, step: int) -> CurvePoint:
-        session, recipe = self._session, self._session.recipe
+        recipe, held_out = self._recipe, self._held_out
         scores: dict[str, float] = {}
-        prompts, size = session.held_out(), recipe.generate.chunk_size
-        engine = session.engine_at(session.place)
-        sampling = recipe.evaluate.sampling or recipe.method.sampling
-        for number, start in enumerate(range(0, len(prompts), size)):
-            part = list(prompts[start : start + size])
-            asks = [Request(messages=prompt.messages) for prompt in part]
+        prompts, size = held_out.prompts(), recipe.generate.chunk_size
+        for number, first in enumerate(range(0, len(prompts), size)):
             # As the round's own measuring draws them, so that its last point is the round's win rate.
-            seed = derive_seed(recipe.seed, "held-out", "answers", number)
-            with session.policy_at(session.place).merged():
-                answers = engine.sample(asks, sampling, seed=seed, label="win rate")
-            verdicts = session.score_answers(part, [answer.text for answer in answers])
-            scores |= {
-                prompt.id: verdict[0]
-                for prompt, verdict in zip(part, verdicts, strict=True)
-                if not isinstance(verdict, NoVerdict)
-            }
-        engine.release()
-        start_answers = session.rundir.round(-1).stream("answers", Candidates)
-        before = {group.prompt.id: group.scores.get(ANSWER) for group in start_answers}
+            seed = derive_seed(recipe.seed, HELD_OUT, "answers", number)
+            chunk = list(prompts[first : first + size])
+            groups, _ = answer_and_score(chunk, held_out.sample, held_out.score, seed)
+            scores |= {g.prompt.id: g.scores[ANSWER] for g in groups if g.scores}
+        held_out.release()
+        before = {group.prompt.id: group.scores.get(ANSWER) for group in held_out.start()}
         own, other = list(scores.values()), [before.get(name) for name in scores]
-        found = win_rate(own, other, seed=recipe.seed).estimate
+        wins = win_rate(own, other, seed=recipe.seed).estimate
         return CurvePoint(
-            round=self._here.number,
+            round=self._round,
             step=step,
-            win_rate=found.value if found else None,
-            low=found.low if found else None,
-            high=found.high if found else None,
+            win_rate=wins.value if wins else None,
+            low=wins.low if wins else None,
+            high=wins.high if wins else None,
             score=fmean(own) if own else None,
-            prompts=found.count if found else 0,
+            prompts=wins.count if wins else 0,
         )

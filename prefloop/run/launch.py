@@ -10,7 +10,6 @@ import ctypes
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -18,60 +17,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any, NamedTuple
 
 from prefloop.errors import LaunchError, RunFolderError
+from prefloop.recipe.options import LaunchOptions
 from prefloop.records import read_json
 
 _POLL = 0.2
+
 _GRACE = 30.0
 """Seconds that processes have to end by themselves."""
+
 _LAST_LINES = 5
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 # Opened before any fork: afterwards a lock of the loader's may be held for ever.
 _LIBC = ctypes.CDLL(None)
-
-
-class LaunchOptions(BaseModel):
-    """Stages in several processes. Give `processes` for this machine, or a launcher as `command`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    processes: int | None = Field(default=None, ge=1)
-    """Processes on this machine: one for each GPU, or sharing the cores."""
-    sharding: Literal["none", "fsdp2"] = "none"
-    """Under `processes`: each holds all weights, or a part of them (FSDP2)."""
-    command: str | None = None
-    """A launcher with its options, "accelerate launch --config_file FILE"; it must take -m MODULE and set RANK."""
-
-    generate: bool = False
-    """Share generation, ranking and measuring as well: each process takes every n-th chunk."""
-
-    @model_validator(mode="after")
-    def _one_launcher(self) -> LaunchOptions:
-        if (self.processes is None) == (self.command is None):
-            raise ValueError("launch needs either processes or command, not both")
-        if self.command is not None and self.sharding != "none":
-            raise ValueError(
-                "launch.sharding goes with launch.processes; with launch.command, say it in the "
-                "launcher's own config file"
-            )
-        return self
-
-    def words(self) -> list[str]:
-        """The launcher's command line. Raises LaunchError where the launcher is not there."""
-        if self.command is None:
-            torchrun = ["-m", "torch.distributed.run", "--standalone"]
-            return [sys.executable, *torchrun, "--nproc-per-node", str(self.processes)]
-        first, *rest = shlex.split(self.command) or [""]
-        # What is installed beside this Python is meant, whether or not that environment is active.
-        places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        found = shutil.which(first, path=places)
-        if found is None:
-            raise LaunchError(f"launch.command: no program {first!r}; install it, or name another")
-        return [found, *rest]
 
 
 class Stage(NamedTuple):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from prefloop.errors import RunFolderError
 from prefloop.generate.hf_engine import HFEngine
+from prefloop.machine import Bar
 from prefloop.models.sources import quiet
-from prefloop.progress import Bar
 from prefloop.recipe import load_recipe
 from prefloop.records import Pair, PairRatios, Request, Scored, TokenLogps
 from prefloop.report.facts import LOGRATIOS, read_ratios
@@ -28,23 +28,23 @@ def add_logratios(folder: Path, count: int) -> int:
     recipe = load_recipe(str(folder / "recipe.yaml"))
     known = {found.pair for found in read_ratios(run)}
     trained = [
-        here
-        for here in run.rounds()
-        if here.manifest("train") and here.manifest("pairs") and here.policy.is_dir()
+        round_dir
+        for round_dir in run.rounds()
+        if round_dir.manifest("train") and round_dir.manifest("pairs") and round_dir.policy.is_dir()
     ]
     if not trained:
         raise RunFolderError(f"{folder} has no trained round; log-ratios need one")
     session = Session(recipe, run)
     wanted = [
-        (here, [pair for pair in _picked(here, share) if pair.id not in known])
-        for here, share in zip(trained, _shares(count, len(trained)), strict=True)
+        (round_dir, [pair for pair in _picked(round_dir, share) if pair.id not in known])
+        for round_dir, share in zip(trained, _shares(count, len(trained)), strict=True)
     ]
     new = sum(len(pairs) for _, pairs in wanted)
     with Bar("log-ratios", new) as bar, quiet():
-        for here, pairs in wanted:
+        for round_dir, pairs in wanted:
             if pairs:
                 # A round at a time: two policies are loaded for it, and what was done is kept.
-                _append(run, list(_compare(session, here, pairs)))
+                _append(run, list(_compare(session, round_dir, pairs)))
                 bar.advance(len(pairs))
     return new
 
@@ -54,28 +54,28 @@ def _shares(count: int, rounds: int) -> list[int]:
     return [count // rounds + (rounds - n <= count % rounds) for n in range(rounds)]
 
 
-def _picked(here: RoundDir, count: int) -> list[Pair]:
-    total = here.count("pairs")
+def _picked(round_dir: RoundDir, count: int) -> list[Pair]:
+    total = round_dir.count("pairs")
     return [
         pair
-        for n, pair in enumerate(here.stream("pairs", Pair))
+        for n, pair in enumerate(round_dir.stream("pairs", Pair))
         if (n + 1) * count // total > n * count // total
     ]
 
 
-def _compare(session: Session, here: RoundDir, pairs: Sequence[Pair]) -> Iterator[PairRatios]:
+def _compare(session: Session, round_dir: RoundDir, pairs: Sequence[Pair]) -> Iterator[PairRatios]:
     method = session.recipe.method
     texts = [
         {role: text for role in method.roles if (text := getattr(pair, role))} for pair in pairs
     ]
     if method.reference == "round_start":
         # First: where the rounds are gone through in order, it is in memory.
-        before = session.rundir.round(here.number - 1)
+        before = session.rundir.round(round_dir.number - 1)
         references = _scores(session.engine_after(before), pairs, texts)
-    policies = _scores(session.engine_after(here), pairs, texts)
+    policies = _scores(session.engine_after(round_dir), pairs, texts)
     if method.reference == "initial":
         with session.initial_policy():
-            references = _scores(session.engine_after(here), pairs, texts)
+            references = _scores(session.engine_after(round_dir), pairs, texts)
     for pair, answers, policy, reference in zip(pairs, texts, policies, references, strict=True):
         yield PairRatios(
             pair=pair.id,

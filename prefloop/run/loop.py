@@ -9,45 +9,43 @@ stage whose manifest is there is not run again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from prefloop.errors import GuardStop
-from prefloop.evaluate.answers import ANSWER, answer_measures
-from prefloop.evaluate.health import check_guards
-from prefloop.judges import NoVerdict
+from prefloop.evaluate.answers import ANSWER, answer_measures, check_guards, no_verdict_rate
 from prefloop.machine import Stopwatch
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
-from prefloop.records import Candidates, Prompt, Record, Request, RoundResult, write_jsonl
+from prefloop.records import (
+    Candidates,
+    Prompt,
+    Record,
+    Reject,
+    Request,
+    Response,
+    RoundResult,
+    derive_seed,
+    write_jsonl,
+)
 from prefloop.report.console import glance, stage_line
-from prefloop.run.chunks import Parts
+from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
+from prefloop.run.held_out import HELD_OUT, answer_and_score
 from prefloop.run.publish import publish
 from prefloop.run.session import Session
-from prefloop.run_folder import Journal, RoundDir, RunDir, open_run
-from prefloop.seeds import derive_seed
+from prefloop.run_folder import Outcome, RoundDir, RunDir, open_run
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[Sequence[Any], int], Iterable[Record]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a finished run leaves to look at."""
-
-    folder: Path
-    policy: Path
-    """The policy that the run recommends: the last round's, or the best one's under `best_round`."""
-    results: list[RoundResult]
-    """Measures of the start (-1) and of each measured round."""
+_FAILED = "failed: "
+"""Begins the name of a count of failures; a reason follows."""
 
 
 def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
@@ -63,7 +61,9 @@ def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
     return Outcome(folder, policy, results)
 
 
-def share(recipe: Recipe, rundir: RunDir, round: int, stage: str, rank: int, ranks: int) -> None:
+def make_worker_chunks(
+    recipe: Recipe, rundir: RunDir, round: int, stage: str, rank: int, ranks: int
+) -> None:
     """Make every `ranks`-th chunk of a stage, from chunk `rank` on, for the run to take over."""
     loop = _Loop(recipe, rundir, Console(quiet=True), (rank, ranks))
     stages = {
@@ -76,16 +76,16 @@ def share(recipe: Recipe, rundir: RunDir, round: int, stage: str, rank: int, ran
 
 
 class _Loop:
-    """One run in progress, or, with `share`, one process's part of one stage."""
+    """One run in progress or, with `worker` (rank, ranks), one process's chunks of one stage."""
 
     def __init__(
         self,
         recipe: Recipe,
         rundir: RunDir,
         console: Console,
-        share: tuple[int, int] | None = None,
+        worker: tuple[int, int] | None = None,
     ) -> None:
-        self.share = share
+        self.worker = worker
         self.recipe = recipe
         self.rundir = rundir
         self.console = console
@@ -98,25 +98,25 @@ class _Loop:
             self._supervise(start)
         results = [self._evaluate(start)]
         for number in range(self.recipe.loop.rounds):
-            here = self.rundir.round(number)
-            self._generate(here)
-            self._rank(here)
-            self._pair(here)
-            self._train(here)
-            last = number == self.recipe.loop.rounds - 1 or self._has_spent_its_budget(here)
+            round_dir = self.rundir.round(number)
+            self._generate(round_dir)
+            self._rank(round_dir)
+            self._pair(round_dir)
+            self._train(round_dir)
+            last = number == self.recipe.loop.rounds - 1 or self._has_spent_its_budget(round_dir)
             if self.recipe.evaluate.every_round or last:
-                results.append(self._evaluate(here))
+                results.append(self._evaluate(round_dir))
                 self._guard(results)
             if last:
                 break
         return results
 
-    def _has_spent_its_budget(self, here: RoundDir) -> bool:
+    def _has_spent_its_budget(self, round_dir: RoundDir) -> bool:
         budget = self.recipe.loop.budget
         if budget is None:
             return False
-        used = spent(self.rundir, self.recipe).share_of(budget)
-        self.rundir.event("budget", round=here.number, used=round(used, 3))
+        used = spent(self.rundir, self.recipe).fraction_used(budget)
+        self.rundir.event("budget", round=round_dir.number, used=round(used, 3))
         return used >= 1
 
     def finish(self, results: Sequence[RoundResult]) -> Path:
@@ -130,120 +130,130 @@ class _Loop:
 
     # Stages, in the order in which a round plays them.
 
-    def _generate(self, here: RoundDir) -> None:
+    def _generate(self, round_dir: RoundDir) -> None:
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
-            with self.session.generator(here) as actors:
+            with self.session.generator(round_dir) as actors:
                 return list(self.recipe.method.generate(prompts, actors(seed)))
 
-        self._chunked(here, "candidates", lambda: self.session.prompts(here.number), work)
+        self._chunked(round_dir, "candidates", lambda: self.session.prompts(round_dir.number), work)
 
-    def _rank(self, here: RoundDir) -> None:
+    def _rank(self, round_dir: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
-            with self.session.generator(here) as actors:
+            with self.session.generator(round_dir) as actors:
                 return list(self.recipe.method.rank(groups, actors(seed)))
 
-        self._chunked(here, "ranked", lambda: here.stream("candidates", Candidates), work)
+        self._chunked(round_dir, "ranked", lambda: round_dir.stream("candidates", Candidates), work)
 
-    def _pair(self, here: RoundDir) -> None:
+    def _pair(self, round_dir: RoundDir) -> None:
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
-            return list(self.recipe.method.pair(groups, here.number))
+            return list(self.recipe.method.pair(groups, round_dir.number))
 
-        self._chunked(here, "pairs", lambda: here.stream("ranked", Candidates), work)
-        pairs, reasons = here.count("pairs"), here.reasons()
+        self._chunked(round_dir, "pairs", lambda: round_dir.stream("ranked", Candidates), work)
+        pairs, reasons = round_dir.count("pairs"), round_dir.reasons()
         total = pairs + reasons.total()
         share = reasons.total() / max(1, total)
         if not pairs or share > self.recipe.guard.max_reject_share:
             raise GuardStop(
-                f"round {here.number} made {pairs} pairs of {total} prompts "
+                f"round {round_dir.number} made {pairs} pairs of {total} prompts "
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
-                f"{here.path}/rejects.jsonl, and change the method's gates or prompts, "
+                f"{round_dir.path}/rejects.jsonl, and change the method's gates or prompts, "
                 "or guard.max_reject_share"
             )
 
-    def _train(self, here: RoundDir) -> None:
-        if here.manifest("train"):
+    def _train(self, round_dir: RoundDir) -> None:
+        if round_dir.manifest("train"):
             # Once more, for a run that was killed between the manifest and this.
-            self.session.tidy(here)
+            self.session.tidy(round_dir)
             return
         watch = Stopwatch()
-        facts = self.session.train(here)
-        here.finish("train", **facts, input=here.digest("pairs"), seconds=watch.seconds)
-        self.session.tidy(here)
-        self._say(here, "train", {"pairs": facts["examples"], "steps": facts["steps"]}, watch)
+        facts = self.session.train(round_dir)
+        round_dir.finish("train", **facts, input=round_dir.digest("pairs"), seconds=watch.seconds)
+        self.session.tidy(round_dir)
+        self._say(round_dir, "train", {"pairs": facts["examples"], "steps": facts["steps"]}, watch)
 
-    def _supervise(self, here: RoundDir) -> None:
+    def _supervise(self, round_dir: RoundDir) -> None:
         """Round 0: supervised fine-tuning on the data's targets (IAL's initiation)."""
-        if here.manifest("sft"):
-            self.session.tidy(here)
+        if round_dir.manifest("sft"):
+            self.session.tidy(round_dir)
             return
         watch = Stopwatch()
-        facts = self.session.supervise(here)
-        here.finish("sft", **facts, seconds=watch.seconds)
-        self.session.tidy(here)
-        self._say(here, "sft", {"prompts": facts["examples"], "steps": facts["steps"]}, watch)
+        facts = self.session.supervise(round_dir)
+        round_dir.finish("sft", **facts, seconds=watch.seconds)
+        self.session.tidy(round_dir)
+        self._say(round_dir, "sft", {"prompts": facts["examples"], "steps": facts["steps"]}, watch)
 
-    def _evaluate(self, here: RoundDir) -> RoundResult:
+    def _evaluate(self, round_dir: RoundDir) -> RoundResult:
         """Answers to the held-out prompts, and the whole method played on them, measured."""
-        if here.manifest("result") and (found := here.records("result", RoundResult)):
+        if round_dir.manifest("result") and (found := round_dir.records("result", RoundResult)):
             return found[0]
         watch = Stopwatch()
-        self._answer_held_out(here)
+        self._answer_held_out(round_dir)
         start = self.rundir.round(-1).records("answers", Candidates)
-        answers = here.records("answers", Candidates)
+        answers = round_dir.records("answers", Candidates)
         measures = answer_measures(answers, start, seed=self.recipe.seed)
+        if self.recipe.judge is not None:
+            measures["no_verdict_rate"] = no_verdict_rate(answers)
         if self.recipe.evaluate.introspection:
-            self._play_held_out(here)
-            measures |= self.recipe.method.measures(here.records("introspection", Candidates))
-        measures |= self.session.training_measures(here)
-        result = RoundResult(round=here.number, measures=measures)
-        write_jsonl(here.path / "result.jsonl", [result])
-        here.finish("result", input=here.digest("answers"), seconds=watch.seconds)
-        self._say(here, "evaluate", {"prompts": len(answers)}, watch, glance(measures))
+            self._play_held_out(round_dir)
+            measures |= self.recipe.method.measures(round_dir.records("introspection", Candidates))
+        measures |= self.session.training_measures(round_dir)
+        result = RoundResult(round=round_dir.number, measures=measures)
+        write_jsonl(round_dir.path / "result.jsonl", [result])
+        round_dir.finish("result", input=round_dir.digest("answers"), seconds=watch.seconds)
+        unscored = (
+            {"without a verdict": n}
+            if (n := sum(not g.scores for g in answers)) and self.recipe.judge
+            else {}
+        )
+        self._say(
+            round_dir, "evaluate", {"prompts": len(answers), **unscored}, watch, glance(measures)
+        )
         return result
 
-    def _answer_held_out(self, here: RoundDir) -> None:
-        self._chunked(here, "answers", self.session.held_out, self._answer(here))
-
-    def _answer(self, here: RoundDir) -> Work:
+    def _answer_held_out(self, round_dir: RoundDir) -> None:
+        """An answer to each held-out prompt, scored, with its log-probs under this policy and the initial one."""
         sampling = self.recipe.evaluate.sampling or self.recipe.method.sampling
 
-        def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
-            engine = self.session.engine_after(here)
-            asks = [Request(messages=prompt.messages) for prompt in prompts]
+        def sample(asks: list[Request], seed: int) -> list[Response]:
             with self.session.player() as player:
-                answers = player.sample(asks, sampling, seed=seed, label="evaluate")
-            texts = [answer.text for answer in answers]
+                return player.sample(asks, sampling, seed=seed, label="evaluate")
+
+        def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
+            engine = self.session.engine_after(round_dir)
+            groups, failures = answer_and_score(prompts, sample, self.session.score_answers, seed)
+            self._count_failures(failures)
+            asks = [Request(messages=prompt.messages) for prompt in prompts]
+            texts = [group.responses[ANSWER].text for group in groups]
             # Divergence compares two models: both are asked in process.
-            with self.session.policy_after(here).merged():
+            with self.session.policy_after(round_dir).merged():
                 now = engine.score(asks, texts)
             with self.session.initial_policy():
                 initial = engine.score(asks, texts)
-            verdicts = self.session.score_answers(prompts, texts)
-            for n, prompt in enumerate(prompts):
-                verdict = verdicts[n]
-                yield Candidates(
-                    prompt=prompt,
-                    responses={ANSWER: answers[n]},
-                    scores={} if isinstance(verdict, NoVerdict) else {ANSWER: verdict[0]},
-                    ratings={
-                        "logprob": now[n].mean_logprob,
-                        "logprob_initial": initial[n].mean_logprob,
-                    },
-                )
+            for group, here, before in zip(groups, now, initial, strict=True):
+                ratings = {"logprob": here.mean_logprob, "logprob_initial": before.mean_logprob}
+                yield group.model_copy(update={"ratings": ratings})
 
-        return work
+        self._chunked(round_dir, "answers", self.session.held_out, work)
 
-    def _play_held_out(self, here: RoundDir) -> None:
+    def _play_held_out(self, round_dir: RoundDir) -> None:
         """The whole method on held-out prompts, for its own measures (R_i, identical rate ...)."""
         method = self.recipe.method
 
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
-            with self.session.measured(here) as actors_for:
+            with self.session.measured(round_dir) as actors_for:
                 actors = actors_for(seed)
-                groups = [g for g in method.generate(prompts, actors) if isinstance(g, Candidates)]
-                return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
+                drafted = list(method.generate(prompts, actors))
+                groups = [group for group in drafted if isinstance(group, Candidates)]
+                ranked = list(method.rank(groups, actors))
+            rejects = [item for item in (*drafted, *ranked) if isinstance(item, Reject)]
+            self._count_failures(Counter(reject.reason for reject in rejects))
+            return [group for group in ranked if isinstance(group, Candidates)]
 
-        self._chunked(here, "introspection", self.session.held_out, work)
+        self._chunked(round_dir, "introspection", self.session.held_out, work)
+
+    def _count_failures(self, failures: Mapping[str, int]) -> None:
+        """For the manifest of a stage that measures: its failures are no rejects, nothing is trained on them."""
+        self.session.counts.update({f"{_FAILED}{reason}": n for reason, n in failures.items()})
 
     def _guard(self, results: Sequence[RoundResult]) -> None:
         tripped = check_guards(results[-1].measures, results[0].measures, self.recipe.guard)
@@ -259,59 +269,55 @@ class _Loop:
     # What all stages share.
 
     def _chunked(
-        self, here: RoundDir, stage: str, items: Callable[[], Iterable[Any]], work: Work
+        self, round_dir: RoundDir, stage: str, items: Callable[[], Iterable[Any]], work: Work
     ) -> None:
         """Run a stage chunk by chunk unless it is done; each chunk has a seed of its own place."""
-        if here.manifest(stage):
+        if round_dir.manifest(stage):
             return
-        watch, flow, parts = Stopwatch(), items(), Parts(here.path, stage)
-        # Held-out prompts meet the same random numbers after every round, so that rounds compare.
-        place = "held-out" if stage in ("answers", "introspection") else here.number
-        chunks = enumerate(_chunks(flow, self.recipe.generate.chunk_size))
+        watch, flow, store = Stopwatch(), items(), ChunkStore(round_dir.path, stage)
+        measures = stage in ("answers", "introspection")
+        where = HELD_OUT if measures else round_dir.number
 
         def make(number: int, chunk: list[Any]) -> tuple[list[Record], dict[str, int]]:
             self.session.counts.clear()
-            made = list(work(chunk, derive_seed(self.recipe.seed, place, stage, number)))
+            made = list(work(chunk, derive_seed(self.recipe.seed, where, stage, number)))
             return made, dict(self.session.counts)
 
-        if self.share is not None:
-            for number, chunk in islice(chunks, self.share[0], None, self.share[1]):
-                if not parts.has(number):
-                    parts.write(number, *make(number, chunk))
+        chunks = Chunks(flow, self.recipe.generate.chunk_size, make, store)
+        if self.worker is not None:
+            chunks.make_for_run(*self.worker)
             return
-        journal = Journal(here.path, stage)
-        if stage != "pairs" and not parts.complete:
-            self.session.share(here, stage)
-            parts.finish()
-        for number, chunk in islice(chunks, journal.chunks, None):
-            journal.append(*(parts.read(number) if parts.has(number) else make(number, chunk)))
-        made, reasons = here.count(stage), here.reasons()
-        here.finish(
+        journal = Journal(round_dir.path, stage)
+        if stage != "pairs" and not store.complete:
+            self.session.launch_workers(round_dir, stage)
+            store.finish()
+        chunks.write(journal)
+        made, reasons = round_dir.count(stage), round_dir.reasons()
+        failures = {
+            key.removeprefix(_FAILED): n for key, n in journal.counts.items() if _FAILED in key
+        }
+        round_dir.finish(
             stage,
             records=made,
-            rejects=dict(reasons),
-            **journal.counts,
-            output=here.digest(stage),
+            **({"failures": failures} if measures else {"rejects": dict(reasons)}),
+            **{key: n for key, n in journal.counts.items() if _FAILED not in key},
+            output=round_dir.digest(stage),
             seconds=watch.seconds,
         )
-        parts.drop()
+        store.drop()
         if stage in ("candidates", "pairs"):
-            self._say(here, stage, {stage: made, "rejects": reasons.total()}, watch)
+            self._say(round_dir, stage, {stage: made, "rejects": reasons.total()}, watch)
 
     def _say(
         self,
-        here: RoundDir,
+        round_dir: RoundDir,
         stage: str,
         counts: dict[str, int],
         watch: Stopwatch,
         about: str = "",
     ) -> None:
-        line = stage_line(here.number, stage, counts, watch.seconds, about)
+        line = stage_line(round_dir.number, stage, counts, watch.seconds, about)
         self.console.print(line, highlight=False, soft_wrap=True)
-        self.rundir.event("stage", round=here.number, stage=stage, **counts, seconds=watch.seconds)
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one of what is left."""
-    flow = iter(items)
-    return iter(lambda: list(islice(flow, size)), [])
+        self.rundir.event(
+            "stage", round=round_dir.number, stage=stage, **counts, seconds=watch.seconds
+        )

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from prefloop.config import parse_yaml
 from prefloop.data.preferences import (
     LabelledPairs,
     Preference,
@@ -28,16 +29,20 @@ from prefloop.errors import DataError, RunFolderError
 from prefloop.evaluate.judge_check import by_source, score_pairs
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.reward_model import RewardModel
-from prefloop.machine import Stopwatch, environment
-from prefloop.memory import keep_freed_memory
-from prefloop.models.reward import EmbeddingHead, features
-from prefloop.models.reward_encoding import CONFIG_KEY, RewardEncoder, has_segments, window_of
+from prefloop.machine import Stopwatch, environment, keep_freed_memory
+from prefloop.models.reward import (
+    CONFIG_KEY,
+    EmbeddingHead,
+    RewardEncoder,
+    features,
+    has_segments,
+    window_of,
+)
 from prefloop.models.sources import quiet
 from prefloop.recipe.reward import RewardRecipe
 from prefloop.records import read_json, write_jsonl
 from prefloop.run_folder import alone_in, differences, write_atomically
 from prefloop.train import checkpoint
-from prefloop.yaml_text import parse_yaml
 
 HELD_OUT = "held_out.jsonl"
 REPORT = "report.json"
@@ -169,7 +174,7 @@ def _fit_head(
     recipe: RewardRecipe, folder: Path, pairs: Sequence[Preference], say: Say
 ) -> dict[str, Any]:
     from prefloop.models.embedding import Embedder
-    from prefloop.train.reward_head import fit_head
+    from prefloop.train.reward_trainer import fit_head
 
     watch = Stopwatch()
     source, window = recipe.model.source, recipe.train.max_length

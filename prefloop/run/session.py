@@ -18,34 +18,32 @@ from typing import Any, cast
 
 import torch
 
-from prefloop.data.prompt_store import Spool
+from prefloop.data.prompt_store import PromptStore
 from prefloop.data.prompts import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
 from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.generate.weight_check import probe
-from prefloop.judges import Judge, NoVerdict, OpenJudge, Remembering, Verdict
+from prefloop.judges import CachedJudge, Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.judges.similarity import Similarity
-from prefloop.memory import keep_freed_memory
+from prefloop.machine import Bar, keep_freed_memory
 from prefloop.methods import Actors, Trains
 from prefloop.models.policy import Policy
 from prefloop.models.sources import quiet
-from prefloop.progress import Bar
-from prefloop.recipe import Recipe, TrainOptions
-from prefloop.records import Pair, Prompt
-from prefloop.run.engine import Metered
-from prefloop.run.held_out import TrainingCurve
+from prefloop.recipe import Recipe, initial_source
+from prefloop.records import Candidates, Pair, Prompt, Request, Response, derive_seed
+from prefloop.run.engine import Metered, RunEngine
+from prefloop.run.held_out import HeldOut, TrainingCurve
 from prefloop.run.launch import Stage, run_processes
-from prefloop.run.outside import Outside, initial_source
-from prefloop.run_folder import RoundDir, RunDir, replace_folder
-from prefloop.seeds import derive_seed
+from prefloop.run_folder import RoundDir, RunDir, read_metrics, replace_folder
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
+from prefloop.train.options import TrainOptions
 from prefloop.train.ppo import TokenMethod
 from prefloop.train.ppo_trainer import PPOTrainer
-from prefloop.train.trainer import Job, Trainer, read_metrics
+from prefloop.train.trainer import Job, Trainer
 
 OPTIMIZER = "optimizer.safetensors"
 _TRAINERS = {"groups": Trainer, "tokens": PPOTrainer}
@@ -54,10 +52,10 @@ _TRAINERS = {"groups": Trainer, "tokens": PPOTrainer}
 class Session:
     """The run's state in memory."""
 
-    def __init__(self, recipe: Recipe, rundir: RunDir, *, in_main_memory: bool = False) -> None:
-        """`in_main_memory`: policies stay there until they are sharded."""
+    def __init__(self, recipe: Recipe, rundir: RunDir, *, on_cpu: bool = False) -> None:
+        """`on_cpu`: policies stay there until they are sharded."""
         keep_freed_memory()
-        self._in_main_memory = in_main_memory
+        self._on_cpu = on_cpu
         self.recipe = recipe
         self.rundir = rundir
         self._policy: Policy | None = None
@@ -65,7 +63,7 @@ class Session:
         self._trainer: Trainer | None = None
         self._judges: dict[int, OpenJudge] = {}
         """Judges that ask the policy, by the id of the engine that they ask and keep."""
-        self.outside = Outside(recipe, rundir)
+        self.outside = RunEngine(recipe, rundir)
         self.counts: Counter[str] = Counter()
         """What methods have asked engines for, in tokens."""
         self._place: Path | None = None
@@ -79,9 +77,7 @@ class Session:
         chat = self.engine_at(self._place).chat
         data = load_data(
             self.recipe.data,
-            needs_target=self.recipe.method.needs_target
-            or self.recipe.sft is not None
-            or (self.recipe.judge is not None and self.recipe.judge.needs_target),
+            needs_target=self.recipe.needs_target,
             needs_pairs=self.recipe.method.needs_pairs,
             seed=self.recipe.seed,
             count_tokens=chat.count,
@@ -92,13 +88,13 @@ class Session:
         )
         return data
 
-    def prompts(self, round: int) -> Spool:
+    def prompts(self, round: int) -> PromptStore:
         """The round's subset of the training prompts."""
         everything, size = self.data.train, self.recipe.loop.prompts_per_round
         chosen = round_subset(len(everything), round=round, size=size, seed=self.recipe.seed)
         return everything.picked(chosen)
 
-    def held_out(self) -> Spool:
+    def held_out(self) -> PromptStore:
         """The evaluation prompts: the first ones of the evaluation data."""
         if not self.data.eval:
             raise DataError(
@@ -117,7 +113,7 @@ class Session:
                 initial_source(self.recipe, self.rundir),
                 place,
                 seed=self.recipe.seed,
-                in_main_memory=self._in_main_memory,
+                on_cpu=self._on_cpu,
             )
             self._place = place
         return self._policy
@@ -132,13 +128,13 @@ class Session:
         """The place of the policy in memory, and while it is trained the one that it is on its way to."""
         return self._place
 
-    def policy_after(self, here: RoundDir) -> Policy:
+    def policy_after(self, round_dir: RoundDir) -> Policy:
         """The policy at the end of a round; of `start`, the initial one."""
-        return self.policy_at(None if here.number < 0 else here.policy)
+        return self.policy_at(None if round_dir.number < 0 else round_dir.policy)
 
-    def policy_before(self, here: RoundDir) -> Policy:
+    def policy_before(self, round_dir: RoundDir) -> Policy:
         """The policy at the start of a round."""
-        return self.policy_after(self.rundir.round(here.number - 1))
+        return self.policy_after(self.rundir.round(round_dir.number - 1))
 
     def engine_at(self, place: Path | None) -> HFEngine:
         """The engine in process over `policy_at(place)`."""
@@ -148,9 +144,9 @@ class Session:
             self._engine = HFEngine(policy.model, policy.tokenizer, batch_size=size)
         return self._engine
 
-    def engine_after(self, here: RoundDir) -> HFEngine:
+    def engine_after(self, round_dir: RoundDir) -> HFEngine:
         """The engine in process over the policy at the end of a round."""
-        self.policy_after(here)
+        self.policy_after(round_dir)
         return self.engine_at(self._place)
 
     def initial_policy(self) -> AbstractContextManager[None]:
@@ -180,7 +176,7 @@ class Session:
             with self.initial_policy() if initial else nullcontext():
                 return probe(self.engine_at(self._place))
 
-        self.outside.serve(None if initial else self._place, trainer)
+        self.outside.load_weights(None if initial else self._place, trainer)
         yield outside
 
     @cached_property
@@ -189,24 +185,28 @@ class Session:
         return PromptSet(self.recipe.method.prompt_set)
 
     @contextmanager
-    def generator(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
+    def generator(self, round_dir: RoundDir) -> Iterator[Callable[[int], Actors]]:
         """Actors for a round's generation, by chunk seed: the current policy, or the frozen initial one."""
-        self.policy_before(here)
+        self.policy_before(round_dir)
         with self.player(initial=self.recipe.method.generator == "frozen") as player:
             outside = self.outside.engine(self.policy_at(self._place), self._chat)
-            yield self._actors(outside or player, player, here)
+            yield self._actors(outside or player, player, round_dir)
 
     @contextmanager
-    def measured(self, here: RoundDir) -> Iterator[Callable[[int], Actors]]:
+    def measured(self, round_dir: RoundDir) -> Iterator[Callable[[int], Actors]]:
         """Actors, by chunk seed, with the policy at the end of a round, for measuring it."""
-        self.policy_after(here)
+        self.policy_after(round_dir)
         with self.player() as player:
-            yield self._actors(player, player, here)
+            yield self._actors(player, player, round_dir)
 
-    def _actors(self, writer: Engine, policy: Engine, here: RoundDir) -> Callable[[int], Actors]:
+    def _actors(
+        self, writer: Engine, policy: Engine, round_dir: RoundDir
+    ) -> Callable[[int], Actors]:
         judge, prompts = self._judge(policy), self.prompt_set
         counted = Metered(writer, self._chat, self.counts)
-        return lambda seed: Actors(counted, judge, prompts, here.number, seed, self._beside_initial)
+        return lambda seed: Actors(
+            counted, judge, prompts, round_dir.number, seed, self._beside_initial
+        )
 
     def _beside_initial(self, judge: Judge) -> OpenJudge:
         return judge.open(self.engine_at(self._place), self.prompt_set, self.initial_engine)
@@ -223,13 +223,13 @@ class Session:
         if id(policy) not in self._judges:
             self._judges[id(policy)] = judge.open(policy, self.prompt_set, self.initial_engine)
         # Its weights change under it, so what it said is remembered no longer than for one chunk.
-        return Remembering(self._judges[id(policy)])
+        return CachedJudge(self._judges[id(policy)])
 
     @cached_property
     def _lasting_judge(self) -> OpenJudge:
         assert self.recipe.judge is not None
         with quiet():
-            return Remembering(self.recipe.judge.open(None, self.prompt_set))
+            return CachedJudge(self.recipe.judge.open(None, self.prompt_set))
 
     def score_answers(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
         """The judge's scores of single answers; without a judge, similarity to the targets there are."""
@@ -239,6 +239,23 @@ class Session:
                 return [NoVerdict("no judge, no target")] * len(prompts)
             judge = Similarity().open(None, self.prompt_set)
         return judge.score(prompts, [(text,) for text in texts])
+
+    def _in_training(self) -> HeldOut:
+        """How the policy that is being trained is measured, without losing its place."""
+        engine, place = self.engine_at(self._place), self._place
+        sampling = self.recipe.evaluate.sampling or self.recipe.method.sampling
+
+        def sample(asks: list[Request], seed: int) -> list[Response]:
+            with self.policy_at(place).merged():
+                return engine.sample(asks, sampling, seed=seed, label="win rate")
+
+        return HeldOut(
+            prompts=self.held_out,
+            start=lambda: self.rundir.round(-1).stream("answers", Candidates),
+            sample=sample,
+            score=self.score_answers,
+            release=engine.release,
+        )
 
     # Training.
 
@@ -252,91 +269,91 @@ class Session:
         assert self._trainer is not None
         return self._trainer
 
-    def training_pairs(self, here: RoundDir) -> list[Pair]:
+    def training_pairs(self, round_dir: RoundDir) -> list[Pair]:
         """What the round trains on: its own pairs, after the previous round's where they are mixed."""
-        mixed = self.recipe.loop.mix_previous and here.number > 0
-        numbers = [here.number - 1, here.number] if mixed else [here.number]
+        mixed = self.recipe.loop.mix_previous and round_dir.number > 0
+        numbers = [round_dir.number - 1, round_dir.number] if mixed else [round_dir.number]
         return [pair for n in numbers for pair in self.rundir.round(n).records("pairs", Pair)]
 
-    def train(self, here: RoundDir) -> dict[str, Any]:
+    def train(self, round_dir: RoundDir) -> dict[str, Any]:
         """Train the round's policy on its pairs and save it."""
         if self.recipe.launch is not None:
-            return self._launched(here, "train")
-        self.outside.rest()
-        policy, loop = self.policy_before(here), self.recipe.loop
-        method = self.recipe.method.in_round(here.number)
-        pairs = self.training_pairs(here)
+            return self._launched(round_dir, "train")
+        self.outside.offload()
+        policy, loop = self.policy_before(round_dir), self.recipe.loop
+        method = self.recipe.method.in_round(round_dir.number)
+        pairs = self.training_pairs(round_dir)
         if self._engine is not None:
             self._engine.release()
         trainer = self.trainer(self.recipe.train, method.trains)
         if not loop.carry_optimizer:
             trainer.renew_optimizer()
-        elif here.number > 0:
-            trainer.load_optimizer(self.rundir.round(here.number - 1).train / OPTIMIZER)
-        first_step = sum(r.steps() for r in self.rundir.rounds() if r.number < here.number)
-        equal_to_reference = method.reference == "round_start" or here.number == 0
+        elif round_dir.number > 0:
+            trainer.load_optimizer(self.rundir.round(round_dir.number - 1).train / OPTIMIZER)
+        first_step = sum(r.steps() for r in self.rundir.rounds() if r.number < round_dir.number)
+        equal_to_reference = method.reference == "round_start" or round_dir.number == 0
         examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
         # From here on what memory holds is on its way to that place.
-        self._place = here.policy
+        self._place = round_dir.policy
         facts = trainer.run(
             Job(
                 examples=examples,
                 roles=method.roles,
                 loss=method.loss,
-                folder=here.train,
-                seed=derive_seed(self.recipe.seed, here.number, "train"),
+                folder=round_dir.train,
+                seed=derive_seed(self.recipe.seed, round_dir.number, "train"),
                 reference=method.reference if method.needs_reference else None,
-                rate=loop.rate_factor(here.number),
+                rate=loop.rate_factor(round_dir.number),
                 first_step=first_step,
-                span=(here.number / loop.rounds, (here.number + 1) / loop.rounds)
+                span=(round_dir.number / loop.rounds, (round_dir.number + 1) / loop.rounds)
                 if loop.carry_optimizer
                 else (0.0, 1.0),
                 loss_at_start=(lambda chosen: method.loss_at_start([pairs[i] for i in chosen]))
                 if equal_to_reference
                 else (lambda chosen: None),
                 tokens=cast(TokenMethod, method) if method.trains == "tokens" else None,
-                before=self.rundir.round(here.number - 1).train if here.number else None,
-                after_step=TrainingCurve(self, here, first_step),
+                before=self.rundir.round(round_dir.number - 1).train if round_dir.number else None,
+                after_step=TrainingCurve(self.recipe, self._in_training(), round_dir, first_step),
             )
         )
         if loop.carry_optimizer:
-            trainer.save_optimizer(here.train / OPTIMIZER)
+            trainer.save_optimizer(round_dir.train / OPTIMIZER)
         if whole := trainer.whole_policy():
-            whole.save(here.policy)
+            whole.save(round_dir.policy)
         return facts
 
-    def _launched(self, here: RoundDir, stage: str) -> dict[str, Any]:
+    def _launched(self, round_dir: RoundDir, stage: str) -> dict[str, Any]:
         """The same in processes of their own, with the memory of this one given back before."""
         self.release()
         assert self.recipe.launch is not None
         with Bar(stage, None) as bar:
 
             def watch() -> None:
-                bar.at(here.steps())
+                bar.at(round_dir.steps())
 
-            work = Stage(self.rundir.path, here.number, stage, here.train)
+            work = Stage(self.rundir.path, round_dir.number, stage, round_dir.train)
             return run_processes(self.recipe.launch, work, watch)
 
-    def share(self, here: RoundDir, stage: str) -> None:
+    def launch_workers(self, round_dir: RoundDir, stage: str) -> None:
         """Let the recipe's processes make the stage's chunks, where it wants that of them."""
         if self.recipe.launch is None or not self.recipe.launch.generate:
             return
         self.release()
-        work = Stage(self.rundir.path, here.number, stage, here.path)
+        work = Stage(self.rundir.path, round_dir.number, stage, round_dir.path)
         run_processes(self.recipe.launch, work, lambda: None)
 
     def release(self) -> None:
         """Give back the memory of models; each is loaded again when it is next needed."""
-        self.outside.rest()
+        self.outside.offload()
         self._forget()
         self.__dict__.pop("_lasting_judge", None)
         gc.collect()
         torch.cuda.empty_cache()
 
-    def supervise(self, here: RoundDir) -> dict[str, Any]:
+    def supervise(self, round_dir: RoundDir) -> dict[str, Any]:
         """Supervised fine-tuning on all training prompts; the result becomes the initial policy."""
         if self.recipe.launch is not None:
-            return self._launched(here, "sft")
+            return self._launched(round_dir, "sft")
         options = self.recipe.sft_train
         assert options is not None
         policy = self.policy_at(None)
@@ -351,33 +368,33 @@ class Session:
                 examples=encode_pairs(self._chat, pairs, ("chosen",), self._window(policy)),
                 roles=("chosen",),
                 loss=_sft_loss,
-                folder=here.train,
+                folder=round_dir.train,
                 seed=derive_seed(self.recipe.seed, "sft"),
             )
         )
         if whole := trainer.whole_policy():
             merged = whole.merge()
-            temporary = here.path / ".policy"
+            temporary = round_dir.path / ".policy"
             shutil.rmtree(temporary, ignore_errors=True)
             with quiet():
                 merged.save_pretrained(temporary)
                 whole.tokenizer.save_pretrained(temporary)
-            replace_folder(temporary, here.policy)
+            replace_folder(temporary, round_dir.policy)
         # The next question for a policy loads the merged one.
         self._forget()
         return facts
 
-    def tidy(self, here: RoundDir) -> None:
+    def tidy(self, round_dir: RoundDir) -> None:
         """Remove what a finished training stage no longer needs, and what killed ones left half-made."""
-        checkpoint.drop_checkpoints(here.train)
-        shutil.rmtree(here.train / "processes", ignore_errors=True)
-        for part in here.path.glob(f".{here.policy.name}*"):
+        checkpoint.drop_checkpoints(round_dir.train)
+        shutil.rmtree(round_dir.train / "processes", ignore_errors=True)
+        for part in round_dir.path.glob(f".{round_dir.policy.name}*"):
             shutil.rmtree(part)
 
-    def training_measures(self, here: RoundDir) -> dict[str, float | None]:
+    def training_measures(self, round_dir: RoundDir) -> dict[str, float | None]:
         """Means over the round's last epoch of what the loss reports (Margin, Real Reward ...)."""
-        path = here.train / "metrics.jsonl"
-        if here.number < 0 or not path.exists():
+        path = round_dir.train / "metrics.jsonl"
+        if round_dir.number < 0 or not path.exists():
             return {}
         rows = read_metrics(path)
         last = rows[-max(1, len(rows) // self.recipe.train.epochs) :]

@@ -56,7 +56,7 @@ def _work(stage: Stage) -> dict[str, Any]:
     import torch
 
     from prefloop.recipe import load_recipe
-    from prefloop.run.loop import share
+    from prefloop.run.loop import make_worker_chunks
     from prefloop.run.session import Session
     from prefloop.train.placement import is_sharded
 
@@ -66,11 +66,13 @@ def _work(stage: Stage) -> dict[str, Any]:
     recipe = load_recipe(str(stage.run / "recipe.yaml")).model_copy(update={"launch": None})
     rundir = _Quiet(stage.run)
     if stage.name not in ("sft", "train"):
-        share(recipe, rundir, stage.round, stage.name, _rank(), int(os.environ["WORLD_SIZE"]))
+        make_worker_chunks(
+            recipe, rundir, stage.round, stage.name, _rank(), int(os.environ["WORLD_SIZE"])
+        )
         return {}
-    session = Session(recipe, rundir, in_main_memory=is_sharded())
-    here = rundir.round(stage.round)
-    facts = session.supervise(here) if stage.name == "sft" else session.train(here)
+    session = Session(recipe, rundir, on_cpu=is_sharded())
+    round_dir = rundir.round(stage.round)
+    facts = session.supervise(round_dir) if stage.name == "sft" else session.train(round_dir)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return facts

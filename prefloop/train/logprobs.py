@@ -18,16 +18,59 @@ from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from prefloop.errors import ModelError
-from prefloop.train.frozen_head import frozen_head_logps
 from prefloop.train.packing import Row, TokenGroup, pack
 from prefloop.train.tree_attention import subtree_ends
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        size: int,
+    ) -> Tensor:
+        logps_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
+        slopes_NH = torch.empty_like(states_NH) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(states_NH), size):
+            chunk = slice(start, start + size)
+            logits_CV = linear(states_NH[chunk], weight_VH, bias_V).float()
+            targets_C = targets_N[chunk]
+            norms_C = logits_CV.logsumexp(-1)
+            logps_N[chunk] = logits_CV.gather(1, targets_C[:, None])[:, 0] - norms_C
+            if slopes_NH is not None:
+                probs_CV = logits_CV.sub_(norms_C[:, None]).exp_().to(weight_VH.dtype)
+                slopes_NH[chunk] = weight_VH[targets_C] - probs_CV @ weight_VH
+        if slopes_NH is not None:
+            ctx.save_for_backward(slopes_NH)
+        return logps_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_N: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes_NH,) = ctx.saved_tensors
+        return (g_N[:, None] * slopes_NH).to(slopes_NH.dtype), None, None, None, None
+
+
+def frozen_head_logps(
+    states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, size: int
+) -> Tensor:
+    """(N,) float32 log-probs of the targets in nats; `size` rows of logits exist at a time."""
+    assert not weight_VH.requires_grad, "no gradient reaches a frozen head"
+    logps_N = _FrozenHeadLogps.apply(states_NH, weight_VH, bias_V, targets_N, size)  # type: ignore[no-untyped-call]
+    assert isinstance(logps_N, Tensor)
+    return logps_N
+
 
 GroupLogprobs = list[list[Tensor]]
 """By group, by completion: (L,) float32 token log-probs in nats; with a value head (L, 2), values beside them."""

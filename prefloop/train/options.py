@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    Field,
+    model_validator,
+)
 
+from prefloop.config import Options
 from prefloop.models.sources import LoraOptions
 
 
-class RewardModelOptions(BaseModel):
+class RewardModelOptions(Options):
     """What the reward model is made from, and what of it is trained besides its new scalar head."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     source: str = "embedded:minilm"
     """A folder, a Hub id, "embedded:minilm" (an encoder, fast on a CPU) or "embedded:smollm2-135m"."""
@@ -38,10 +40,8 @@ class RewardModelOptions(BaseModel):
         return self
 
 
-class RewardTrainOptions(BaseModel):
+class RewardTrainOptions(Options):
     """How labelled pairs become a reward model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(default=1, ge=1)
     """Passes over the training pairs; more than two overfit most data."""
@@ -68,6 +68,57 @@ class RewardTrainOptions(BaseModel):
 
     @model_validator(mode="after")
     def _steps_are_whole(self) -> RewardTrainOptions:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"train.micro_batch_size ({self.micro_batch_size}) must divide "
+                f"train.batch_size ({self.batch_size})"
+            )
+        return self
+
+
+class SftOptions(Options):
+    """Round 0: supervised fine-tuning on the data's targets. What is not here comes from `train`."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training prompts. IAL appendix B.2.2: 2, for a baseline's SFT stage."""
+    lr: float = Field(default=2e-4, gt=0.0, le=1.0)
+    """Peak learning rate. IAL appendix B.2.2: 2e-4, for a baseline's SFT stage."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per optimiser step."""
+
+
+class TrainOptions(Options):
+    """How a round's pairs become a new policy."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a round's pairs. IAL section 4.1: 2."""
+    lr: float = Field(default=5e-6, gt=0.0, le=1.0)
+    """Peak learning rate. IAL section 4.1: 5e-7."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """IAL section 4.1: RMSProp."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up: to 0 on a line or a cosine, or not at all."""
+    warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the optimiser steps in which the learning rate rises. IAL section 4.1: 10 %."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs per optimiser step. IAL appendix B: 4 x 8 accumulation steps."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Pairs per forward and backward pass; must divide batch_size."""
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Weight decay: decoupled under adamw, part of the gradient under rmsprop."""
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm."""
+    packing: bool = True
+    """Compute what a pair's responses share once, several pairs to a row, where the model allows."""
+    token_budget: int = Field(default=2048, ge=1)
+    """Tokens in a packed row."""
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """bf16: matrix products in bfloat16, also over float32 weights; auto: where the model is in bfloat16."""
+    save_every: int = Field(default=0, ge=0)
+    """Optimiser steps between training checkpoints; 0 saves only at the round's end."""
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> TrainOptions:
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size ({self.micro_batch_size}) must divide "

@@ -8,23 +8,86 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_
 
 from prefloop.errors import TrainingError
-from prefloop.train.ranks import Ranks
 
 T = TypeVar("T")
+
+_BUCKET = 2**25
+"""Elements of gradients that are summed in one message (128 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, number `number` of `count`. Alone, every method gives back what it got."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.number == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, by rank, for everybody. All must call."""
+        if self.count == 1:
+            return [value]
+        values: list[T] = [value] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def means(self, sums: dict[str, float], count: int) -> dict[str, float]:
+        """Means over `count` examples from everybody's sums; a rank without examples has none. All must call."""
+        everybody = [theirs for theirs in self.gather(sums) if theirs]
+        return {name: sum(theirs[name] for theirs in everybody) / count for name in everybody[0]}
+
+    def add(self, tensor: Tensor) -> None:
+        """Make `tensor` the sum over the ranks, the same bits on each. All must call."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients over the ranks; a weight that no rank has one for keeps none. All must call."""
+        if self.count == 1:
+            return
+        weights = list(parameters)
+        having = torch.tensor([weight.grad is not None for weight in weights]).int()
+        having = having.to(weights[0].device)
+        self.add(having)
+        bucket: list[Tensor] = []
+        for weight, anywhere in zip(weights, having.tolist(), strict=True):
+            if not anywhere:
+                continue
+            if weight.grad is None:
+                weight.grad = torch.zeros_like(weight)
+            full = bucket and sum(map(torch.numel, bucket)) + weight.numel() > _BUCKET
+            if full or (bucket and bucket[0].dtype != weight.grad.dtype):
+                self._add_together(bucket)
+                bucket = []
+            bucket.append(weight.grad)
+        if bucket:
+            self._add_together(bucket)
+
+    def _add_together(self, bucket: list[Tensor]) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        self.add(flat)
+        totals = torch.split(flat, [gradient.numel() for gradient in bucket])
+        for gradient, total in zip(bucket, totals, strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
 OptimizerState = dict[str, Tensor]
 """By "number of the parameter/name of the state"."""
 
@@ -121,45 +184,7 @@ class Replicated:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-class FullyShared(Replicated):
-    """FSDP2: each process holds a part of every weight, gathered a layer at a time when it is used.
-
-    Set up as `accelerate launch` was told (reshard_after_forward, offload_params), on CPUs as well.
-    """
-
-    sharded = True
-
-    def __init__(
-        self, model: Any, ranks: Ranks, make_optimizer: MakeOptimizer, device: torch.device
-    ) -> None:
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        shard = partial(
-            fully_shard,
-            mesh=init_device_mesh(device.type, (ranks.count,)),
-            reshard_after_forward=plugin.reshard_after_forward,
-            offload_policy=plugin.cpu_offload or OffloadPolicy(),
-        )
-        layers = set(model._no_split_modules or ())
-        for module in [m for m in model.modules() if type(m).__name__ in layers]:
-            shard(module)
-        self._door: Any = shard(Door(model))
-        super().__init__(model, ranks, make_optimizer)
-
-    def forward(self, compute: Callable[[nn.Module], T]) -> T:
-        """What `compute` makes of the model, its weights gathered as it goes."""
-        found: T = self._door(compute)
-        return found
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; FSDP2 takes means over processes, and a step's loss is a sum."""
-        super().backward(loss * self.ranks.count, last=last)
-
-    def release(self) -> None:
-        """The outermost weights stay gathered until a backward pass, which may never come."""
-        self._door.reshard()
-
-
-class Door(nn.Module):
+class ForwardWrapper(nn.Module):
     """The one forward through which sharded weights are reached: libraries gather them around it."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -169,19 +194,6 @@ class Door(nn.Module):
     def forward(self, compute: Callable[[nn.Module], T]) -> T:
         """What `compute` makes of the model."""
         return compute(self.model)
-
-
-def lay_out(
-    model: nn.Module, ranks: Ranks, make_optimizer: MakeOptimizer, device: torch.device
-) -> Replicated:
-    """Lay the model out as the launcher's environment says. Raises TrainingError for what is not supported."""
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        from prefloop.train.sharded import Zero3
-
-        return Zero3(model, ranks, make_optimizer)
-    if is_sharded():
-        return FullyShared(model, ranks, make_optimizer, device)
-    return Replicated(model, ranks, make_optimizer)
 
 
 def is_sharded() -> bool:

@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefloop.errors import RunFolderError, TrainingError
-from prefloop.progress import Bar
+from prefloop.machine import Bar
 from prefloop.train import checkpoint
-from prefloop.train.alarms import demand_finite
+from prefloop.train.batches import check_finite
 from prefloop.train.logprobs import GroupLogprobs, group_logprobs
 from prefloop.train.losses import LossOutput
 from prefloop.train.placement import is_sharded
@@ -178,7 +178,7 @@ class PPOTrainer(Trainer):
         output = _asked(job).token_loss(tokens, place)
         sums_B = {"log_prob": policy_BT.sum(dim=1), "value": values_BT.sum(dim=1)}
         ids = [job.examples[index].id for index in indices]
-        demand_finite(job.folder, ids, output.loss_B, {"sum": sums_B})
+        check_finite(job.folder, ids, output.loss_B, {"sum": sums_B})
         facts = {name: torch.full((len(ids),), fact) for name, fact in self._facts.items()}
         return LossOutput(output.loss_B, {**output.metrics, **facts})
 

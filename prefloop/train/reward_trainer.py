@@ -13,23 +13,57 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from prefloop.errors import ModelError, TrainingError
+from prefloop.machine import Bar
 from prefloop.models.embedding import encoder_place
-from prefloop.models.reward_encoding import Encoded, padded, padding_token
+from prefloop.models.reward import Encoded, padded, padding_token
 from prefloop.models.sources import ModelOptions, local_folder, quiet, reason, resolve_source
-from prefloop.progress import Bar
-from prefloop.seeds import derive_seed
+from prefloop.records import derive_seed
 from prefloop.train import checkpoint
 from prefloop.train.losses import bradley_terry
 from prefloop.train.options import RewardModelOptions, RewardTrainOptions
-from prefloop.train.placement import Replicated
-from prefloop.train.ranks import Ranks
+from prefloop.train.placement import Ranks, Replicated
+
+
+def fit_head(
+    chosen_NF: NDArray[np.float32],
+    rejected_NF: NDArray[np.float32],
+    margin_N: NDArray[np.float32],
+    *,
+    l2: float,
+) -> tuple[NDArray[np.float32], dict[str, float]]:
+    """Weights (F,) that minimise mean Bradley-Terry loss + l2 |w|^2, and the loss before and after.
+
+    Raises TrainingError where the loss is no number.
+    """
+    chosen, rejected, margin = map(torch.from_numpy, (chosen_NF, rejected_NF, margin_N))
+    weights_F = torch.zeros(chosen_NF.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights_F], max_iter=200, line_search_fn="strong_wolfe")
+
+    def mean_loss() -> torch.Tensor:
+        return bradley_terry(chosen @ weights_F, rejected @ weights_F, margin, centering=0.0).mean()
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = mean_loss() + l2 * (weights_F**2).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    first = float(mean_loss().detach())
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    last = float(mean_loss().detach())
+    if not np.isfinite(last):
+        raise TrainingError("the head's loss is not finite; raise train.l2 or look at the pairs")
+    return weights_F.detach().numpy(), {"first_loss": first, "last_loss": last}
+
 
 # Batches hold conversations of like length, found among so many batches' worth of shuffled pairs.
 _SORTED_TOGETHER = 20

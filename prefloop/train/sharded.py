@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefloop.errors import TrainingError
-from prefloop.train.placement import Door, MakeOptimizer, OptimizerState, Replicated
-from prefloop.train.ranks import Ranks
-
-T = TypeVar("T")
+from prefloop.train.placement import (
+    ForwardWrapper,
+    MakeOptimizer,
+    OptimizerState,
+    Ranks,
+    Replicated,
+    T,
+    _asked,
+    is_sharded,
+)
 
 
 class Zero3(Replicated):
@@ -32,7 +42,7 @@ class Zero3(Replicated):
             ) from error
         trainable = [weight for weight in model.parameters() if weight.requires_grad]
         self._engine, self._zero, *_ = deepspeed.initialize(
-            model=Door(model),
+            model=ForwardWrapper(model),
             optimizer=make_optimizer(trainable),
             config=_config(),
             dist_init_required=False,
@@ -167,3 +177,54 @@ def _config() -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+class FullySharded(Replicated):
+    """FSDP2: each process holds a part of every weight, gathered a layer at a time when it is used.
+
+    Set up as `accelerate launch` was told (reshard_after_forward, offload_params), on CPUs as well.
+    """
+
+    sharded = True
+
+    def __init__(
+        self, model: Any, ranks: Ranks, make_optimizer: MakeOptimizer, device: torch.device
+    ) -> None:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        shard = partial(
+            fully_shard,
+            mesh=init_device_mesh(device.type, (ranks.count,)),
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload or OffloadPolicy(),
+        )
+        layers = set(model._no_split_modules or ())
+        for module in [m for m in model.modules() if type(m).__name__ in layers]:
+            shard(module)
+        self._wrapper: Any = shard(ForwardWrapper(model))
+        super().__init__(model, ranks, make_optimizer)
+
+    def forward(self, compute: Callable[[nn.Module], T]) -> T:
+        """What `compute` makes of the model, its weights gathered as it goes."""
+        found: T = self._wrapper(compute)
+        return found
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient; FSDP2 takes means over processes, and a step's loss is a sum."""
+        super().backward(loss * self.ranks.count, last=last)
+
+    def release(self) -> None:
+        """The outermost weights stay gathered until a backward pass, which may never come."""
+        self._wrapper.reshard()
+
+
+def distribute_model(
+    model: nn.Module, ranks: Ranks, make_optimizer: MakeOptimizer, device: torch.device
+) -> Replicated:
+    """Lay the model out as the launcher's environment says. Raises TrainingError for what is not supported."""
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        from prefloop.train.sharded import Zero3
+
+        return Zero3(model, ranks, make_optimizer)
+    if is_sharded():
+        return FullySharded(model, ranks, make_optimizer, device)
+    return Replicated(model, ranks, make_optimizer)

@@ -23,26 +23,35 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prefloop.errors import RunFolderError, TrainingError
-from prefloop.memory import instead_of_running_out
+from prefloop.errors import TrainingError
+from prefloop.machine import Bar, raise_on_out_of_memory
 from prefloop.models.policy import Policy
-from prefloop.progress import Bar
-from prefloop.seeds import derive_seed
+from prefloop.records import derive_seed
+from prefloop.run_folder import read_metrics
 from prefloop.train import checkpoint
-from prefloop.train.alarms import demand_finite, demand_known_start
-from prefloop.train.batches import Example, Pass, learning_rate, plan, schedule
+from prefloop.train.batches import (
+    Example,
+    Pass,
+    check_finite,
+    check_initial_loss,
+    learning_rate,
+    plan,
+    schedule,
+)
 from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.losses import GroupLogps, LossOutput
-from prefloop.train.placement import lay_out
+from prefloop.train.placement import Ranks
 from prefloop.train.ppo import TokenMethod
-from prefloop.train.ranks import Ranks
+from prefloop.train.sharded import distribute_model
 
 if TYPE_CHECKING:
-    from prefloop.recipe import TrainOptions
+    from prefloop.train.options import TrainOptions
+
 
 # B examples of a micro-batch, N examples of the round.
 
 log = logging.getLogger(__name__)
+
 LossFunction = Callable[[GroupLogps, float], LossOutput]
 
 # While one rank writes a large checkpoint the others wait; who dies is noticed by the launcher at once.
@@ -77,19 +86,6 @@ class Job:
     """Called with the number of this job's steps that are done, before a checkpoint of them is written."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """What each optimiser step logged. Raises RunFolderError for a damaged line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RunFolderError(
-                f"{path}:{number} is damaged ({error.msg}); delete {path.parent.parent} to redo the round"
-            ) from error
-    return rows
-
-
 class Trainer:
     """Trains one policy; keeps its optimiser between jobs where asked to."""
 
@@ -109,7 +105,7 @@ class Trainer:
         if trackers:
             self.accelerator.init_trackers("prefloop")
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
-        self.placement = lay_out(self._trained(), self.ranks, self._new_optimizer, device)
+        self.placement = distribute_model(self._trained(), self.ranks, self._new_optimizer, device)
         self._logged_packing = False
 
     def _trained(self) -> nn.Module:
@@ -143,7 +139,7 @@ class Trainer:
             return None
         if not self.placement.sharded:
             return self.policy
-        whole = Policy.load(self.policy.options, in_main_memory=True)
+        whole = Policy.load(self.policy.options, on_cpu=True)
         with torch.no_grad():
             for name, weight in whole.model.named_parameters():
                 if name in weights:
@@ -178,7 +174,7 @@ class Trainer:
                     f"out of memory in training step {number}; start a new run with a lower "
                     "train.micro_batch_size, or with model.gradient_checkpointing: true"
                 )
-                with instead_of_running_out(want_of_memory):
+                with raise_on_out_of_memory(want_of_memory):
                     row = self._step(job, reference, steps[number], number, len(steps))
                 file.write(json.dumps(row) + "\n")
                 self.accelerator.log(row, step=job.first_step + number)
@@ -248,7 +244,7 @@ class Trainer:
         means = self.ranks.means(sums, len(chosen))
         if number == 0:
             expected = self._loss_at_start(job, chosen, reference)
-            demand_known_start(job.folder, expected, means["loss"])
+            check_initial_loss(job.folder, expected, means["loss"])
         norm = self.placement.update(rate, self.options.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingError(
@@ -266,7 +262,7 @@ class Trainer:
         with torch.set_grad_enabled(True):
             output = job.loss(logps, place)
         numbers = {"policy": logps.policy, "reference": logps.reference}
-        demand_finite(job.folder, [job.examples[i].id for i in indices], output.loss_B, numbers)
+        check_finite(job.folder, [job.examples[i].id for i in indices], output.loss_B, numbers)
         return output
 
     def _loss_at_start(
@@ -370,7 +366,7 @@ class Trainer:
                 yield
             return
         kept = self.placement.snapshot()
-        initial = Policy.load(self.policy.options, in_main_memory=True).model
+        initial = Policy.load(self.policy.options, on_cpu=True).model
         self.placement.set_weights(dict(initial.named_parameters()))
         del initial
         try:
@@ -383,6 +379,6 @@ class Trainer:
             return
         self._logged_packing = True
         longest = max(example.group.longest for example in job.examples)
-        why_not = supports_packing(self.policy.model, longest=longest)
-        if why_not is not None:
-            log.warning("training without packing: %s", why_not)
+        slot_decoding_unsupported = supports_packing(self.policy.model, longest=longest)
+        if slot_decoding_unsupported is not None:
+            log.warning("training without packing: %s", slot_decoding_unsupported)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.annotate.items import Comparison, read_comparison
-from prefloop.annotate.plan import Plan
+from prefloop.annotate.items import Comparison, Plan, read_comparison
 from prefloop.annotate.server import AnnotationServer
-from prefloop.annotate.service import Desk
+from prefloop.annotate.service import AnnotationService
 from prefloop.annotate.votes import VoteFile
 
 Answers = Callable[..., None]
@@ -46,15 +45,15 @@ def comparison(folder: Path) -> Comparison:
 
 
 @pytest.fixture
-def desk(comparison: Comparison, folder: Path) -> Iterator[Desk]:
+def desk(comparison: Comparison, folder: Path) -> Iterator[AnnotationService]:
     plan = Plan()
-    desk = Desk(comparison, plan, VoteFile(folder / "votes.jsonl", comparison, plan))
+    desk = AnnotationService(comparison, plan, VoteFile(folder / "votes.jsonl", comparison, plan))
     yield desk
     desk.close()
 
 
 @pytest.fixture
-def server(desk: Desk) -> Iterator[AnnotationServer]:
+def server(desk: AnnotationService) -> Iterator[AnnotationServer]:
     """A server in this process, on a free port."""
     with AnnotationServer(desk) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

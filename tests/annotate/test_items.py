@@ -17,7 +17,7 @@ def make_run(path: Path, rounds: dict[int, list[str]], finished: bool = True) ->
     """A run whose held-out answers are given by round; -1 is the start."""
     with open_run(path, "name: run\n") as run:
         for number, answers in rounds.items():
-            here = run.round(number)
+            round_dir = run.round(number)
             groups = [
                 Candidates(
                     prompt=Prompt(id=f"p{n}", messages=(Message(role="user", content=f"q{n}"),)),
@@ -25,9 +25,9 @@ def make_run(path: Path, rounds: dict[int, list[str]], finished: bool = True) ->
                 )
                 for n, text in enumerate(answers)
             ]
-            write_jsonl(here.path / "answers.jsonl", groups)
+            write_jsonl(round_dir.path / "answers.jsonl", groups)
             if finished:
-                here.finish("answers")
+                round_dir.finish("answers")
     return str(path)
 
 

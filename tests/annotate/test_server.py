@@ -13,7 +13,7 @@ import pytest
 
 from prefloop import cli
 from prefloop.annotate.server import AnnotationServer, Handler, is_loopback
-from prefloop.annotate.service import Desk
+from prefloop.annotate.service import AnnotationService
 from prefloop.errors import DataError, PrefloopError
 from tests.annotate.conftest import Command
 
@@ -125,7 +125,7 @@ def test_no_answer_of_the_server_tells_whose_answer_is_whose(server: AnnotationS
     assert "b.jsonl" not in json.dumps(state)
 
 
-def test_votes_by_place_are_written_by_side(desk: Desk) -> None:
+def test_votes_by_place_are_written_by_side(desk: AnnotationService) -> None:
     state = desk.join("Ann")
     sides = {}
     while (item := state["item"]) is not None:
@@ -138,7 +138,7 @@ def test_votes_by_place_are_written_by_side(desk: Desk) -> None:
     assert set(sides.values()) == {"a", "b"}
 
 
-def test_one_name_is_one_person_however_it_is_written(desk: Desk) -> None:
+def test_one_name_is_one_person_however_it_is_written(desk: AnnotationService) -> None:
     state = desk.join("Ann  Smith")
     desk.vote("Ann Smith", state["item"]["id"], "tie", None, None)
     again = desk.join(" ann smith ")
@@ -162,19 +162,19 @@ def test_what_is_loopback(host: str, local: bool) -> None:
     assert is_loopback(host) == local
 
 
-def test_a_taken_port_is_said(server: AnnotationServer, desk: Desk) -> None:
+def test_a_taken_port_is_said(server: AnnotationServer, desk: AnnotationService) -> None:
     with pytest.raises(PrefloopError, match="name another --port, or 0"):
         AnnotationServer(desk, port=server.server_port)
 
 
-def test_other_addresses_let_addresses_in_but_no_foreign_names(desk: Desk) -> None:
+def test_other_addresses_let_addresses_in_but_no_foreign_names(desk: AnnotationService) -> None:
     with AnnotationServer(desk, "0.0.0.0") as server:
         assert server.knows("192.168.1.5:8765")
         assert not server.knows("evil.example")
         assert "0.0.0.0" not in server.link
 
 
-def test_the_name_that_was_given_as_host_is_the_servers_own(desk: Desk) -> None:
+def test_the_name_that_was_given_as_host_is_the_servers_own(desk: AnnotationService) -> None:
     with AnnotationServer(desk, "0.0.0.0") as server:
         server.host = "Lab.example.org"  # a name of this machine, other than it calls itself
         assert server.knows(f"lab.example.org:{server.server_port}")
@@ -220,7 +220,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_the_report_can_be_had_without_a_server(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    desk: AnnotationService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = desk.join("Ann")
     desk.vote("Ann", state["item"]["id"], "tie", None, 2.0)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.annotate.items import Comparison, read_comparison
-from prefloop.annotate.plan import Plan, make_plan
-from prefloop.annotate.service import Desk
+from prefloop.annotate.items import Comparison, Plan, make_plan, read_comparison
+from prefloop.annotate.service import AnnotationService
 from prefloop.annotate.votes import Stored, VoteFile, read_votes
 from prefloop.errors import DataError, RunFolderError
 
@@ -21,7 +20,7 @@ def standing(stored: Stored) -> dict[str, str]:
     return {item: vote.choice for item, vote in stored.ballots.votes("ann").items()}
 
 
-def play(desk: Desk, answers: list[str]) -> None:
+def play(desk: AnnotationService, answers: list[str]) -> None:
     """Ann votes in the order in which she is asked; "undo" takes the last one back."""
     state = desk.join("Ann")
     for answer in answers:
@@ -33,7 +32,7 @@ def play(desk: Desk, answers: list[str]) -> None:
 
 
 def test_a_kill_at_any_byte_loses_no_line_that_was_whole(
-    desk: Desk, comparison: Comparison, folder: Path
+    desk: AnnotationService, comparison: Comparison, folder: Path
 ) -> None:
     play(desk, ["first", "tie", "undo", "second", "skip"])
     desk.close()
@@ -54,7 +53,7 @@ def test_a_kill_at_any_byte_loses_no_line_that_was_whole(
 
 
 def test_a_torn_line_is_reported_and_the_vote_is_asked_again(
-    desk: Desk, comparison: Comparison, folder: Path
+    desk: AnnotationService, comparison: Comparison, folder: Path
 ) -> None:
     play(desk, ["first", "second"])
     desk.close()
@@ -67,12 +66,12 @@ def test_a_torn_line_is_reported_and_the_vote_is_asked_again(
     assert path.read_bytes() == whole[:-20]  # looking changes nothing
     file = VoteFile(path, comparison, Plan())
     assert file.torn == stored.torn
-    again = Desk(comparison, Plan(), file)
+    again = AnnotationService(comparison, Plan(), file)
     assert again.join("Ann")["done"] == 1
     again.close()
 
 
-def test_damage_before_the_last_line_is_named(desk: Desk, folder: Path) -> None:
+def test_damage_before_the_last_line_is_named(desk: AnnotationService, folder: Path) -> None:
     play(desk, ["first", "second"])
     desk.close()
     path = folder / "votes.jsonl"
@@ -82,7 +81,7 @@ def test_damage_before_the_last_line_is_named(desk: Desk, folder: Path) -> None:
         Stored(path)
 
 
-def test_the_newest_line_on_an_item_counts(desk: Desk, folder: Path) -> None:
+def test_the_newest_line_on_an_item_counts(desk: AnnotationService, folder: Path) -> None:
     play(desk, ["first", "first"])
     item = desk.join("Ann")["undo"]
     desk.vote("Ann", item, "tie", None, None)
@@ -98,7 +97,7 @@ def test_the_newest_line_on_an_item_counts(desk: Desk, folder: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_half_line(
-    desk: Desk, folder: Path, monkeypatch: pytest.MonkeyPatch
+    desk: AnnotationService, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     play(desk, ["first"])
     before = (folder / "votes.jsonl").read_bytes()
@@ -115,7 +114,9 @@ def test_a_full_disk_leaves_no_half_line(
     assert desk.join("Ann")["item"]["id"] == item
 
 
-def test_every_vote_is_synced_before_it_counts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_vote_is_synced_before_it_counts(
+    desk: AnnotationService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[bytes] = []
     real = os.fsync
     monkeypatch.setattr(
@@ -126,7 +127,7 @@ def test_every_vote_is_synced_before_it_counts(desk: Desk, monkeypatch: pytest.M
 
 
 def test_votes_on_other_answers_or_under_another_plan_are_refused(
-    desk: Desk, comparison: Comparison, folder: Path
+    desk: AnnotationService, comparison: Comparison, folder: Path
 ) -> None:
     path = folder / "votes.jsonl"
     with pytest.raises(RunFolderError, match="in use by another prefloop annotate"):

@@ -12,7 +12,7 @@ import prefloop
 import prefloop.judges
 import prefloop.methods
 from prefloop import cli, recipe
-from prefloop.config import names
+from prefloop.config import plugin_names
 from prefloop.recipe import load_recipe
 
 RECIPE = "# A recipe for tests.\nmethod: {name: ial}\njudge: {name: similarity}\n"
@@ -143,8 +143,8 @@ def test_a_bug_keeps_its_traceback(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("methods", names(prefloop.methods)),
-        ("judges", names(prefloop.judges)),
+        ("methods", plugin_names(prefloop.methods)),
+        ("judges", plugin_names(prefloop.judges)),
         ("models", ["embedded:smollm2-135m"]),
     ],
 )

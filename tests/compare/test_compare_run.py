@@ -64,11 +64,11 @@ class Actor:
 def finish(cell: Cell) -> None:
     run = RunDir(cell.folder)
     for number, stages in ((-1, ("answers", "introspection")), (0, ("candidates", "ranked"))):
-        here = run.round(number)
+        round_dir = run.round(number)
         for stage in stages:
-            (here.path / f"{stage}.jsonl").touch()
-            (here.path / "rejects.jsonl").touch()
-            here.finish(stage, rejects={}, seconds=1.0)
+            (round_dir.path / f"{stage}.jsonl").touch()
+            (round_dir.path / "rejects.jsonl").touch()
+            round_dir.finish(stage, rejects={}, seconds=1.0)
     (cell.folder / "policy").mkdir()
 
 

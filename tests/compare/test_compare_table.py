@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from prefloop.cli import app
 from prefloop.compare.file import Cell, Comparison, cells
 from prefloop.compare.table import tabulate
+from prefloop.recipe.options import Budget
 from prefloop.records import Candidates, Message, Prompt, Response, RoundResult, write_jsonl
-from prefloop.run.cost import Budget, spent
+from prefloop.run.cost import spent
 from prefloop.run_folder import RunDir, open_run
 
 BASE: dict[str, Any] = {
@@ -42,20 +43,22 @@ def pretend(cell: Cell, better: float) -> None:
     """What a finished run of the cell leaves."""
     with open_run(cell.folder, cell.recipe.dump()) as run:
         for number, add in ((-1, 0.0), (0, better)):
-            here = run.round(number)
+            round_dir = run.round(number)
             groups = answers("start" if number < 0 else cell.variant, cell.seed, add)
-            write_jsonl(here.path / "answers.jsonl", groups)
-            here.finish("answers", seconds=10.0, peak_memory_mb=1.0)
+            write_jsonl(round_dir.path / "answers.jsonl", groups)
+            round_dir.finish("answers", seconds=10.0, peak_memory_mb=1.0)
             score = sum(g.scores["answer"] for g in groups) / PROMPTS
             result = RoundResult(
                 round=number, measures={"score": score, "kl": 0.1 + cell.seed / 100}
             )
-            write_jsonl(here.path / "result.jsonl", [result])
-            here.finish("result", seconds=10.0)
-        here = run.round(0)
-        here.finish("candidates", generated_tokens=700, read_tokens=300, seconds=4.0)
-        here.finish("ranked", read_tokens=100, seconds=1.0)
-        here.finish("train", tokens=2000, reference_tokens=1000, parameters=10**6, seconds=20.0)
+            write_jsonl(round_dir.path / "result.jsonl", [result])
+            round_dir.finish("result", seconds=10.0)
+        round_dir = run.round(0)
+        round_dir.finish("candidates", generated_tokens=700, read_tokens=300, seconds=4.0)
+        round_dir.finish("ranked", read_tokens=100, seconds=1.0)
+        round_dir.finish(
+            "train", tokens=2000, reference_tokens=1000, parameters=10**6, seconds=20.0
+        )
         (cell.folder / "policy").mkdir()
 
 
@@ -134,8 +137,8 @@ def test_the_first_limit_that_is_reached_is_what_counts(tmp_path):
     _, [cell] = played(tmp_path, {"plain": 0.0}, seeds=[0])
     cost = spent(RunDir(cell.folder), cell.recipe)
     assert cost.seconds == 25.0
-    assert cost.share_of(Budget(generated_tokens=1400)) == 0.5
-    assert cost.share_of(Budget(generated_tokens=1400, seconds=20)) == 1.25
+    assert cost.fraction_used(Budget(generated_tokens=1400)) == 0.5
+    assert cost.fraction_used(Budget(generated_tokens=1400, seconds=20)) == 1.25
 
 
 def written(folder: Path) -> Path:
@@ -209,7 +212,7 @@ def test_one_seed_is_never_ranked(tmp_path):
 
 def test_a_cell_that_cannot_be_played_makes_the_command_fail(tmp_path, monkeypatch):
     """The exit code says so, the table is shown all the same, and the reason stands below it."""
-    monkeypatch.setattr("prefloop.recipe.Recipe.check", lambda recipe: [])
+    monkeypatch.setattr("prefloop.recipe.check.check_recipe", lambda recipe: [])
     written(tmp_path)
     comparison = Comparison.model_validate(json.loads((tmp_path / "mine.yaml").read_text()))
     found, _ = cells(comparison, tmp_path / "out")
@@ -233,7 +236,7 @@ def test_a_variant_that_does_not_exist_is_named(tmp_path):
 
 
 def test_the_check_lists_cells_and_what_they_share(tmp_path, monkeypatch):
-    monkeypatch.setattr("prefloop.recipe.Recipe.check", lambda recipe: ["all is well"])
+    monkeypatch.setattr("prefloop.recipe.check.check_recipe", lambda recipe: ["all is well"])
     shown = CliRunner().invoke(app, ["compare", str(written(tmp_path)), "--check"])
     assert shown.exit_code == 0
     assert (

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 import prefloop.methods
-from prefloop import config as plugins
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.config import find_plugin, plugin_names
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.similarity import Similarity
 from prefloop.methods import Actors, Method
@@ -29,10 +29,10 @@ def watched(kind: type[Method], seen: set[str]) -> Method:
     return Watched()
 
 
-@pytest.mark.parametrize("name", plugins.names(prefloop.methods))
+@pytest.mark.parametrize("name", plugin_names(prefloop.methods))
 def test_options_that_are_said_to_come_later_are_not_read_before(name: str) -> None:
     """In round 0, the only one whose text is shared."""
-    kind = plugins.find(prefloop.methods, name, Method, "method")
+    kind = find_plugin(prefloop.methods, name, Method, "method")
     assert kind.first_read.keys() <= kind.model_fields.keys()
     if not kind.first_read:
         return

@@ -5,13 +5,13 @@ import math
 import pytest
 
 import prefloop.judges
-from prefloop import config as plugins
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.config import find_plugin, plugin_names
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import Judge, NoVerdict
 from prefloop.records import Message, Prompt
 
-JUDGES = plugins.names(prefloop.judges)
+JUDGES = plugin_names(prefloop.judges)
 PROMPTS = [
     Prompt(
         id=f"p{n}",
@@ -31,7 +31,7 @@ every_judge = pytest.mark.parametrize("name", JUDGES)
 
 
 def kind(name: str) -> type[Judge]:
-    return plugins.find(prefloop.judges, name, Judge, "judge")
+    return find_plugin(prefloop.judges, name, Judge, "judge")
 
 
 def lengths(prompt: Prompt, responses: list[str]) -> list[int]:

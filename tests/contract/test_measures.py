@@ -17,7 +17,7 @@ import pytest
 from prefloop.errors import PrefloopError
 from prefloop.evaluate.measures import Measure, Outcome, Subject
 from prefloop.evaluate.suites import SUITES, find_measure, measure_names
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.judges import Verdict
 from prefloop.records import Prompt

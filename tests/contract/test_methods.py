@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import prefloop.methods
-from prefloop import config as plugins
+from prefloop.config import find_plugin, plugin_names
 from prefloop.generate.engine import Engine
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.similarity import Similarity
@@ -24,14 +24,14 @@ from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.ppo import TokenLogps
 from tests.conftest import labelled_prompts
 
-METHODS = plugins.names(prefloop.methods)
+METHODS = plugin_names(prefloop.methods)
 PROMPTS = labelled_prompts(6)
 B = 4
 OF_DRAFTS = " of drafts"
 
 
 def kind(name: str) -> type[Method]:
-    return plugins.find(prefloop.methods, name.removesuffix(OF_DRAFTS), Method, "method")
+    return find_plugin(prefloop.methods, name.removesuffix(OF_DRAFTS), Method, "method")
 
 
 # Where the pairs come from decides what a method asks for, so both ways are held to the contract.

@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 
 import prefloop.methods
 from prefloop.cli import app
-from prefloop.config import find, names
+from prefloop.config import find_plugin, plugin_names
 from prefloop.errors import RecipeError
 from prefloop.methods import Method
 from prefloop.recipe import load_recipe
+from prefloop.recipe.check import check_recipe
 from prefloop.recipe.schema import json_schema
 from prefloop.records import Pair
 from prefloop.run.loop import run
@@ -28,7 +29,7 @@ Source: nobody; it is here to be added.
 from pydantic import Field
 
 from prefloop.methods import Method, pair_of
-from prefloop.offline_pairs import drafts
+from prefloop.methods._pair_method import drafts
 from prefloop.train import losses
 
 
@@ -97,10 +98,10 @@ def test_one_file_is_a_method_that_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     Path("mine.yaml").write_text(RECIPE.format(model=model_folder, name=added))
-    kind = find(prefloop.methods, added, Method, "method")
+    kind = find_plugin(prefloop.methods, added, Method, "method")
     assert kind.__name__ == "Longer"
     recipe = load_recipe("mine.yaml")
-    recipe.check()
+    check_recipe(recipe)
     assert recipe.method == kind.model_validate({"beta": 0.25, "sampling": {"max_new_tokens": 6}})
     assert f"name: {added}" in recipe.dump()
     outcome = run(recipe, tmp_path / "run", Console(file=StringIO()))
@@ -112,7 +113,7 @@ def test_one_file_is_a_method_that_runs(
 
 @pytest.mark.parametrize("added", ["longer"], indirect=True)
 def test_a_file_in_the_packages_folder_is_listed_and_has_a_schema(added: str) -> None:
-    assert added in names(prefloop.methods)
+    assert added in plugin_names(prefloop.methods)
     listed = CliRunner().invoke(app, ["ls", "methods"]).output
     assert "The longer of two drafts over the shorter." in " ".join(listed.split())
     kinds = json_schema()["$defs"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from prefloop.recipe import load_recipe
+from prefloop.recipe.check import check_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -27,7 +28,7 @@ def test_its_first_line_says_what_it_is(path: Path) -> None:
 @every_recipe
 def test_it_loads_and_nothing_would_stop_its_run(path: Path) -> None:
     recipe = load_recipe(str(path))
-    recipe.check()
+    check_recipe(recipe)
     assert recipe.name == path.stem
 
 

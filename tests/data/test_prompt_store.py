@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from prefloop.data.prompt_store import Spool
+from prefloop.data.prompt_store import PromptStore
 from prefloop.records import Message, Prompt
 
 PROMPTS = [
@@ -13,7 +13,7 @@ PROMPTS = [
 
 
 def test_prompts_come_back_as_they_went_in_by_place_by_slice_and_in_order(tmp_path):
-    spool = Spool(PROMPTS, tmp_path)
+    spool = PromptStore(PROMPTS, tmp_path)
     assert list(spool) == PROMPTS
     assert (spool[2], spool[-1], len(spool)) == (PROMPTS[2], PROMPTS[4], 5)
     assert list(spool[1:4]) == PROMPTS[1:4]
@@ -26,7 +26,7 @@ def test_the_file_has_no_name_and_goes_with_the_last_view(tmp_path):
         return len(list(Path(f"/proc/{os.getpid()}/fd").iterdir()))
 
     before = descriptors()
-    view = Spool(PROMPTS, tmp_path)[1:]
+    view = PromptStore(PROMPTS, tmp_path)[1:]
     assert list(tmp_path.iterdir()) == []
     assert view[0] == PROMPTS[1]
     assert descriptors() == before + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.evaluate.measures import Subject
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.judges import NoVerdict, OpenJudge, Verdict
 from prefloop.records import Prompt, Request
 

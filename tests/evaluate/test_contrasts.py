@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prefloop.evaluate.contrasts import (
+from prefloop.evaluate.significance import (
     crossed_contrast,
     holm,
     not_distinguishable,

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from prefloop.evaluate.crossed import crossed_share
-from prefloop.evaluate.stats import wilson
+from prefloop.evaluate.stats import crossed_share, wilson
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from prefloop.evaluate.health import (
+from prefloop.evaluate.answers import (
     check_guards,
     distinct_2,
     identical_rate,

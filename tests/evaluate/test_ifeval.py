@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefloop.errors import DataError
-from prefloop.evaluate.measures._instruction_rules import InstructionRules
-from prefloop.evaluate.measures.ifeval import Ifeval
+from prefloop.evaluate.measures.ifeval import Ifeval, InstructionRules
 from prefloop.records import Request
 from tests.evaluate.asking import KilledAt, subject, write_rows
 

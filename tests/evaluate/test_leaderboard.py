@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prefloop.errors import DataError, ModelError, RunFolderError
-from prefloop.evaluate.cache import kept
+from prefloop.evaluate.cache import cached_records
 from prefloop.evaluate.increments import increments, rounds_table
 from prefloop.evaluate.measures import Item, Outcome, Subject
 from prefloop.evaluate.measures import leaderboard as module
@@ -23,7 +23,7 @@ from prefloop.evaluate.measures.leaderboard import (
     estimates_of,
     load_tasks,
 )
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from tests.conftest import tiny_llama
 
@@ -87,13 +87,13 @@ def by_the_harness(engine: HFEngine, folder: Path, chat_template: bool = False, 
 
 def values_of(samples: Mapping[str, Any]) -> dict[str, float]:
     """Written anew here, not by the measure's own code."""
-    kept = {}
+    cached_records = {}
     for task, rows in samples.items():
         metric = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "gsm8k": "exact_match"}
         for row in rows:
             if row["filter"] != "flexible-extract":
-                kept[f"{task}/{row['doc_id']}"] = float(row[metric.get(task, "acc")])
-    return kept
+                cached_records[f"{task}/{row['doc_id']}"] = float(row[metric.get(task, "acc")])
+    return cached_records
 
 
 def test_every_question_counts_as_the_harness_counts_it(
@@ -258,7 +258,9 @@ def test_a_choice_without_any_probability_is_kept_as_that(tmp_path: Path) -> Non
     from prefloop.evaluate.lm_eval_model import _Likelihood
 
     never = _Likelihood(logprob=-math.inf, greedy=False)
-    assert kept(tmp_path, [0], _Likelihood, lambda part, number: [never], chunk=1) == [never]
+    assert cached_records(tmp_path, [0], _Likelihood, lambda part, number: [never], chunk=1) == [
+        never
+    ]
 
 
 def made(right: Mapping[str, list[float]], prompts: str = "x") -> Outcome:

@@ -10,7 +10,7 @@ import pytest
 
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.measures.mt_bench import MtBench
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.judges import NoVerdict
 from prefloop.records import Request, Response, Sampling
 from tests.evaluate.asking import KilledAt, ListJudge, subject, write_rows

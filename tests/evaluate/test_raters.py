@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from prefloop.evaluate.raters import cohen_kappa, krippendorff_alpha
+from prefloop.evaluate.agreement import cohen_kappa, krippendorff_alpha
 
 # Krippendorff (2011), Computing Krippendorff's Alpha-Reliability: the data of its sections A, B and C.
 BINARY = ("0100000010", "1110010000")

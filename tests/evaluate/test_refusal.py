@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefloop.evaluate.refusal import OPENING, refuses
+from prefloop.evaluate.safety import OPENING, refuses
 
 REFUSALS = [
     "I'm sorry, but I can't help with that.",

@@ -5,8 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
-from prefloop.evaluate.task_means import mean_difference, mean_of, share_of_strata
+from prefloop.evaluate.stats import (
+    Estimate,
+    bootstrap_mean,
+    mean_difference,
+    mean_of,
+    share_of_strata,
+    wilson,
+)
 
 
 def test_one_stratum_is_wilsons_interval() -> None:

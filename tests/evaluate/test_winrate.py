@@ -3,7 +3,7 @@
 import pytest
 
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.winrate import steps_to, win_rate
+from prefloop.evaluate.win_rates import steps_to, win_rate
 
 
 def test_ties_count_one_half():

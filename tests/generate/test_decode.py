@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from prefloop.generate import decode as decode_loop
-from prefloop.generate import hf_engine, servable
+from prefloop.generate import fallback, hf_engine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.sources import quiet, resolve_source
 from prefloop.records import Message, Request, Sampling
@@ -178,20 +178,20 @@ def loud() -> Any:
 def test_rounding_in_half_precision_is_no_reason_against_slots() -> None:
     """SmolLM2 in bfloat16 was generated with transformers' loop for it."""
     with torch.inference_mode():
-        assert servable.why_not(loud(), 64) is None
+        assert fallback.slot_decoding_unsupported(loud(), 64) is None
 
 
 def test_a_token_that_is_not_seen_is_a_reason_also_in_half_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    in_slots = servable._in_slots
+    in_slots = fallback._in_slots
 
     def forgetful(model: Any, rows: list[list[int]]) -> torch.Tensor:
         return in_slots(model, [row[1:] for row in rows])
 
-    monkeypatch.setattr(servable, "_in_slots", forgetful)
+    monkeypatch.setattr(fallback, "_in_slots", forgetful)
     with torch.inference_mode():
-        assert "logits differ" in str(servable.why_not(loud(), 64))
+        assert "logits differ" in str(fallback.slot_decoding_unsupported(loud(), 64))
 
 
 def test_answers_of_many_lengths_do_not_depend_on_their_mates(tokenizer: Any) -> None:

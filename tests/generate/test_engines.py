@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 import prefloop.generate.engines
-from prefloop.config import find, names
+from prefloop.config import find_plugin, plugin_names
 from prefloop.errors import ApiError, RecipeError
-from prefloop.generate.engines import EngineOptions, Setting, Weights
+from prefloop.generate.engine import EngineContext, EngineOptions, Weights
 from prefloop.generate.engines.openai import OpenAI
 from prefloop.models.chat import Chat
 from prefloop.recipe import Recipe
+from prefloop.recipe.check import check_recipe
 from prefloop.records import Message, Request, Sampling
 from tests.fake_chat_server import completion, serve
 
@@ -32,9 +33,9 @@ def requests(*texts: str) -> list[Request]:
 
 def test_engines_are_found_by_file_name():
     package = prefloop.generate.engines
-    assert names(package) == ["fake", "hf", "openai", "vllm"]
-    for name in names(package):
-        kind = find(package, name, EngineOptions, "engine")
+    assert plugin_names(package) == ["fake", "hf", "openai", "vllm"]
+    for name in plugin_names(package):
+        kind = find_plugin(package, name, EngineOptions, "engine")
         assert kind.__doc__
 
 
@@ -57,29 +58,29 @@ def test_a_misspelt_engine_is_named():
 
 def test_a_python_without_vllm_is_named_before_the_run():
     with pytest.raises(RecipeError, match=r"has no package vllm; install it there, or name"):
-        recipe({"name": "vllm", "python": sys.executable}).check()
+        check_recipe(recipe({"name": "vllm", "python": sys.executable}))
     with pytest.raises(RecipeError, match=r"engine\.python: no program /nowhere/python"):
-        recipe({"name": "vllm", "python": "/nowhere/python"}).check()
+        check_recipe(recipe({"name": "vllm", "python": "/nowhere/python"}))
 
 
 def test_a_python_with_vllm_passes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(STAND_IN))
-    recipe({"name": "vllm", "python": sys.executable}).check()
+    check_recipe(recipe({"name": "vllm", "python": sys.executable}))
 
 
 def test_a_running_server_must_answer_and_can_take_adapters_only():
     url = "http://127.0.0.1:9"
     with pytest.raises(RecipeError, match=r"engine\.url http://127\.0\.0\.1:9 does not answer as"):
-        recipe({"name": "vllm", "url": url}).check()
+        check_recipe(recipe({"name": "vllm", "url": url}))
     with pytest.raises(RecipeError, match=r"model\.tuning full makes a new model each round"):
-        recipe({"name": "vllm", "url": url}, model={"tuning": "full"}).check()
+        check_recipe(recipe({"name": "vllm", "url": url}, model={"tuning": "full"}))
     with pytest.raises(ValueError, match=r"which engine\.tensor_parallel cannot change"):
         recipe({"name": "vllm", "url": url, "tensor_parallel": 2})
 
 
 def test_a_rank_that_vllm_cannot_hold_is_an_error():
     with pytest.raises(RecipeError, match=r"model\.lora\.r is 600, and vLLM serves .* 512"):
-        recipe({"name": "vllm"}, model={"lora": {"r": 600}}).check()
+        check_recipe(recipe({"name": "vllm"}, model={"lora": {"r": 600}}))
 
 
 # A server with OpenAI's interface
@@ -92,16 +93,16 @@ def options(url: str, **more: Any) -> dict[str, Any]:
 def test_another_models_answers_need_a_frozen_generator_and_no_log_probs():
     engine = options("http://127.0.0.1:9/v1")
     with pytest.raises(RecipeError, match=r"never trained; say so with method\.generator: frozen"):
-        recipe(engine, method={**AROP, "generator": "current"}).check()
+        check_recipe(recipe(engine, method={**AROP, "generator": "current"}))
     for method, said in (
         ({"margin": {"kind": "confidence"}}, "margin.kind: confidence"),
         ({"margin": {"kind": "severity"}}, "margin.kind: severity"),
         ({"flaw": "infill"}, "flaw: infill"),
     ):
         with pytest.raises(RecipeError, match=rf"no log-probabilities.* asks for here \({said}\)"):
-            recipe(engine, method={**AROP, **method}).check()
+            check_recipe(recipe(engine, method={**AROP, **method}))
     with pytest.raises(RecipeError, match=r"section engine: .* cannot be reached"):
-        recipe(engine).check()
+        check_recipe(recipe(engine))
 
 
 def test_a_server_without_the_model_is_named():
@@ -109,7 +110,7 @@ def test_a_server_without_the_model_is_named():
         serve(lambda body: "Hi") as server,
         pytest.raises(RecipeError, match=r"serves no 'other'; it serves m$"),
     ):
-        recipe(options(server.url, model="other")).check()
+        check_recipe(recipe(options(server.url, model="other")))
 
 
 def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer):
@@ -124,8 +125,10 @@ def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer
 
     with serve(answer) as server:
         made = OpenAI(**{k: v for k, v in options(server.url).items() if k != "name"})
-        engine = made.open(Setting(Chat(tokenizer), "float32", None, (), False, Path("unused")))
-        engine.serve(Weights(Path("unused")), list)
+        engine = made.open(
+            EngineContext(Chat(tokenizer), "float32", None, (), False, Path("unused"))
+        )
+        engine.load_weights(Weights(Path("unused")), list)
         sampling = Sampling(temperature=0.5, top_k=3, max_new_tokens=9)
         found = engine.sample(requests("a", "b", "bad", "c"), sampling, seed=1)
     assert [r.text for r in found] == ["a!", "b!", "", "c!"]
@@ -138,6 +141,6 @@ def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer
 
 def test_a_server_that_is_gone_in_the_middle_is_one_sentence(tokenizer):
     made = OpenAI(url="http://127.0.0.1:9/v1", model="m", retries=0)
-    engine = made.open(Setting(Chat(tokenizer), "float32", None, (), False, Path("unused")))
+    engine = made.open(EngineContext(Chat(tokenizer), "float32", None, (), False, Path("unused")))
     with pytest.raises(ApiError, match="cannot be reached"):
         engine.sample(requests("a"), Sampling(), seed=0)

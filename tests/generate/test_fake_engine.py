@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.records import Message, Request, Sampling
 
 

@@ -76,7 +76,7 @@ def test_both_ways_draw_the_same_answers(
     model.generation_config = GenerationConfig(repetition_penalty=9.0, pad_token_id=1)
     sampling = Sampling(temperature=1.0, top_k=60, max_new_tokens=12)
     expected = HFEngine(model, tokenizer).sample(requests() * 3, sampling, seed=3)
-    monkeypatch.setattr(hf_engine, "why_not", lambda *_: "a test says so")
+    monkeypatch.setattr(hf_engine, "slot_decoding_unsupported", lambda *_: "a test says so")
     found = HFEngine(model, tokenizer, batch_size=2).sample(requests() * 3, sampling, seed=3)
     assert [r.token_ids for r in found] == [r.token_ids for r in expected]
     assert {r.finish for r in found} == {"stop", "length"}

@@ -129,7 +129,9 @@ def test_what_slots_cannot_serve_is_scored_in_padded_batches(
 ) -> None:
     ids, starts = rows()
     expected = HFEngine(model, tokenizer).score_tokens(ids, starts)
-    monkeypatch.setattr(hf_engine, "why_not", lambda model, longest: "so the test wants it")
+    monkeypatch.setattr(
+        hf_engine, "slot_decoding_unsupported", lambda model, longest: "so the test wants it"
+    )
     found = HFEngine(model, tokenizer, batch_size=8).score_tokens(ids, starts)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=1e-4)

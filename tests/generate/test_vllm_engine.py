@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import ones
 
 from prefloop.errors import GenerationError
-from prefloop.generate.engines import Setting, Weights
-from prefloop.generate.engines._vllm_engine import VLLMEngine
-from prefloop.generate.engines.vllm import VLLM
+from prefloop.generate.engine import EngineContext, Weights
+from prefloop.generate.engines.vllm import VLLM, VLLMEngine
 from prefloop.generate.vllm_server import _answer
 from prefloop.generate.weight_check import probe
 from prefloop.models.chat import Chat
@@ -76,7 +75,7 @@ def opened(
     engines = []
 
     def open_engine(lora_rank: int | None = 8, **options: Any) -> VLLMEngine:
-        setting = Setting(
+        setting = EngineContext(
             chat, "float32", lora_rank, ("q_proj", "up_proj"), False, tmp_path / "engine.log"
         )
         engines.append(VLLM(**options).open(setting))
@@ -88,10 +87,10 @@ def opened(
 
 
 @pytest.fixture
-def serve(chat: Chat) -> Callable[..., None]:
+def load_weights(chat: Chat) -> Callable[..., None]:
     def serve_weights(engine: VLLMEngine, model: Path, adapter: Path | None = None) -> None:
         trainer = Trainer(chat, *(folder for folder in (model, adapter) if folder))
-        engine.serve(Weights(model, adapter), lambda: probe(trainer))  # type: ignore[arg-type]
+        engine.load_weights(Weights(model, adapter), lambda: probe(trainer))  # type: ignore[arg-type]
 
     return serve_weights
 
@@ -125,9 +124,11 @@ def gone(pids: list[int], seconds: float = 10.0) -> bool:
 # What an engine is asked for.
 
 
-def test_samples_carry_seeds_of_their_own_and_the_log_probs_of_their_tokens(opened, serve, model):
+def test_samples_carry_seeds_of_their_own_and_the_log_probs_of_their_tokens(
+    opened, load_weights, model
+):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     first = engine.sample(requests(), SAMPLING, seed=1)
     assert engine.sample(requests(), SAMPLING, seed=1) == first
     assert engine.sample(requests(), SAMPLING, seed=2) != first
@@ -141,17 +142,19 @@ def test_samples_carry_seeds_of_their_own_and_the_log_probs_of_their_tokens(open
         assert response.finish == ("stop" if row[-1] in engine._chat.stop_ids else "length")
 
 
-def test_a_begun_answer_is_continued_and_keeps_its_space(opened, serve, model, chat):
+def test_a_begun_answer_is_continued_and_keeps_its_space(opened, load_weights, model, chat):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     (whole,) = engine.sample(requests(1, prefix="It is"), SAMPLING, seed=3)
     expected = chat.decode([t for t in whole.token_ids if t not in chat.stop_ids])
     assert whole.text == expected
 
 
-def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(opened, serve, model, chat):
+def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(
+    opened, load_weights, model, chat
+):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     (scored,) = engine.score(requests(1), ["Yes."], top=3)
     (expected,) = Trainer(chat, model).score(requests(1), ["Yes."])
     assert scored.token_ids == expected.token_ids
@@ -164,9 +167,9 @@ def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(opened, s
     assert engine.score(requests(1), ["Yes."])[0].top_texts == ()
 
 
-def test_options_are_chosen_from_by_their_probabilities(opened, serve, model, chat):
+def test_options_are_chosen_from_by_their_probabilities(opened, load_weights, model, chat):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     (row,) = engine.choose(requests(1), ["1", "2", "3"])
     last = chat.prompt_ids(requests(1)[0].messages)[-1]
     known = [logprobs(fingerprint(model), last)[chat.text_ids(o)[0]] for o in ("1", "2", "3")]
@@ -176,9 +179,9 @@ def test_options_are_chosen_from_by_their_probabilities(opened, serve, model, ch
         engine.choose(requests(1), ["yes", "yellow"])
 
 
-def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(opened, serve, model):
+def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(opened, load_weights, model):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     long = [Request(messages=(Message(role="user", content="x" * 3000),))]
     with pytest.raises(
         GenerationError, match=r"refuses a request \(maximum context length is 2048"
@@ -190,21 +193,21 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(opened, serve
 
 
 def test_each_round_is_served_under_a_fresh_name_and_the_one_before_is_gone(
-    opened, serve, model, tmp_path
+    opened, load_weights, model, tmp_path
 ):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     answers = [engine.sample(requests(), SAMPLING, seed=1)]
     for number in range(2):
-        serve(engine, model, weights_in(tmp_path / f"adapter-{number}", number))
+        load_weights(engine, model, weights_in(tmp_path / f"adapter-{number}", number))
         answers.append(engine.sample(requests(), SAMPLING, seed=1))
-        serve(engine, model, tmp_path / f"adapter-{number}")
+        load_weights(engine, model, tmp_path / f"adapter-{number}")
     assert len({answer[0].token_ids for answer in answers}) == 3
     names = [card["id"] for card in ask_models(engine)]
     assert names[0] == "policy"
     assert len(names) == 2
     assert names[1].endswith("-2")
-    serve(engine, model)
+    load_weights(engine, model)
     assert engine.sample(requests(), SAMPLING, seed=1) == answers[0]
     assert len(ask_models(engine)) == 1
 
@@ -216,44 +219,44 @@ def ask_models(engine: VLLMEngine) -> list[dict[str, Any]]:
     return cards
 
 
-def test_whole_models_are_exchanged_by_a_new_server(opened, serve, model, tmp_path):
+def test_whole_models_are_exchanged_by_a_new_server(opened, load_weights, model, tmp_path):
     engine = opened(lora_rank=None)
-    serve(engine, model)
+    load_weights(engine, model)
     before = processes(tmp_path / "engine.log")
-    serve(engine, weights_in(tmp_path / "next", 2.0))
+    load_weights(engine, weights_in(tmp_path / "next", 2.0))
     assert gone(before)
     assert all(map(alive, processes(tmp_path / "engine.log")))
     assert "--enable-lora" not in (tmp_path / "engine.log").read_text()
 
 
 def test_the_probe_catches_a_server_that_keeps_its_first_adapter(
-    opened, serve, model, tmp_path, monkeypatch
+    opened, load_weights, model, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("STAND_IN", "stale")
     engine = opened()
-    serve(engine, model, weights_in(tmp_path / "first", 1.0))
+    load_weights(engine, model, weights_in(tmp_path / "first", 1.0))
     with pytest.raises(
         GenerationError, match=r"does not answer with the weights in .*/second: its log"
     ):
-        serve(engine, model, weights_in(tmp_path / "second", 2.0))
+        load_weights(engine, model, weights_in(tmp_path / "second", 2.0))
 
 
 def test_the_probe_catches_another_model(opened, model, chat, tmp_path):
     engine = opened()
     trainer = Trainer(chat, weights_in(tmp_path / "other", 2.0))
     with pytest.raises(GenerationError, match="nats a token away from the trainer's"):
-        engine.serve(Weights(model), lambda: probe(trainer))  # type: ignore[arg-type]
+        engine.load_weights(Weights(model), lambda: probe(trainer))  # type: ignore[arg-type]
 
 
-def test_an_adapter_that_the_server_refuses_is_named(opened, serve, model, tmp_path):
+def test_an_adapter_that_the_server_refuses_is_named(opened, load_weights, model, tmp_path):
     engine = opened()
     (tmp_path / "empty").mkdir()
     with pytest.raises(GenerationError, match=r"will not load the adapter .*/empty \(no adapter"):
-        serve(engine, model, tmp_path / "empty")
+        load_weights(engine, model, tmp_path / "empty")
 
 
 def test_a_server_that_runs_already_gets_the_adapter_and_is_left_as_it_was(
-    opened, serve, model, tmp_path, monkeypatch
+    opened, load_weights, model, tmp_path, monkeypatch
 ):
     adapter = weights_in(tmp_path / "adapter", 3.0)
     words = [*("-m", "vllm.entrypoints.cli.main", "serve"), str(model)]
@@ -268,9 +271,9 @@ def test_a_server_that_runs_already_gets_the_adapter_and_is_left_as_it_was(
             url = f"http://127.0.0.1:{port}"
             VLLM(url=url).check(tuning="lora", lora_rank=8)
             engine = opened(url=url)
-            serve(engine, model)
+            load_weights(engine, model)
             base = engine.sample(requests(), SAMPLING, seed=1)
-            serve(engine, model, adapter)
+            load_weights(engine, model, adapter)
             assert engine.sample(requests(), SAMPLING, seed=1) != base
             assert len(httpx2.get(f"{url}/v1/models").json()["data"]) == 2
             engine.close()
@@ -295,7 +298,7 @@ def test_a_damaged_answer_is_a_failure_of_the_server():
 # The command.
 
 
-def test_the_command_says_what_the_recipe_says(opened, serve, model, tmp_path):
+def test_the_command_says_what_the_recipe_says(opened, load_weights, model, tmp_path):
     engine = opened(
         lora_rank=12,
         tensor_parallel=2,
@@ -305,7 +308,7 @@ def test_the_command_says_what_the_recipe_says(opened, serve, model, tmp_path):
         eager=True,
         arguments=("--max-model-len", "512"),
     )
-    serve(engine, model)
+    load_weights(engine, model)
     said = (tmp_path / "engine.log").read_text().splitlines()[0].split()
     wanted = (
         "--dtype=float32 --tensor-parallel-size=2 --data-parallel-size=3 --max-num-seqs=7 "
@@ -320,32 +323,34 @@ def test_the_command_says_what_the_recipe_says(opened, serve, model, tmp_path):
 
 
 def test_closing_ends_all_processes_and_a_later_question_starts_new_ones(
-    opened, serve, model, tmp_path
+    opened, load_weights, model, tmp_path
 ):
     engine = opened()
-    serve(engine, model)
-    engine.rest()
+    load_weights(engine, model)
+    engine.offload()
     before = processes(tmp_path / "engine.log")
     assert all(map(alive, before))
     engine.close()
     assert gone(before)
-    serve(engine, model)
+    load_weights(engine, model)
     assert len(engine.sample(requests(), SAMPLING, seed=1)) == 3
 
 
-def test_it_rests_while_the_policy_trains_where_the_recipe_says_so(opened, serve, model, tmp_path):
+def test_it_rests_while_the_policy_trains_where_the_recipe_says_so(
+    opened, load_weights, model, tmp_path
+):
     engine = opened(stay=False)
-    serve(engine, model)
-    engine.rest()
+    load_weights(engine, model)
+    engine.offload()
     assert gone(processes(tmp_path / "engine.log"))
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["server", "server and engine"])
 def test_a_killed_server_is_reported_in_a_sentence_and_leaves_nothing(
-    opened, serve, model, tmp_path, victim
+    opened, load_weights, model, tmp_path, victim
 ):
     engine = opened()
-    serve(engine, model)
+    load_weights(engine, model)
     found = processes(tmp_path / "engine.log")
     for pid in found[: victim + 1]:
         os.kill(pid, signal.SIGKILL)
@@ -357,7 +362,7 @@ def test_a_killed_server_is_reported_in_a_sentence_and_leaves_nothing(
 
 
 def test_a_server_killed_in_the_middle_of_answers_is_reported(
-    opened, serve, model, chat, tmp_path, monkeypatch
+    opened, load_weights, model, chat, tmp_path, monkeypatch
 ):
     engine = opened()
     monkeypatch.setenv("STAND_IN", "slow")
@@ -374,16 +379,16 @@ def test_a_server_killed_in_the_middle_of_answers_is_reported(
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(GenerationError, match=r"^vLLM was killed by SIGKILL"):
-        engine.serve(Weights(model), lambda: probe(trainer))  # type: ignore[arg-type]
+        engine.load_weights(Weights(model), lambda: probe(trainer))  # type: ignore[arg-type]
     assert gone(found)
 
 
-def test_a_server_that_cannot_start_is_quoted(opened, serve, model, monkeypatch):
+def test_a_server_that_cannot_start_is_quoted(opened, load_weights, model, monkeypatch):
     monkeypatch.setenv("STAND_IN", "broken")
     with pytest.raises(
         GenerationError, match=r"could not be started: ValueError: no kernel .*engine\.log$"
     ):
-        serve(opened(), model)
+        load_weights(opened(), model)
 
 
 HOLDER = """

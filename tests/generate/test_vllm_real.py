@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from prefloop.errors import GenerationError
-from prefloop.generate.engines import Setting, Weights
-from prefloop.generate.engines._vllm_engine import VLLMEngine
-from prefloop.generate.engines.vllm import VLLM
+from prefloop.generate.engine import EngineContext, Weights
+from prefloop.generate.engines.vllm import VLLM, VLLMEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.weight_check import mismatch, probe
 from prefloop.models.policy import ModelOptions, Policy
@@ -65,7 +64,7 @@ def policies(place: Path) -> list[Policy]:
 def served(place: Path, policies: list[Policy]) -> Iterator[VLLMEngine]:
     chat = HFEngine(policies[0].model, policies[0].tokenizer).chat
     modules = tuple("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
-    setting = Setting(chat, "float32", MODEL.lora.r, modules, False, place / "engine.log")
+    setting = EngineContext(chat, "float32", MODEL.lora.r, modules, False, place / "engine.log")
     engine = VLLM(python=PYTHON, eager=True, max_num_seqs=16).open(setting)
     yield engine
     engine.close()
@@ -78,7 +77,7 @@ def weights(folder: Path) -> Weights:
 def test_greedy_answers_scores_and_choices_are_those_of_the_trainers_model(place, policies, served):
     for number, policy in enumerate(policies):
         ours = HFEngine(policy.model, policy.tokenizer)
-        served.serve(weights(place / str(number)), lambda ours=ours: probe(ours))
+        served.load_weights(weights(place / str(number)), lambda ours=ours: probe(ours))
         sampling = Sampling(temperature=0.0, max_new_tokens=24)
         theirs = served.sample(requests(), sampling, seed=0)
         expected = ours.sample(requests(), sampling, seed=0)
@@ -98,7 +97,7 @@ def test_greedy_answers_scores_and_choices_are_those_of_the_trainers_model(place
 
 def test_sampled_answers_depend_on_their_seed(place, policies, served):
     ours = HFEngine(policies[1].model, policies[1].tokenizer)
-    served.serve(weights(place / "1"), lambda: probe(ours))
+    served.load_weights(weights(place / "1"), lambda: probe(ours))
     sampling = Sampling(temperature=0.9, max_new_tokens=12)
     first, again, other = (served.sample(requests(), sampling, seed=s) for s in (1, 1, 2))
     assert first == again
@@ -109,12 +108,12 @@ def test_a_stale_adapter_stops_the_run(place, policies, served):
     """The trainer stands at the second adapter, the folder that is named holds the first one."""
     newer = HFEngine(policies[1].model, policies[1].tokenizer)
     with pytest.raises(GenerationError, match=r"does not answer with the weights in .*/0: its log"):
-        served.serve(weights(place / "0"), lambda: probe(newer))
+        served.load_weights(weights(place / "0"), lambda: probe(newer))
 
 
 def test_the_tolerance_is_far_above_what_rounding_does(place, policies, served):
     ours = HFEngine(policies[0].model, policies[0].tokenizer)
-    served.serve(weights(place / "0"), lambda: probe(ours))
+    served.load_weights(weights(place / "0"), lambda: probe(ours))
     found, known = probe(served), probe(ours)
     distance = sum(abs(a - b) for a, b in zip(found, known, strict=True)) / len(known)
     assert distance < 2e-4, distance

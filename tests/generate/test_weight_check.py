@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.weight_check import TOLERANCE, mismatch, probe
 
 

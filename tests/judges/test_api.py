@@ -228,7 +228,7 @@ def test_a_server_that_dies_takes_no_verdict_with_it(judge: Any, tmp_path: Path)
 KILLED = """
 import sys
 from prefloop.generate.templates import PromptSet
-from prefloop.rank.api import Api
+from prefloop.judges.api import Api
 from prefloop.records import Message, Prompt
 url, file = sys.argv[1:]
 judge = Api(url=url, model="m", concurrency=2, verdicts=file).open(None, PromptSet("compact"))

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from prefloop.errors import JudgeError
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict, OpenJudge, implicit

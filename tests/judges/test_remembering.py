@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from prefloop.judges import NoVerdict, Remembering, Verdict
+from prefloop.judges import CachedJudge, NoVerdict, Verdict
 from prefloop.records import Message, Prompt
 
 
@@ -28,7 +28,7 @@ def prompt(text: str = "q", target: str | None = None, role: str = "user") -> Pr
 
 def test_a_group_is_judged_once_within_a_call_and_between_calls() -> None:
     counting = Counting()
-    judge = Remembering(counting)
+    judge = CachedJudge(counting)
     groups = [["a", "bb"], ["?", "b"], ["a", "bb"]]
     expected = [(1.0, 2.0), NoVerdict("odd"), (1.0, 2.0)]
     assert judge.score([prompt()] * 3, groups) == expected
@@ -50,7 +50,7 @@ def test_a_group_is_judged_once_within_a_call_and_between_calls() -> None:
 )
 def test_what_differs_in_anything_is_judged_anew(other: Prompt, group: list[str]) -> None:
     counting = Counting()
-    judge = Remembering(counting)
+    judge = CachedJudge(counting)
     judge.score([prompt()], [["a", "bb"]])
     judge.score([other], [group])
     assert len(counting.batches) == 2
@@ -58,7 +58,7 @@ def test_what_differs_in_anything_is_judged_anew(other: Prompt, group: list[str]
 
 def test_the_prompts_id_changes_no_verdict_and_is_not_looked_at() -> None:
     counting = Counting()
-    judge = Remembering(counting)
+    judge = CachedJudge(counting)
     judge.score([prompt()], [["a"]])
     judge.score([prompt().model_copy(update={"id": "another"})], [["a"]])
     assert len(counting.batches) == 1
@@ -67,7 +67,7 @@ def test_the_prompts_id_changes_no_verdict_and_is_not_looked_at() -> None:
 def test_many_groups_go_to_the_judge_in_batches_and_come_back_in_order() -> None:
     counting = Counting()
     groups = [["x" * n] for n in range(150)]
-    assert Remembering(counting).score([prompt()] * 150, groups) == [
+    assert CachedJudge(counting).score([prompt()] * 150, groups) == [
         (float(n),) for n in range(150)
     ]
     assert [len(batch) for batch in counting.batches] == [64, 64, 22]
@@ -76,9 +76,9 @@ def test_many_groups_go_to_the_judge_in_batches_and_come_back_in_order() -> None
 def test_memory_is_bounded_and_a_call_is_answered_whole_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Remembering, "KEPT", 3)
+    monkeypatch.setattr(CachedJudge, "KEPT", 3)
     counting = Counting()
-    judge = Remembering(counting)
+    judge = CachedJudge(counting)
     groups = [["x" * n] for n in range(5)]
     assert judge.score([prompt()] * 5, groups) == [(float(n),) for n in range(5)]
     judge.score([prompt()], [groups[4]])

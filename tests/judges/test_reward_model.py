@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prefloop import config as plugins
 from prefloop import judges as rank
+from prefloop.config import find_plugin
 from prefloop.errors import JudgeError
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict
@@ -312,4 +312,4 @@ def test_token_batches_start_with_the_longest_row():
 
 
 def test_reward_model_is_found_by_its_file_name():
-    assert plugins.find(rank, "reward_model", rank.Judge, "judge") is RewardModel
+    assert find_plugin(rank, "reward_model", rank.Judge, "judge") is RewardModel

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from prefloop import config as plugins
 from prefloop import judges as rank
+from prefloop.config import find_plugin
 from prefloop.errors import JudgeError
 from prefloop.generate.causal_lm import open_engine
 from prefloop.generate.templates import PromptSet
@@ -194,7 +194,7 @@ def test_an_unknown_mode_is_refused():
 
 
 def test_self_judge_is_found_by_its_file_name_and_asks_for_the_policy():
-    found = plugins.find(rank, "self_judge", rank.Judge, "judge")
+    found = find_plugin(rank, "self_judge", rank.Judge, "judge")
     assert found is SelfJudge
     assert SelfJudge().needs_policy
 

@@ -9,8 +9,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from prefloop import config as plugins
 from prefloop import judges as rank
+from prefloop.config import find_plugin
 from prefloop.errors import ModelError
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict, Verdict
@@ -63,7 +63,7 @@ def test_verdicts_come_in_the_order_of_the_groups():
 
 
 def test_similarity_is_found_by_its_file_name_and_asks_for_targets():
-    found = plugins.find(rank, "similarity", rank.Judge, "judge")
+    found = find_plugin(rank, "similarity", rank.Judge, "judge")
     assert found is Similarity
     assert Similarity().needs_target
     assert not Similarity().needs_policy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
 from prefloop.methods._gates import Gates

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict, Verdict
 from prefloop.methods import Actors

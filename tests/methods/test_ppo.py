@@ -7,12 +7,13 @@ import torch
 from pydantic import ValidationError
 
 from prefloop.errors import RecipeError
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict
 from prefloop.methods import Actors
 from prefloop.methods.ppo import PPO
 from prefloop.recipe import Recipe
+from prefloop.recipe.check import check_recipe
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Response
 from prefloop.train import ppo
 
@@ -117,7 +118,7 @@ def test_the_previous_rounds_answers_are_refused_before_the_run() -> None:
         "loop": {"mix_previous": True, "prompts_per_round": 8},
     }
     with pytest.raises(RecipeError, match=r"loop\.mix_previous adds answers of an earlier policy"):
-        Recipe.model_validate(values).check()
+        check_recipe(Recipe.model_validate(values))
 
 
 # Targets.

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.self_judge import SelfJudge, expected_rating
 from prefloop.methods import Actors
 from prefloop.methods.dpo import DPO
 from prefloop.methods.self_rewarding import SelfRewarding
-from prefloop.records import Candidates, Message, Pair, Prompt, Request
-from prefloop.seeds import derive_seed
+from prefloop.records import Candidates, Message, Pair, Prompt, Request, derive_seed
 from prefloop.train.losses import GroupLogps
 
 PROMPTS = [

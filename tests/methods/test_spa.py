@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import Judge, NoVerdict, OpenJudge, Verdict

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import names
+from prefloop.config import plugin_names
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.judges.similarity import Similarity
 from prefloop.methods import Method
 from prefloop.methods.ial import IAL
-from prefloop.recipe import Recipe, SftOptions, TrainOptions, load_recipe, shipped_recipes
+from prefloop.recipe import Recipe, load_recipe, shipped_recipes
+from prefloop.recipe.check import check_recipe
 from prefloop.recipe.schema import json_schema
+from prefloop.train.options import SftOptions, TrainOptions
 
 IAL_RECIPE = "method: {name: ial}\njudge: {name: similarity}\n"
-METHODS = ", ".join(names(prefloop.methods))
+METHODS = ", ".join(plugin_names(prefloop.methods))
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
 CHECKOUT = Path(__file__).parents[2] / "recipes"
 
@@ -309,7 +311,7 @@ def test_a_method_of_the_users_own_is_found_by_its_module(
     assert load_recipe("again.yaml") == recipe
 
 
-@pytest.mark.parametrize("method", names(prefloop.methods))
+@pytest.mark.parametrize("method", plugin_names(prefloop.methods))
 def test_a_dump_shows_every_value_and_loads_as_the_same_recipe(folder: Path, method: str) -> None:
     recipe = loaded(f"method: {{name: {method}}}\njudge: {{name: self_judge}}\nsft: {{}}\n")
     shown = yaml.safe_load(recipe.dump())
@@ -341,7 +343,7 @@ def test_a_shipped_recipe_loads_by_name_passes_its_check_and_survives_a_dump(
     monkeypatch.chdir(CHECKOUT.parent)
     assert path.stem in shipped_recipes()
     recipe = load_recipe(path.stem)
-    recipe.check()
+    check_recipe(recipe)
     assert _through_yaml(recipe) == recipe
 
 
@@ -375,7 +377,7 @@ def _through_yaml(recipe: Recipe) -> Recipe:
 
 
 def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
-    assert loaded(IAL_RECIPE + "loop: {prompts_per_round: 64}\n").check() == []
+    assert check_recipe(loaded(IAL_RECIPE + "loop: {prompts_per_round: 64}\n")) == []
 
 
 @pytest.mark.parametrize(
@@ -384,7 +386,7 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
         (
             "method: {name: ial}\n",
             "method 'ial' needs a judge; add a section judge with a name "
-            f"({', '.join(names(prefloop.judges))})",
+            f"({', '.join(plugin_names(prefloop.judges))})",
         ),
         (
             "method: {name: ial}\njudge: {name: python, function: 'no_such_module:f'}\n",
@@ -441,16 +443,16 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
 def test_check_refuses_what_would_stop_the_run(folder: Path, text: str, sentence: str) -> None:
     few(folder)
     with pytest.raises(PrefloopError) as caught:
-        loaded(text).check()
+        check_recipe(loaded(text))
     assert str(caught.value) == sentence
 
 
 def test_check_reads_the_data_and_names_file_and_line(folder: Path) -> None:
     Path("bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
     with pytest.raises(DataError, match=r"^bad\.jsonl:2 has no target response"):
-        loaded(IAL_RECIPE + "data: {train: bad.jsonl}\n").check()
+        check_recipe(loaded(IAL_RECIPE + "data: {train: bad.jsonl}\n"))
     with pytest.raises(DataError, match=r"bad\.jsonl:2 has no target response"):
-        loaded(IAL_RECIPE + "data: {eval: bad.jsonl}\n").check()
+        check_recipe(loaded(IAL_RECIPE + "data: {eval: bad.jsonl}\n"))
 
 
 def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Path) -> None:
@@ -458,10 +460,10 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
     Path("deep").mkdir()
     text = IAL_RECIPE + "data: {train: few.jsonl, holdout: 1}\nloop: {prompts_per_round: 2}\n"
     Path("deep/r.yaml").write_text(text + "train: {batch_size: 2, micro_batch_size: 2}\n")
-    assert load_recipe("deep/r.yaml").check() == []
+    assert check_recipe(load_recipe("deep/r.yaml")) == []
     Path("few.jsonl").rename("deep/few.jsonl")
     with pytest.raises(DataError, match=r"few\.jsonl"):
-        load_recipe("deep/r.yaml").check()
+        check_recipe(load_recipe("deep/r.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -500,7 +502,7 @@ def test_check_notes_what_has_no_effect_or_was_not_looked_at(
     folder: Path, text: str, note: str
 ) -> None:
     few(folder)
-    assert loaded(text).check() == [note]
+    assert check_recipe(loaded(text)) == [note]
 
 
 def few(folder: Path) -> None:
@@ -521,7 +523,7 @@ def test_the_schema_knows_every_option_of_every_method_and_judge() -> None:
     ]:
         known = {alternative["$ref"].rpartition("/")[2] for alternative in _refs(schema, key)}
         found = {schema["$defs"][name]["properties"]["name"]["const"]: name for name in known}
-        assert sorted(found) == names(package)
+        assert sorted(found) == plugin_names(package)
         for name in known:
             section = schema["$defs"][name]
             assert "name" in section["required"]

@@ -59,17 +59,17 @@ def group(name: str, round: int, text: Text) -> Candidates:
     )
 
 
-def write_round(here: RoundDir, names: Sequence[str], text: Text, *, reject: str = "") -> None:
+def write_round(round_dir: RoundDir, names: Sequence[str], text: Text, *, reject: str = "") -> None:
     """A whole round: groups, pairs, one reject, training, measures."""
-    groups = [group(name, here.number, text) for name in names]
-    write_jsonl(here.path / "candidates.jsonl", groups)
-    here.finish("candidates", records=len(groups), rejects={}, seconds=2.0)
-    write_jsonl(here.path / "ranked.jsonl", groups)
-    here.finish("ranked", records=len(groups), rejects={}, seconds=1.0)
+    groups = [group(name, round_dir.number, text) for name in names]
+    write_jsonl(round_dir.path / "candidates.jsonl", groups)
+    round_dir.finish("candidates", records=len(groups), rejects={}, seconds=2.0)
+    write_jsonl(round_dir.path / "ranked.jsonl", groups)
+    round_dir.finish("ranked", records=len(groups), rejects={}, seconds=1.0)
     pairs = [
         Pair(
             prompt_id=found.prompt.id,
-            round=here.number,
+            round=round_dir.number,
             prompt=found.prompt.messages,
             chosen=found.responses["refined"].text,
             rejected=found.responses["flawed"].text,
@@ -81,36 +81,38 @@ def write_round(here: RoundDir, names: Sequence[str], text: Text, *, reject: str
         for n, found in enumerate(groups)
         if found.prompt.id != reject
     ]
-    write_jsonl(here.path / "pairs.jsonl", pairs)
+    write_jsonl(round_dir.path / "pairs.jsonl", pairs)
     if reject:
         why = Reject(prompt_id=reject, stage="pair", reason="cut off", detail="after 48 tokens")
-        write_jsonl(here.path / "rejects.jsonl", [why])
-    here.finish("pairs", records=len(pairs), rejects={}, seconds=0.1)
-    here.train.mkdir()
+        write_jsonl(round_dir.path / "rejects.jsonl", [why])
+    round_dir.finish("pairs", records=len(pairs), rejects={}, seconds=0.1)
+    round_dir.train.mkdir()
     rows = [
-        {"step": n, "loss": 1 / (n + 1 + here.number), "reward_chosen": 0.1 * n, "lr": 1e-4}
+        {"step": n, "loss": 1 / (n + 1 + round_dir.number), "reward_chosen": 0.1 * n, "lr": 1e-4}
         | {"reward_rejected": -0.1 * n, "M": 0.5, "tokens": 40}
         for n in range(2)
     ]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (here.train / "metrics.jsonl").write_text(lines)
-    here.finish("train", tokens=80, steps=2, examples=len(pairs), seconds=4.0)
+    (round_dir.train / "metrics.jsonl").write_text(lines)
+    round_dir.finish("train", tokens=80, steps=2, examples=len(pairs), seconds=4.0)
 
 
-def write_measures(here: RoundDir, text: Text, **measures: float | None) -> None:
+def write_measures(round_dir: RoundDir, text: Text, **measures: float | None) -> None:
     """Two held-out answers and the measures of a round."""
     answers = [
         Candidates(
             prompt=Prompt(id=name, messages=(Message(role="user", content=f"Held-out {name}?"),)),
-            responses={"answer": Response(text=text(name, here.number, "held-out"))},
-            scores={"answer": 2.0 + here.number},
+            responses={"answer": Response(text=text(name, round_dir.number, "held-out"))},
+            scores={"answer": 2.0 + round_dir.number},
         )
         for name in ("eval-0", "eval-1")
     ]
-    write_jsonl(here.path / "answers.jsonl", answers)
-    here.finish("answers", records=2, rejects={}, seconds=1.0)
-    write_jsonl(here.path / "result.jsonl", [RoundResult(round=here.number, measures=measures)])
-    here.finish("result", seconds=1.5)
+    write_jsonl(round_dir.path / "answers.jsonl", answers)
+    round_dir.finish("answers", records=2, rejects={}, seconds=1.0)
+    write_jsonl(
+        round_dir.path / "result.jsonl", [RoundResult(round=round_dir.number, measures=measures)]
+    )
+    round_dir.finish("result", seconds=1.5)
 
 
 def make_run(
@@ -127,10 +129,10 @@ def make_run(
         run.event("begin")
         write_measures(run.round(-1), text, score=1.0, win_rate=0.5, kl=0.0)
         for number in range(rounds):
-            here = run.round(number)
-            write_round(here, names, text, reject=reject)
+            round_dir = run.round(number)
+            write_round(round_dir, names, text, reject=reject)
             low_high = {"win_rate_low": 0.3, "win_rate_high": 0.8}
-            write_measures(here, text, score=2.0 + number, win_rate=0.6, kl=0.1, **low_high)
+            write_measures(round_dir, text, score=2.0 + number, win_rate=0.6, kl=0.1, **low_high)
             run.event("stage", round=number, stage="train", pairs=3, steps=2, seconds=4.0)
         run.event("guard", round=0, sentence="distinct_2 fell to half of the start's")
         write_ratios(run)

@@ -108,10 +108,10 @@ def test_a_reject_comes_with_its_reason_and_all_that_was_written(made_run: Path)
 
 def test_pairs_that_left_the_order_of_their_groups_find_them(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", "name: run\n") as run:
-        here = run.round(0)
-        write_round(here, ["a", "b", "c"], plain_text)
-        write_jsonl(here.path / "pairs.jsonl", reversed(here.records("pairs", Pair)))
-        chains = list(round_chains(here, {}))
+        round_dir = run.round(0)
+        write_round(round_dir, ["a", "b", "c"], plain_text)
+        write_jsonl(round_dir.path / "pairs.jsonl", reversed(round_dir.records("pairs", Pair)))
+        chains = list(round_chains(round_dir, {}))
     assert [chain.id for chain in chains] == ["0000/c", "0000/b", "0000/a"]
     assert all(len(chain.steps) == 5 for chain in chains)
 

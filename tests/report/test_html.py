@@ -17,9 +17,9 @@ from rich.console import Console
 
 from prefloop.errors import RunFolderError
 from prefloop.report.facts import read_evaluation, read_facts
+from prefloop.report.formats import visible
 from prefloop.report.html import write_report
 from prefloop.report.page_tables import about, measures, notices, recipe_differences, rejects
-from prefloop.report.visible import visible
 from prefloop.report.watch import watch_run
 from tests.report.conftest import RECIPE, make_run
 

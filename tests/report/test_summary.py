@@ -9,8 +9,7 @@ from rich.console import Console
 from prefloop.errors import RunFolderError
 from prefloop.records import Message, Pair, RoundResult, write_jsonl
 from prefloop.report.summary import show_outcome, show_run
-from prefloop.run.loop import Outcome
-from prefloop.run_folder import open_run
+from prefloop.run_folder import Outcome, open_run
 
 
 def pair(name: str, number: int, chosen: str = "a better answer") -> Pair:
@@ -29,16 +28,16 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "run"
     with open_run(path, "name: run\n") as run:
         for number in range(2):
-            here = run.round(number)
+            round_dir = run.round(number)
             pairs = [pair(f"p{n}", number) for n in range(4)]
-            write_jsonl(here.path / "pairs.jsonl", pairs)
-            here.finish("pairs")
+            write_jsonl(round_dir.path / "pairs.jsonl", pairs)
+            round_dir.finish("pairs")
         for number, score in ((-1, 1.25), (0, 2.5)):
-            here = run.round(number)
+            round_dir = run.round(number)
             measures = {"score": score, "win_rate": 0.5, "train_secret": 0.125}
             result = RoundResult(round=number, measures=measures)
-            write_jsonl(here.path / "result.jsonl", [result])
-            here.finish("result")
+            write_jsonl(round_dir.path / "result.jsonl", [result])
+            round_dir.finish("result")
     return path
 
 

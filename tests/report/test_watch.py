@@ -11,7 +11,8 @@ from rich.console import Console
 from prefloop.errors import RunFolderError
 from prefloop.report import watch
 from prefloop.report.watch import _Now, is_running, watch_run
-from prefloop.run_folder import Journal, open_run, read_run
+from prefloop.run.chunks import Journal
+from prefloop.run_folder import open_run, read_run
 from tests.report.conftest import RECIPE, make_run, plain_text, write_round
 
 
@@ -64,17 +65,17 @@ def test_the_line_of_now_says_stage_place_and_loss(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", recipe) as run:
         now = _Now(read_run(run.path))
         assert now.line() == "loading"
-        here = run.round(0)
-        journal = Journal(here.path, "candidates")
+        round_dir = run.round(0)
+        journal = Journal(round_dir.path, "candidates")
         assert now.line() == "round 0  candidates  chunk 0 of 2"
         journal.append([])
         assert now.line().startswith("round 0  candidates  chunk 1 of 2, ")
         assert now.line().endswith(" s left")
-        here.finish("candidates")
-        write_round(here, ["a", "b", "c"], plain_text)
-        (here.path / "train.done.json").unlink()
-        (here.path / "candidates.progress.json").write_text('{"chunks": 2}')
-        with (here.train / "metrics.jsonl").open("a") as file:
+        round_dir.finish("candidates")
+        write_round(round_dir, ["a", "b", "c"], plain_text)
+        (round_dir.path / "train.done.json").unlink()
+        (round_dir.path / "candidates.progress.json").write_text('{"chunks": 2}')
+        with (round_dir.train / "metrics.jsonl").open("a") as file:
             file.write('{"step": 2, "lo')
         assert now.line() == "round 0  train  step 2 of 2, loss 0.500"
 

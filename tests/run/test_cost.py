@@ -10,16 +10,16 @@ import pytest
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.models.chat import Chat
 from prefloop.models.policy import ModelOptions, Policy
 from prefloop.recipe import Recipe
+from prefloop.recipe.options import Budget
 from prefloop.records import Candidates, Message, Request, Response, Sampling
-from prefloop.run.chunks import Parts
-from prefloop.run.cost import Budget
+from prefloop.run.chunks import ChunkStore, Journal
 from prefloop.run.engine import Metered
 from prefloop.run.loop import run
-from prefloop.run_folder import Journal, RunDir
+from prefloop.run_folder import RunDir
 from prefloop.train.trainer import Trainer
 from tests.run.test_loop import OPEN
 
@@ -48,8 +48,8 @@ def recipe(model: Path, **loop: Any) -> Recipe:
 
 
 def manifests(folder: Path, round: int = 0) -> dict[str, dict[str, Any]]:
-    here = folder / "rounds" / f"{round:04d}"
-    found = [json.loads(path.read_text()) for path in here.glob("*.done.json")]
+    round_dir = folder / "rounds" / f"{round:04d}"
+    found = [json.loads(path.read_text()) for path in round_dir.glob("*.done.json")]
     return {manifest["stage"]: manifest for manifest in found}
 
 
@@ -87,7 +87,7 @@ def test_a_run_ends_after_the_round_in_which_it_reaches_its_budget(model_folder,
     """Two rounds of 2 prompts x 4 phases x at most 5 tokens pass 50; the result is measured all the same."""
     budget = {"generated_tokens": 50}
     outcome = run(recipe(model_folder, budget=budget), tmp_path / "r", Console(file=StringIO()))
-    rounds = [here.number for here in RunDir(outcome.folder).rounds()]
+    rounds = [round_dir.number for round_dir in RunDir(outcome.folder).rounds()]
     drawn = [manifests(outcome.folder, n)["candidates"]["generated_tokens"] for n in rounds]
     assert rounds == [0, 1]
     assert drawn[0] < 50 <= sum(drawn)
@@ -125,7 +125,7 @@ def test_a_killed_stage_keeps_what_it_has_spent(model_folder, tmp_path, monkeypa
 
 
 def test_parts_of_several_processes_bring_their_counts(tmp_path):
-    parts = Parts(tmp_path, "candidates")
+    parts = ChunkStore(tmp_path, "candidates")
     prompt = {"id": "p", "messages": [{"role": "user", "content": "?"}]}
     # Separators of lines elsewhere, which JSON does not escape.
     answer = Response(text="x\u2028y\x85z")

@@ -49,18 +49,18 @@ def test_every_difference_is_found(script, tmp_path):
 
 def test_the_stage_in_progress_is_seen_in_the_folder(script, tmp_path):
     run = script.Run("recipe", (), tmp_path)
-    here = tmp_path / "rounds" / "0000"
+    round_dir = tmp_path / "rounds" / "0000"
     assert run.place(set()) is None
     touch(tmp_path, "rounds/start/answers.progress.json")
     assert run.place(set()) == (-1, "answers")
     touch(tmp_path, "rounds/start/answers.done.json", "rounds/0000/candidates.progress.json")
     assert run.place(set()) == (0, "candidates")
-    touch(here, "candidates.done.json", "ranked.done.json", "pairs.done.json")
+    touch(round_dir, "candidates.done.json", "ranked.done.json", "pairs.done.json")
     assert run.place(set()) == (0, "train")
-    touch(here, ".policy.abc/adapter_model.safetensors")
+    touch(round_dir, ".policy.abc/adapter_model.safetensors")
     assert run.place(set()) == (0, "policy")
     assert run.place(run.half_saved()) == (0, "train")
-    touch(here, "train.done.json")
+    touch(round_dir, "train.done.json")
     assert run.place(set()) is None
 
 

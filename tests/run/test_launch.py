@@ -17,14 +17,15 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 
+from prefloop.config import build
 from prefloop.errors import LaunchError, RecipeError, RunFolderError
 from prefloop.recipe import Recipe
-from prefloop.run.launch import LaunchOptions, Stage, run_processes, working_in
-from prefloop.run.loop import run, share
+from prefloop.recipe.check import check_recipe
+from prefloop.recipe.options import LaunchOptions
+from prefloop.run.launch import Stage, run_processes, working_in
+from prefloop.run.loop import make_worker_chunks, run
 from prefloop.run.session import Session
-from prefloop.run_folder import RoundDir
-from prefloop.train.trainer import read_metrics
-from prefloop.validation import build
+from prefloop.run_folder import RoundDir, read_metrics
 
 SAMPLING = {"max_new_tokens": 8}
 GATES = {"cut_off": False, "identical": False, "meta_talk": False, "max_length_ratio": None}
@@ -91,14 +92,14 @@ def test_processes_that_share_the_prompts_write_what_one_writes(
     one = play(recipe(model_folder, **SHARED), tmp_path / "one")
     shared, made = recipe(model_folder, **SHARED), []
 
-    def work(session: Session, here: RoundDir, stage: str) -> None:
+    def work(session: Session, round_dir: RoundDir, stage: str) -> None:
         for rank in (1, 0):
-            share(shared, session.rundir, here.number, stage, rank, 2)
-            made.append((here.number, stage, rank))
+            make_worker_chunks(shared, session.rundir, round_dir.number, stage, rank, 2)
+            made.append((round_dir.number, stage, rank))
             if made == [(-1, "answers", 1), (-1, "answers", 0), (-1, "introspection", 1)]:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(Session, "share", work)
+    monkeypatch.setattr(Session, "launch_workers", work)
     with pytest.raises(KeyboardInterrupt):
         play(shared, tmp_path / "two")
     play(shared, tmp_path / "two")
@@ -262,7 +263,8 @@ def test_the_processes_end_with_a_run_that_is_killed(tmp_path):
     started = tmp_path / "pid"
     code = f"""
         from pathlib import Path
-        from prefloop.launch import LaunchOptions, Stage, run_processes
+        from prefloop.recipe.options import LaunchOptions
+        from prefloop.run.launch import Stage, run_processes
         script = Path({str(tmp_path)!r}, "launcher.sh")
         script.write_text("echo $$ > {started}; exec sleep 60")
         options = LaunchOptions(command=f"sh {{script}}")
@@ -293,7 +295,7 @@ def test_a_worker_that_is_told_to_end_leaves_a_note(tmp_path):
     code = f"""
         import time
         from pathlib import Path
-        from prefloop.worker import _end_when_told
+        from prefloop.run.worker import _end_when_told
         _end_when_told(Path({str(tmp_path / "rank-0.json")!r}))
         Path({str(tmp_path / "ready")!r}).touch()
         time.sleep(60)
@@ -336,7 +338,7 @@ def test_options_that_contradict_each_other_are_refused(options, says):
 )
 def test_check_finds_a_launcher_that_is_not_there(model_folder, command, says):
     with pytest.raises((RecipeError, LaunchError), match=says):
-        recipe(model_folder, launch={"command": command}).check()
+        check_recipe(recipe(model_folder, launch={"command": command}))
 
 
 def test_all_processes_on_one_device_are_refused(model_folder):
@@ -347,7 +349,7 @@ def test_all_processes_on_one_device_are_refused(model_folder):
 
 
 def test_check_says_where_processes_would_idle(model_folder):
-    (note,) = recipe(model_folder, launch={"processes": 8}).check()[-1:]
+    (note,) = check_recipe(recipe(model_folder, launch={"processes": 8}))[-1:]
     assert note == (
         "train.batch_size (4) is less than launch.processes (8): some processes have nothing to do"
     )

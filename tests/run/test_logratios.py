@@ -29,9 +29,9 @@ def test_their_sums_are_the_references_that_training_used(
     assert add_logratios(folder, 5) == 5
     found = {ratios.pair: ratios for ratios in read_ratios(read_run(folder))}
     assert sorted(pair[:4] for pair in found) == ["0000"] * 2 + ["0001"] * 3
-    for here in read_run(folder).rounds():
-        logps = load_file(here.train / "reference.safetensors")
-        for n, pair in enumerate(here.records("pairs", Pair)):
+    for round_dir in read_run(folder).rounds():
+        logps = load_file(round_dir.train / "reference.safetensors")
+        for n, pair in enumerate(round_dir.records("pairs", Pair)):
             for role, tokens in found[pair.id].roles.items() if pair.id in found else ():
                 assert sum(tokens.reference) == pytest.approx(logps[role][n].item(), abs=1e-3)
                 assert "".join(tokens.pieces) == getattr(pair, role)

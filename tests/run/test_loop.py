@@ -24,15 +24,15 @@ import prefloop.run.loop
 import prefloop.run_folder
 import prefloop.train.checkpoint
 from prefloop.errors import GuardStop
-from prefloop.generate.engines import Weights
-from prefloop.generate.engines._fake_engine import _WORDS
-from prefloop.generate.engines.fake import Fake, _OpenFake
+from prefloop.generate.engine import Weights
+from prefloop.generate.engines.fake import _WORDS, Fake, _OpenFake
 from prefloop.models.chat import Chat
 from prefloop.models.policy import ModelOptions, Policy
 from prefloop.recipe import Recipe, load_recipe
 from prefloop.records import Candidates, Pair
-from prefloop.run.loop import Outcome, run
-from prefloop.run_folder import Journal, RunDir, read_run
+from prefloop.run.chunks import Journal
+from prefloop.run.loop import run
+from prefloop.run_folder import Outcome, RunDir, read_run
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.packing import TokenGroup
 from prefloop.train.trainer import Trainer
@@ -124,14 +124,14 @@ def test_a_run_leaves_every_artifact(finished, model_folder, name):
     outcome = finished(name)
     folder = outcome.folder
     for number in range(2):
-        here = folder / "rounds" / f"{number:04d}"
+        round_dir = folder / "rounds" / f"{number:04d}"
         for stage in STAGES:
-            manifest = json.loads((here / f"{stage}.done.json").read_text())
+            manifest = json.loads((round_dir / f"{stage}.done.json").read_text())
             assert manifest["stage"] == stage
             assert manifest["versions"]["torch"] == version("torch")
-        assert len((here / "pairs.jsonl").read_text().splitlines()) == 8
-        assert (here / "policy" / "adapter_model.safetensors").is_file()
-        assert len((here / "train" / "metrics.jsonl").read_text().splitlines()) == (
+        assert len((round_dir / "pairs.jsonl").read_text().splitlines()) == 8
+        assert (round_dir / "policy" / "adapter_model.safetensors").is_file()
+        assert len((round_dir / "train" / "metrics.jsonl").read_text().splitlines()) == (
             4 if name == "ial" and number else 2
         )
     leftovers = ["*.progress.json", "*.tmp", "checkpoint-*", ".checkpoint*", ".policy*", "*.old"]
@@ -184,12 +184,12 @@ def test_rounds_draw_other_prompts_and_train_on(finished):
 
 
 def test_manifests_name_what_they_were_made_from(finished):
-    here = read_run(finished("ial").folder).rounds()[1]
-    train = here.manifest("train")
-    pairs = here.manifest("pairs")
+    round_dir = read_run(finished("ial").folder).rounds()[1]
+    train = round_dir.manifest("train")
+    pairs = round_dir.manifest("pairs")
     assert train is not None
     assert pairs is not None
-    assert train["input"] == pairs["output"] == here.digest("pairs")
+    assert train["input"] == pairs["output"] == round_dir.digest("pairs")
     assert (pairs["records"], pairs["rejects"]) == (8, {})
 
 
@@ -232,7 +232,7 @@ def test_previous_pairs_are_mixed_in(finished, model_folder, tmp_path):
     """IAL's default; without it a round trains on its own pairs only."""
 
     def examples(folder: Path) -> list[int]:
-        manifests = (here.manifest("train") or {} for here in read_run(folder).rounds())
+        manifests = (round_dir.manifest("train") or {} for round_dir in read_run(folder).rounds())
         return [manifest["examples"] for manifest in manifests]
 
     assert examples(finished("ial").folder) == [8, 16]
@@ -334,10 +334,10 @@ def test_an_engine_is_told_whose_weights_to_serve_and_closed_at_the_end(
     told: list[Any] = []
 
     class Watched(_OpenFake):
-        def serve(self, weights: Weights, probe: Any) -> None:
+        def load_weights(self, weights: Weights, probe: Any) -> None:
             told.append((weights.adapter and weights.adapter.parent.name, len(probe()) > 60))
 
-        def rest(self) -> None:
+        def offload(self) -> None:
             told.append("rest")
 
         def close(self) -> None:
@@ -386,7 +386,7 @@ def test_a_guard_stops_the_run_and_keeps_the_rounds_before(model_folder, tmp_pat
     for _ in range(2):
         with pytest.raises(GuardStop, match=r"end by themselves.* after round 0.*guard\.action"):
             play(strict, tmp_path / "a")
-    assert [here.number for here in read_run(tmp_path / "a").rounds()] == [0]
+    assert [round_dir.number for round_dir in read_run(tmp_path / "a").rounds()] == [0]
     assert [e["round"] for e in events(tmp_path / "a") if e["event"] == "guard"] == [0, 0]
     assert not (tmp_path / "a" / "policy").exists()
 
@@ -477,7 +477,9 @@ class Interrupter:
         self._around(Journal, "append", lambda self, records, counts=None: self._main)
         self._around(Trainer, "_step", lambda self, job, ref, chosen, n, steps: job.folder / str(n))
         self._around(Policy, "save", lambda self, folder: folder)
-        self._around(prefloop.run.loop, "publish", lambda recipe, run, here, results: here.policy)
+        self._around(
+            prefloop.run.loop, "publish", lambda recipe, run, round_dir, results: round_dir.policy
+        )
         self._around(prefloop.run_folder, "replace_folder", lambda temporary, final: final)
         save: Any = prefloop.train.checkpoint
         self._around(save, "save_checkpoint", lambda folder, *_, **p: folder / str(p["step"]))

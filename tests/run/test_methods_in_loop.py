@@ -11,19 +11,19 @@ from rich.console import Console
 
 import prefloop.methods
 import prefloop.train.trainer
-from prefloop.config import find, names
+from prefloop.config import find_plugin, plugin_names
 from prefloop.data.export import export_pairs
 from prefloop.errors import DataError
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions
 from prefloop.recipe import Recipe
+from prefloop.recipe.check import check_recipe
 from prefloop.records import Pair, Request, Sampling
-from prefloop.run.loop import Outcome, run
-from prefloop.run_folder import read_run
-from prefloop.train.trainer import read_metrics
+from prefloop.run.loop import run
+from prefloop.run_folder import Outcome, read_metrics, read_run
 
-METHODS = [name for name in names(prefloop.methods) if name not in ("ial", "arop", "ppo")]
+METHODS = [name for name in plugin_names(prefloop.methods) if name not in ("ial", "arop", "ppo")]
 """Without those whose loops have a test file of their own."""
 OPEN = {"cut_off": False, "identical": False, "meta_talk": False}
 
@@ -62,7 +62,7 @@ def make(model_folder: Path, labelled: Path) -> Make:
     def made(
         name: str, rounds: int = 2, sections: dict[str, Any] | None = None, **options: Any
     ) -> Recipe:
-        kind = find(prefloop.methods, name, prefloop.methods.Method, "method")
+        kind = find_plugin(prefloop.methods, name, prefloop.methods.Method, "method")
         method = {"name": name, **options}
         for field, info in kind.model_fields.items():
             if isinstance(info.get_default(call_default_factory=True), Sampling):
@@ -111,13 +111,13 @@ def test_a_method_plays_two_rounds_and_a_killed_one_ends_in_the_same_bytes(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     recipe = make(name, sections={"train": {"save_every": 1}})
-    recipe.check()
+    check_recipe(recipe)
     whole = play(recipe, tmp_path / "whole")
     assert [result.round for result in whole.results] == [-1, 0, 1]
     for number in range(2):
-        here = read_run(whole.folder).round(number)
-        assert here.count("pairs") + here.reasons().total() == 6
-        assert here.count("pairs") >= 5
+        round_dir = read_run(whole.folder).round(number)
+        assert round_dir.count("pairs") + round_dir.reasons().total() == 6
+        assert round_dir.count("pairs") >= 5
     assert whole.results[-1].measures["train_loss"] is not None
 
     with monkeypatch.context() as patch:
@@ -174,12 +174,12 @@ def test_drafts_are_ordered_by_the_judge_and_written_by_the_generator_that_was_n
 def test_without_labelled_pairs_in_the_data_a_run_says_so(make: Make, tmp_path: Path) -> None:
     recipe = make("dpo", sections={"data": {"train": "embedded:instructions", "holdout": 0}})
     with pytest.raises(DataError, match="has no labelled pairs"):
-        recipe.check()
+        check_recipe(recipe)
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"prompt": "Hi", "response": "Ho"}\n' * 3)
     recipe = make("dpo", sections={"data": {"train": str(plain), "holdout": 0, "eval": str(plain)}})
     with pytest.raises(DataError, match=r"plain.jsonl:1 has neither 'chosen' and 'rejected'"):
-        recipe.check()
+        check_recipe(recipe)
 
 
 def test_evaluation_prompts_of_a_method_of_labelled_pairs_need_none(
@@ -189,7 +189,7 @@ def test_evaluation_prompts_of_a_method_of_labelled_pairs_need_none(
     plain.write_text('{"prompt": "Hi", "response": "Ho", "id": 1}\n')
     data = {"holdout": 0, "eval": str(plain), "response_field": "response"}
     recipe = make("dpo", rounds=1, sections={"data": data})
-    recipe.check()
+    check_recipe(recipe)
     assert [result.round for result in play(recipe, tmp_path / "run").results] == [-1, 0]
 
 

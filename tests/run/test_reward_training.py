@@ -32,8 +32,7 @@ from prefloop.evaluate.judge_check import score_pairs
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.reward_model import RewardModel
 from prefloop.models.embedding import Embedder
-from prefloop.models.reward import features
-from prefloop.models.reward_encoding import Encoded, RewardEncoder
+from prefloop.models.reward import Encoded, RewardEncoder, features
 from prefloop.recipe.reward import RewardRecipe, load_reward_recipe, shipped_reward_recipes
 from prefloop.records import Message, Prompt
 from prefloop.run.loop import run
@@ -43,7 +42,7 @@ from prefloop.train import checkpoint
 from prefloop.train import reward_trainer as reward
 from prefloop.train.losses import bradley_terry
 from prefloop.train.options import RewardModelOptions, RewardTrainOptions
-from prefloop.train.reward_head import fit_head
+from prefloop.train.reward_trainer import fit_head
 from tests.run.test_loop import recipe as tiny_run
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]

@@ -15,10 +15,11 @@ from rich.console import Console
 from prefloop.errors import RecipeError
 from prefloop.evaluate.curves import curves, steps_to_share, win_rate_curve
 from prefloop.recipe import Recipe
+from prefloop.recipe.check import check_recipe
+from prefloop.recipe.options import LaunchOptions
 from prefloop.records import CurvePoint, Prompt
 from prefloop.report.summary import show_curve, show_run
 from prefloop.run.held_out import TrainingCurve
-from prefloop.run.launch import LaunchOptions
 from prefloop.run.loop import run
 from prefloop.run_folder import read_run
 from prefloop.train.trainer import Trainer
@@ -92,8 +93,8 @@ def test_each_step_has_its_point_and_a_rounds_last_one_is_the_rounds_win_rate(
     assert [(p.round, p.step) for p in points] == [(0, n) for n in (1, 2, 3)] + [
         (1, n) for n in range(4, 10)
     ]
-    for here, last in ((0, points[2]), (1, points[-1])):
-        measures = next(r for r in found.results() if r.round == here).measures
+    for round_dir, last in ((0, points[2]), (1, points[-1])):
+        measures = next(r for r in found.results() if r.round == round_dir).measures
         assert last.win_rate == measures["win_rate"]
         assert (last.low, last.high) == (measures["win_rate_low"], measures["win_rate_high"])
         assert last.score == measures["score"]
@@ -241,7 +242,7 @@ def test_what_it_cannot_do_is_refused_in_one_sentence(model_folder: Path, tmp_pa
         ),
     ):
         with pytest.raises(RecipeError, match=why):
-            refused.check()
+            check_recipe(refused)
         with pytest.raises(RecipeError, match=why):
             play(refused, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()

@@ -9,8 +9,7 @@ from torch import nn
 
 from prefloop.errors import RunFolderError
 from prefloop.train import checkpoint
-from prefloop.train.placement import Replicated
-from prefloop.train.ranks import Ranks
+from prefloop.train.placement import Ranks, Replicated
 
 
 class Net(nn.Module):

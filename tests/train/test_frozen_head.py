@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from prefloop.train.frozen_head import frozen_head_logps
+from prefloop.train.logprobs import frozen_head_logps
 
 
 def usual(states, weight, bias, targets):

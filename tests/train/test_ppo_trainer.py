@@ -17,13 +17,12 @@ from prefloop.errors import RunFolderError, TrainingError
 from prefloop.methods.ppo import PPO
 from prefloop.models.chat import Chat
 from prefloop.models.policy import ModelOptions, Policy
-from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
 from prefloop.train import losses
-from prefloop.train.alarms import demand_known_start
-from prefloop.train.batches import encode_pairs
+from prefloop.train.batches import check_initial_loss, encode_pairs
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import LossOutput
+from prefloop.train.options import TrainOptions
 from prefloop.train.ppo import TokenLogps
 from prefloop.train.ppo_trainer import CRITIC, ROLLOUT, PPOTrainer, ValueHead
 from prefloop.train.trainer import Job
@@ -127,13 +126,13 @@ def test_what_is_kept_of_the_rollout_is_what_the_models_give(model_folder, tmp_p
             initial = padded_logprobs(trained.model, groups)
     trainer.run(second)
     kept = load_file(tmp_path / "1" / ROLLOUT)
-    for n, (here, before) in enumerate(zip(now, initial, strict=True)):
-        length = len(here[0])
+    for n, (round_dir, before) in enumerate(zip(now, initial, strict=True)):
+        length = len(round_dir[0])
         torch.testing.assert_close(
-            kept["logps_NT"][n, :length], here[0][:, 0], rtol=1e-4, atol=1e-4
+            kept["logps_NT"][n, :length], round_dir[0][:, 0], rtol=1e-4, atol=1e-4
         )
         torch.testing.assert_close(
-            kept["values_NT"][n, :length], here[0][:, 1], rtol=1e-4, atol=1e-4
+            kept["values_NT"][n, :length], round_dir[0][:, 1], rtol=1e-4, atol=1e-4
         )
         torch.testing.assert_close(
             kept["reference_NT"][n, :length], before[0], rtol=1e-4, atol=1e-4
@@ -159,9 +158,9 @@ def test_a_rollout_of_another_policy_is_found_at_the_first_step(model_folder, tm
 def test_of_a_large_first_loss_as_much_may_be_noise_below_zero_as_above(tmp_path):
     """Advantages that are neither normalised nor whitened are in the judge's units."""
     for expected in (40.0, -40.0):
-        demand_known_start(tmp_path, expected, expected + 1)
+        check_initial_loss(tmp_path, expected, expected + 1)
         with pytest.raises(TrainingError, match="first loss"):
-            demand_known_start(tmp_path, expected, expected + 5)
+            check_initial_loss(tmp_path, expected, expected + 5)
 
 
 # Steps.

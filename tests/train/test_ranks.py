@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 from prefloop.errors import TrainingError
 from prefloop.models.chat import Chat
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
-from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
+from prefloop.run_folder import read_metrics
 from prefloop.train import logprobs, losses
 from prefloop.train.batches import Example, encode_pairs, plan, shares
 from prefloop.train.losses import GroupLogps, LossOutput
+from prefloop.train.options import TrainOptions
 from prefloop.train.packing import TokenGroup, pack
 from prefloop.train.placement import is_sharded
-from prefloop.train.trainer import Job, Trainer, read_metrics
+from prefloop.train.trainer import Job, Trainer
 
 ROLES = ("chosen", "rejected")
 # Seven pairs in sixes: the last step of an epoch has one, so one of two ranks has nothing to do.

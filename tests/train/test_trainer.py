@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.models.chat import Chat
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
-from prefloop.recipe import TrainOptions
 from prefloop.records import Message, Pair
+from prefloop.run_folder import read_metrics
 from prefloop.train import losses
 from prefloop.train.batches import encode_pairs, schedule
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
-from prefloop.train.trainer import Job, Trainer, learning_rate, read_metrics
+from prefloop.train.options import TrainOptions
+from prefloop.train.trainer import Job, Trainer, learning_rate
 
 ROLES = ("chosen", "rejected")
 LOG_2 = math.log(2)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefloop.config import Options
 from prefloop.evaluate.stats import Estimate
 from prefloop.records import Record
 
@@ -66,10 +67,8 @@ class Outcome:
     """What it depends on: sizes, versions, the judge and its own error; JSON values."""
 
 
-class Measure(BaseModel):
+class Measure(Options):
     """A measure's fields are its options; `run` measures one subject."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     suites: ClassVar[tuple[Suite, ...]] = ()
     """The suites that hold it; the suite "all" holds every measure."""

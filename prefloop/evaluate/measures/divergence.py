@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from prefloop.evaluate.cache import answers_of, digest, held_out_prompts, kept
+from prefloop.evaluate.cache import answers_of, cached_records, digest, held_out_prompts
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import bootstrap_mean, ratio
 from prefloop.records import Prompt, Request, Response, Sampling
@@ -55,7 +55,7 @@ class Divergence(Measure):
             return _score(part, subject)
 
         asked = digest([(prompt.messages, answer.text) for prompt, answer in rows])
-        items = kept(subject.folder / asked, rows, Item, work, chunk=self.chunk)
+        items = cached_records(subject.folder / asked, rows, Item, work, chunk=self.chunk)
         sums = [item.values["kl_answer"] for item in items]
         sizes = [float(item.texts["tokens"]) for item in items]
         estimates = {

@@ -10,8 +10,8 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
+from prefloop.evaluate.answers import distinct_2
 from prefloop.evaluate.cache import answers_of, held_out_prompts
-from prefloop.evaluate.health import distinct_2
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
 from prefloop.records import Response, Sampling

@@ -13,15 +13,14 @@ from typing import ClassVar
 from pydantic import Field
 
 from prefloop.errors import DataError
-from prefloop.evaluate.cache import digest, held_out_prompts, kept
+from prefloop.evaluate.cache import cached_records, digest, held_out_prompts
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors, Method
 from prefloop.recipe import load_recipe
-from prefloop.records import Candidates, Prompt
+from prefloop.records import Candidates, Prompt, derive_seed
 from prefloop.run_folder import read_run
-from prefloop.seeds import derive_seed
 
 
 class Introspection(Measure):
@@ -73,7 +72,7 @@ class Introspection(Measure):
             return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
 
         asked = digest(prompts, method.model_dump_json(), self.chunk, subject.seed)
-        groups = kept(subject.folder / asked, prompts, Candidates, work, chunk=self.chunk)
+        groups = cached_records(subject.folder / asked, prompts, Candidates, work, chunk=self.chunk)
         items = [
             Item(id=group.prompt.id, values=_values(method, [group]), texts=_texts(group))
             for group in groups

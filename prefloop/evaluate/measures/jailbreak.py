@@ -11,21 +11,23 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.cache import digest, kept
-from prefloop.evaluate.crossed import crossed_share
-from prefloop.evaluate.harm import (
+from prefloop.evaluate.cache import cached_records, digest
+from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
+from prefloop.evaluate.questions import drawn
+from prefloop.evaluate.safety import (
+    PLAIN,
+    Attack,
     HarmJudge,
     RefusalRules,
     ThresholdJudge,
+    from_ready,
+    from_templates,
     judge_error,
+    read_goals,
     read_labelled,
 )
-from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.questions import drawn
-from prefloop.evaluate.safety import PLAIN, Attack, from_ready, from_templates, read_goals
-from prefloop.evaluate.stats import Estimate, wilson
-from prefloop.records import Message, Request, Response, Sampling
-from prefloop.seeds import derive_seed
+from prefloop.evaluate.stats import Estimate, crossed_share, wilson
+from prefloop.records import Message, Request, Response, Sampling, derive_seed
 
 JSR = "JSR"
 JSR_PLAIN = "JSR_plain"
@@ -119,7 +121,7 @@ class Jailbreak(Measure):
         options = self.model_dump(exclude=_OF_THE_ERROR)
         asked = ("jailbreak", options, subject.seed, judge.describe())
         place = subject.folder / digest(asked, attacks)
-        items = tuple(kept(place, attacks, Item, work, chunk=self.chunk))
+        items = tuple(cached_records(place, attacks, Item, work, chunk=self.chunk))
         return Outcome(_estimates(items), items, self._facts(attacks, items, judge, subject.folder))
 
     def _attacks(self) -> list[Attack]:

@@ -17,9 +17,8 @@ from pydantic import Field
 
 from prefloop.errors import DataError, ModelError, PrefloopError
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.stats import Estimate, bootstrap_mean
-from prefloop.evaluate.task_means import mean_of, share_of_strata
-from prefloop.seeds import derive_seed
+from prefloop.evaluate.stats import Estimate, bootstrap_mean, mean_of, share_of_strata
+from prefloop.records import derive_seed
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import TokenEngine

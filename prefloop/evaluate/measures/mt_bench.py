@@ -14,8 +14,7 @@ from prefloop.evaluate.cache import chunks_of, digest, kept_chunks
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
 from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, bootstrap_mean
-from prefloop.records import Message, Prompt, Record, Request, Response, Sampling
-from prefloop.seeds import derive_seed
+from prefloop.records import Message, Prompt, Record, Request, Response, Sampling, derive_seed
 
 if TYPE_CHECKING:
     from prefloop.judges import OpenJudge

@@ -10,14 +10,12 @@ from pydantic import Field
 
 from prefloop.data.rows import Located
 from prefloop.errors import DataError
-from prefloop.evaluate.cache import digest, kept
-from prefloop.evaluate.harm import RefusalRules, judge_error, read_labelled
+from prefloop.evaluate.cache import cached_records, digest
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
-from prefloop.evaluate.refusal import RULES, refuses
+from prefloop.evaluate.safety import RULES, RefusalRules, judge_error, read_labelled, refuses
 from prefloop.evaluate.stats import wilson
-from prefloop.records import Message, Record, Request, Response, Sampling
-from prefloop.seeds import derive_seed
+from prefloop.records import Message, Record, Request, Response, Sampling, derive_seed
 
 SAFE, UNSAFE = "safe", "unsafe"
 METRICS = {SAFE: "over_refusal", UNSAFE: "refusal"}
@@ -73,7 +71,7 @@ class OverRefusal(Measure):
 
         asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
         place = subject.folder / digest(asked, questions)
-        items = tuple(kept(place, questions, Item, work, chunk=self.chunk))
+        items = tuple(cached_records(place, questions, Item, work, chunk=self.chunk))
         hits = {
             metric: [item.values[metric] for item in items if metric in item.values]
             for metric in METRICS.values()

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from prefloop.data.preferences import Preference, read_preferences
 from prefloop.errors import DataError
-from prefloop.evaluate.cache import digest, kept
+from prefloop.evaluate.cache import cached_records, digest
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.questions import drawn
 from prefloop.evaluate.stats import clustered_mean
-from prefloop.evaluate.winrate import points
+from prefloop.evaluate.win_rates import points
 from prefloop.records import Request
 
 
@@ -52,7 +52,7 @@ class Preferences(Measure):
         def work(part: Sequence[Preference], number: int) -> list[Item]:
             return self._score(part, subject)
 
-        items = kept(subject.folder / asked, pairs, Item, work, chunk=self.chunk)
+        items = cached_records(subject.folder / asked, pairs, Item, work, chunk=self.chunk)
         clusters = [item.cluster for item in items]
         estimates = {
             metric: clustered_mean(

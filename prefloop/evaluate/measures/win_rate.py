@@ -12,11 +12,10 @@ from pydantic import Field
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.data.rows import READERS
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.cache import answers_of, digest, held_out_prompts, kept
+from prefloop.evaluate.cache import answers_of, cached_records, digest, held_out_prompts
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
 from prefloop.evaluate.stats import Estimate, bootstrap_mean, wilson
-from prefloop.evaluate.win_rates import length_controlled
-from prefloop.evaluate.winrate import points
+from prefloop.evaluate.win_rates import length_controlled, points
 from prefloop.records import Prompt, Record, Sampling
 
 START, TARGETS = "start", "targets"
@@ -90,7 +89,7 @@ class WinRate(Measure):
             return self._judged(part, subject)
 
         asked = digest(rows, self.both_orders)
-        items = kept(subject.folder / asked, rows, Item, work, chunk=self.chunk)
+        items = cached_records(subject.folder / asked, rows, Item, work, chunk=self.chunk)
         reasons = Counter(item.texts["no_verdict"] for item in items if "no_verdict" in item.texts)
         judged = [item for item in items if "win_rate" in item.values]
         if not judged:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prefloop.generate.engines import EngineOptions, Setting
+from prefloop.generate.engine import EngineContext, EngineOptions
 
 
 class InProcess(EngineOptions):
     """Generation in this process, on the model that is being trained; nothing is copied or converted."""
 
-    def open(self, setting: Setting) -> None:
+    def open(self, setting: EngineContext) -> None:
         """There is nothing to open."""

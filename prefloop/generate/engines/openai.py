@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from prefloop.errors import ApiError, RecipeError
 from prefloop.generate.api_client import Ask, ChatServer, Refused, Reply, ServerOptions
-from prefloop.generate.engines import EngineOptions, Probe, Setting, Weights
-from prefloop.progress import Bar
-from prefloop.records import Request, Response, Sampling, Scored
-from prefloop.seeds import derive_seed
+from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
+from prefloop.machine import Bar
+from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class OpenAI(EngineOptions, ServerOptions):
                 f"engine.model: {self.url} serves no {self.model!r}; it serves {', '.join(found)}"
             )
 
-    def open(self, setting: Setting) -> _OpenAIEngine:
+    def open(self, setting: EngineContext) -> _OpenAIEngine:
         """Connects to nothing yet."""
         return _OpenAIEngine(ChatServer(self))
 
@@ -82,10 +81,10 @@ class _OpenAIEngine:
         """Cannot be had."""
         raise NotImplementedError(_NO_LOGPROBS)
 
-    def serve(self, weights: Weights, probe: Probe) -> None:
+    def load_weights(self, weights: Weights, probe: Probe) -> None:
         """It serves its own."""
 
-    def rest(self) -> None:
+    def offload(self) -> None:
         """It holds no memory of this machine."""
 
     def close(self) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+from uuid import uuid4
 
 import httpx2
 from pydantic import Field, model_validator
 
-from prefloop.errors import RecipeError
-from prefloop.generate.engines import EngineOptions, Setting
-
-if TYPE_CHECKING:
-    from prefloop.generate.engines._vllm_engine import VLLMEngine
+from prefloop.errors import GenerationError, RecipeError
+from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
+from prefloop.generate.vllm_server import Body, Refusal, Server
+from prefloop.generate.weight_check import mismatch, probe
+from prefloop.machine import Bar
+from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for (`--max-lora-rank`)."""
+
 _HAS_VLLM = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
 
 
@@ -76,9 +82,9 @@ class VLLM(EngineOptions):
         else:
             base_model(self.url)
 
-    def open(self, setting: Setting) -> VLLMEngine:
+    def open(self, setting: EngineContext) -> VLLMEngine:
         """Starts nothing yet: which weights to serve is told later."""
-        from prefloop.generate.engines._vllm_engine import VLLMEngine
+        from prefloop.generate.engines.vllm import VLLMEngine
 
         return VLLMEngine(self, setting)
 
@@ -113,3 +119,245 @@ def base_model(url: str) -> str:
             f"engine.url {url} does not answer as a vLLM server does "
             f"({str(error) or type(error).__name__}); start it, or correct the address"
         ) from error
+
+
+_BASE = "policy"
+
+_COMPLETIONS = "/v1/completions"
+
+
+class VLLMEngine:
+    """An OutsideEngine over one server."""
+
+    def __init__(self, options: VLLM, setting: EngineContext) -> None:
+        """Starts nothing: `load_weights` does."""
+        self._options = options
+        self._setting = setting
+        self._chat = setting.chat
+        self._server = Server(
+            options.url,
+            setting.log,
+            # Twice as many as are written at a time, so that the next ones wait inside vLLM.
+            concurrency=2 * options.max_num_seqs,
+            timeout=options.answer_timeout,
+        )
+        self._served: Weights | None = None
+        self._base = _BASE
+        self._name = _BASE
+        self._before: list[float] | None = None
+        """The trainer's log-probs of the probe for the weights served so far."""
+        # A server that runs already may know adapters of other runs.
+        self._token = uuid4().hex[:8]
+        self._adapters = 0
+
+    # Weights.
+
+    def load_weights(self, weights: Weights, probe_of_trainer: Probe) -> None:
+        """Start the server, or exchange the weights, where it has not these already; then probe it."""
+        if weights == self._served:
+            return
+        old, self._served = self._served, None
+        if self._options.url is not None:
+            self._base = base_model(self._options.url)
+        elif old is None or old.model != weights.model:
+            self._server.start(self._command(weights), self._options.start_timeout)
+        last, self._name = self._name, self._base
+        if weights.adapter is not None:
+            self._adapters += 1
+            # A fresh name: what vLLM keeps by name (weights, prefixes) is never an earlier round's.
+            self._name = f"prefloop-{self._token}-{self._adapters}"
+            self._load(self._name, weights)
+        if old is not None and old.model == weights.model:
+            self._unload(last)
+        self._demand_weights(weights, [*probe_of_trainer()])
+        self._served = weights
+
+    def offload(self) -> None:
+        """End the server, where the recipe says so; `load_weights` starts it again."""
+        if not self._options.stay:
+            self.close()
+
+    def close(self) -> None:
+        """End the server that was started here; leave another one as it was found."""
+        served, self._served = self._served, None
+        if self._options.url is not None and served is not None:
+            # Whatever it says: the run is over.
+            with suppress(GenerationError):
+                self._unload(self._name)
+        self._server.stop()
+
+    def _command(self, weights: Weights) -> list[str]:
+        options, setting = self._options, self._setting
+        given: dict[str, Any] = {
+            "served-model-name": _BASE,
+            "dtype": setting.dtype,
+            # The model's own defaults (a temperature, a penalty) are nobody's wish here.
+            "generation-config": "vllm",
+            "tensor-parallel-size": options.tensor_parallel,
+            "data-parallel-size": options.data_parallel,
+            "gpu-memory-utilization": options.gpu_memory,
+            "max-num-seqs": options.max_num_seqs,
+        }
+        if setting.lora_rank is not None:
+            rank = next(rank for rank in RANKS if rank >= setting.lora_rank)
+            given |= {"max-lora-rank": rank, "max-loras": 1}
+        flags = {
+            "enable-prefix-caching": True,
+            "enable-lora": setting.lora_rank is not None,
+            "enforce-eager": options.eager,
+            "trust-remote-code": setting.trust_remote_code,
+        }
+        return [
+            *(options.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(weights.model)),
+            *(f"--{name}={value}" for name, value in given.items()),
+            # Without this vLLM 0.32 adapts the head too, and fails when asked for log-probs of a prompt.
+            *(["--lora-target-modules", *setting.lora_modules] if setting.lora_modules else []),
+            *(f"--{name}" for name, wanted in flags.items() if wanted),
+            *options.arguments,
+        ]
+
+    def _load(self, name: str, weights: Weights) -> None:
+        body = {"lora_name": name, "lora_path": str(weights.adapter)}
+        try:
+            self._server.ask("/v1/load_lora_adapter", body)
+        except Refusal as refusal:
+            raise GenerationError(
+                f"vLLM will not load the adapter {weights.adapter} ({refusal}); a server that runs "
+                "already must see this folder, and be started with --enable-lora, --max-lora-rank and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            ) from refusal
+
+    def _unload(self, name: str) -> None:
+        if name != self._base:
+            # One that was started anew meanwhile does not know it.
+            with suppress(Refusal):
+                self._server.ask("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _demand_weights(self, weights: Weights, trainer: list[float]) -> None:
+        wrong = mismatch(probe(self), trainer, self._before, self._setting.dtype)
+        if wrong is not None:
+            raise GenerationError(
+                f"vLLM does not answer with the weights in {weights.adapter or weights.model}: {wrong}; "
+                "let it serve the recipe's model in the policy's dtype, or leave out the section engine"
+            )
+        self._before = trainer
+
+    # What an engine is asked for.
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
+    ) -> list[Response]:
+        """One response per request, in their order."""
+        options = sampling.model_dump(mode="json")
+        common = {
+            "max_tokens": options.pop("max_new_tokens"),
+            **options,
+            "logprobs": 0,
+            # What ends an answer is the trainer's to say, not the model's configuration.
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self._chat.stop_ids),
+        }
+        bodies = [
+            {**common, "prompt": self._prompt(request), "seed": derive_seed(seed, place)}
+            for place, request in enumerate(requests)
+        ]
+        choices = self._complete(bodies, label)
+        stops = options.get("stop", ())
+        return [
+            self._response(choice, stops, bool(request.prefix))
+            for choice, request in zip(choices, requests, strict=True)
+        ]
+
+    def score(
+        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+    ) -> list[Scored]:
+        """Log-probability of each given answer."""
+        prompts = [self._prompt(request) for request in requests]
+        rows = [self._chat.answer_ids(answer) for answer in answers]
+        bodies = [
+            {"prompt": prompt + ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top}
+            for prompt, ids in zip(prompts, rows, strict=True)
+        ]
+        choices = self._complete(bodies, "score")
+        return [
+            self._scored(choice["prompt_logprobs"][-len(ids) :], ids, answer, top)
+            for choice, ids, answer in zip(choices, rows, answers, strict=True)
+        ]
+
+    def choose(
+        self, requests: Sequence[Request], options: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """Probability of each option as the next token, renormalised over the options."""
+        firsts = self._chat.first_ids(options)
+        bodies = [
+            {
+                "prompt": self._prompt(request),
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "logprobs": len(firsts),
+                "logprob_token_ids": firsts,
+                "return_tokens_as_token_ids": True,
+            }
+            for request in requests
+        ]
+        rows = []
+        for choice in self._complete(bodies, "choose"):
+            found = choice["logprobs"]["top_logprobs"][0]
+            rows.append(_softmax([found[f"token_id:{first}"] for first in firsts]))
+        return rows
+
+    def _complete(self, bodies: Sequence[Body], label: str) -> list[Any]:
+        """The one choice of each completion."""
+        named = [{"model": self._name, "return_token_ids": True, **body} for body in bodies]
+        with Bar(label, len(named)) as bar:
+
+            def count(answer: Any) -> None:
+                bar.advance(items=1, amount=answer["usage"]["completion_tokens"])
+
+            try:
+                answers = self._server.ask_all(_COMPLETIONS, named, count)
+            except Refusal as refusal:
+                raise GenerationError(
+                    f"vLLM refuses a request ({refusal}); lower data.max_prompt_tokens or "
+                    "method.sampling.max_new_tokens if it is too long"
+                ) from refusal
+        return [answer["choices"][0] for answer in answers]
+
+    def _prompt(self, request: Request) -> list[int]:
+        prefix = self._chat.text_ids(request.prefix) if request.prefix else []
+        return self._chat.prompt_ids(request.messages) + prefix
+
+    def _response(self, choice: Any, stops: Sequence[str], continues: bool) -> Response:
+        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        stopped = ids[-1] in self._chat.stop_ids
+        text = self._chat.decode(ids[:-1] if stopped else ids)
+        cuts = [place for place in map(text.find, stops) if place >= 0]
+        if cuts:
+            text, stopped = text[: min(cuts)], True
+        return Response(
+            text=text if continues else text.strip(),
+            token_ids=tuple(ids),
+            mean_logprob=sum(logprobs) / len(logprobs),
+            finish="stop" if stopped else "length",
+        )
+
+    def _scored(self, rows: Sequence[Any], ids: list[int], answer: str, top: int) -> Scored:
+        """`rows`: for each token of the answer, by token id, what vLLM says of it and of the likeliest ones."""
+        known = [
+            {int(token): float(entry["logprob"]) for token, entry in row.items()} for row in rows
+        ]
+        likeliest = [sorted(row.items(), key=lambda one: -one[1])[:top] for row in known]
+        return Scored(
+            token_ids=tuple(ids),
+            offsets=(*self._chat.text_offsets(answer), (len(answer), len(answer))),
+            logprobs=tuple(row[token] for row, token in zip(known, ids, strict=True)),
+            top_texts=tuple(self._chat.token_texts([t for t, _ in row]) for row in likeliest)
+            if top
+            else (),
+            top_logprobs=tuple(tuple(lp for _, lp in row) for row in likeliest) if top else (),
+        )
+
+
+def _softmax(logprobs: Sequence[float]) -> tuple[float, ...]:
+    weights = [math.exp(logprob - max(logprobs)) for logprob in logprobs]
+    return tuple(weight / math.fsum(weights) for weight in weights)

@@ -16,7 +16,7 @@ from prefloop.evaluate.measures import Subject
 from prefloop.evaluate.measures.divergence import Divergence
 from prefloop.evaluate.measures.health import Health, distinct_2_estimate
 from prefloop.evaluate.measures.preferences import Preferences
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.records import Request, Response, Sampling, Scored
 
 

@@ -12,7 +12,7 @@ import pytest
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.measures import Subject
 from prefloop.evaluate.measures.win_rate import WinRate
-from prefloop.generate.engines._fake_engine import FakeEngine
+from prefloop.generate.engines.fake import FakeEngine
 from prefloop.judges import NoVerdict, Verdict
 from prefloop.records import Prompt, Request
 
