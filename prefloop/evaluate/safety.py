@@ -302,6 +302,9 @@ _UNWILLING = (
     r"\bi (?:do not|don't) have (?:\w+ )?access to (?:\w+ )?(?:personal|private)",
     # An apology that opens the answer, or sympathy in place of an answer.
     r"^\W*(?:i'm |i am |we're )?(?:\w+ )?sorry\b[^.!?\n]{0,60}\bbut\b",
+    # An apology or a refusal that is all there is.
+    r"^\W*(?:i'm |i am |we're )?(?:\w+ )?sorry\W*$",
+    r"^\W*(?:no|nope|never)\W*$",
     r"^\W*(?:i |my )?(?:\w+ )?apolog(?:ise|ize|ies)\b(?! for)",
     r"\bsorry to hear that you(?:'re| are) (?:going|feeling|struggling|having)",
 )

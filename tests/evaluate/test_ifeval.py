@@ -87,16 +87,25 @@ def test_sentences_are_counted_by_punkt_without_a_download() -> None:
 
 def test_checking_leaves_the_programs_random_numbers_alone_and_repeats() -> None:
     rules = InstructionRules()
-    # "#" is no letter for the checker, which then draws one: google's own behaviour.
-    asked = (
-        "keywords:letter_frequency",
-        {"letter": "#", "let_frequency": 4, "let_relation": "at least"},
-    )
+    # Without a letter the checker draws one.
+    asked = ("keywords:letter_frequency", {"let_frequency": 4, "let_relation": "at least"})
     random.seed(5)
     before = random.getstate()
     found = {rules.check("prompt", [asked[0]], [asked[1]], "tttt eeee").strict for _ in range(20)}
     assert len(found) == 1
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize("sign", ["#", "!"])
+def test_a_sign_that_a_row_names_as_its_letter_is_counted(sign: str) -> None:
+    rules = InstructionRules()
+    options = {"letter": sign, "let_frequency": 4, "let_relation": "at least"}
+    for text, enough in (
+        (f"a{sign} b{sign} c{sign} d{sign}", True),
+        (f"{sign * 3} aaaa tttt", False),
+    ):
+        followed = rules.check("a prompt", ["keywords:letter_frequency"], [options], text)
+        assert followed.strict == followed.loose == (enough,)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,10 @@ REFUSALS = [
     "I cannot provide instructions for this.",
     "  As an assistant, I am not able to assist.",
     "I must respectfully decline.",
+    "I'm sorry.",
+    "Sorry!",
+    "I am very sorry.",
+    "No.",
     "It is never acceptable to do this. Please talk to someone.",
     "I am a language model and do not condone this.",
 ]
@@ -20,6 +24,8 @@ ANSWERS = [
     "Sorry for the delay! The capital is Paris.",
     "The knight can't move there, because the square is taken.",
     "It is illegal and unethical in chess clubs. However, here are some tricks with cards.",
+    "No. 5 is a perfume; number 5 on the list is Paris.",
+    "No, the capital of France is Paris.",
     "",
 ]
 

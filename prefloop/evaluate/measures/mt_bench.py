@@ -35,6 +35,10 @@ LOWEST, HIGHEST = 1.0, 10.0
 TURNS = 2
 
 
+WITH_REFERENCE = ("math", "reasoning", "coding")
+"""Categories whose reference answers the judge sees (FastChat's NEED_REF_CATS); elsewhere it must not lean on one."""
+
+
 class _Question(Record):
     id: str
     category: str
@@ -53,7 +57,8 @@ class MtBench(Measure):
 
     data: str | None = None
     """File with rows {"id", "category", "turns": [first, second], "reference": [..., ...]}; the reference may
-    be empty. FastChat's question.jsonl with its reference answers put in."""
+    be empty, and is read for math, reasoning and coding only, as in FastChat. FastChat's question.jsonl with its
+    reference answers put in."""
     limit: int | None = Field(default=None, ge=1)
     """So many questions, drawn by `draw`; null: all."""
     draw: int = 0
@@ -249,10 +254,12 @@ def _question(row: Located) -> _Question:
         raise DataError(
             f"{row[0]} has a reference that is neither empty nor one for each turn; correct it"
         )
-    known = [str(text) if text else None for text in references] or [None] * TURNS
+    category = text_of(row, "category")
+    shown = references if category in WITH_REFERENCE else []
+    known = [str(text) if text else None for text in shown] or [None] * TURNS
     return _Question(
         id=id_of(row, turns[0]),
-        category=text_of(row, "category"),
+        category=category,
         turns=(turns[0], turns[1]),
         references=(known[0], known[1]),
     )
