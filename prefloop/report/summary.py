@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prefloop.errors import RunFolderError
-from prefloop.evaluate.curves import SHARE, steps_to_share, win_rate_curve
+from prefloop.evaluate.curves import FRACTION_OF_BEST, steps_to_fraction, win_rate_curve
 from prefloop.records import CurvePoint, Pair, RoundResult
 from prefloop.report.chain import Chain, round_chains, show_chain
 from prefloop.report.console import MEASURES, show_pair, show_rounds
@@ -144,8 +144,8 @@ def show_curve(points: list[CurvePoint], console: Console) -> None:
     ]
     console.print()
     show_table(("step", "round", "win_rate", "95 % from", "to", "score"), rows, console)
-    if (step := steps_to_share(points)) is not None:
-        console.print(Text(f"steps to {SHARE:.0%} of the highest win rate: {step}"))
+    if (step := steps_to_fraction(points)) is not None:
+        console.print(Text(f"steps to {FRACTION_OF_BEST:.0%} of the highest win rate: {step}"))
 
 
 def _three_digits(value: float | None) -> str:
