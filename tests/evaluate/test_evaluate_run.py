@@ -145,7 +145,9 @@ def test_what_is_measured_already_is_not_measured_again(
     words = ("runs/r", "--set", "preferences.data=pairs.jsonl", *QUICK)
     first = shell.report(*words)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "open_subject", lambda *_: pytest.fail("the model is loaded again"))
+        patch.setattr(
+            evaluation, "open_subject", lambda *_: pytest.fail("the model is loaded again")
+        )
         second = shell.report(*words)
     rows = second["subjects"]["r"]["measures"]
     assert all(row.pop("kept_from_before") for row in rows.values())
