@@ -51,7 +51,7 @@ class Written:
     """The files of a report, and how many chains the page shows."""
 
     page: Path
-    beside: Path | None
+    chains_file: Path | None
     """All chains, gzipped JSON lines, where the page holds only some of them or cut some short."""
     shown: int
     total: int
@@ -69,24 +69,26 @@ def write_report(
         raise RunFolderError(f"{out} is a folder; name a file with --out")
     runs = [read_facts(folder) for folder in folders]
     evaluated = [subject for path in evaluations for subject in read_evaluation(path, runs)]
-    beside = out.with_name(f"{out.stem}.pairs.jsonl.gz")
+    chains_file = out.with_name(f"{out.stem}.pairs.jsonl.gz")
     # An older report and the file beside it stay until the new ones are complete.
-    temporary = beside.with_name(f".{beside.name}.part")
+    temporary = chains_file.with_name(f".{chains_file.name}.part")
     try:
         total, cut = _write_all(runs, temporary)
         sample, packed = _sample(temporary, total, limit)
         complete = sample == total and not cut
         title = ", ".join(run.name for run in runs)
         sample_note = _sample_note(sample, total, cut)
-        text = _render(runs, evaluated, title, packed, sample_note, None if complete else beside)
+        text = _render(
+            runs, evaluated, title, packed, sample_note, None if complete else chains_file
+        )
         if complete:
-            beside.unlink(missing_ok=True)
+            chains_file.unlink(missing_ok=True)
         else:
-            temporary.replace(beside)
+            temporary.replace(chains_file)
         write_atomically(out, text)
     finally:
         temporary.unlink(missing_ok=True)
-    return Written(out, None if complete else beside, sample, total)
+    return Written(out, None if complete else chains_file, sample, total)
 
 
 def _write_all(runs: Sequence[RunFacts], path: Path) -> tuple[int, int]:
@@ -156,7 +158,7 @@ def _render(
     title: str,
     packed: str,
     sample: str,
-    beside: Path | None,
+    chains_file: Path | None,
 ) -> str:
     css = _read("style.css")
     js = '(() => {\n"use strict";\n' + "\n".join(map(_read, _SCRIPTS)) + "})();\n"
@@ -201,7 +203,7 @@ def _render(
                 for name, g in groups.items()
             },
             sample=sample,
-            beside=beside.name if beside else None,
+            beside=chains_file.name if chains_file else None,
             version=version("prefloop"),
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             facts=Markup(json.dumps(facts).translate(_HTML_ESCAPES)),
