@@ -1,1 +1,1 @@
-"""People compare two policies' answers, blind: items, votes on disk, a local server with its page, results."""
+"""`prefloop annotate`: people compare two policies' answers, blind: items, votes on disk, a local server, results."""

@@ -1,4 +1,4 @@
-"""What people compare: two answers to each of the same prompts, from runs or from files."""
+"""The items of an annotation: two answers to each prompt, from runs or from files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Side: TypeAlias = Literal["a", "b"]
 _START = "start"
 
 
-class Answered(NamedTuple):
-    """A prompt with one side's answer."""
+class PromptAnswer(NamedTuple):
+    """A prompt with the answer of one side."""
 
     id: str
     messages: tuple[Message, ...]
@@ -32,13 +32,13 @@ class Answered(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class AnswerSource:
     """All answers of one side."""
 
     name: str
-    """As the report calls it, the round included: "runs/mine@2"."""
-    answers: Mapping[tuple[Message, ...], Answered]
-    """By conversation: the two sides need not have the same ids."""
+    """The side's name in the report, with its round: "runs/mine@2"."""
+    answers: Mapping[tuple[Message, ...], PromptAnswer]
+    """Conversation -> answer; prompts are matched by text, as ids may differ."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,31 @@ class Item:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is to be compared."""
+    """The two sides' names and all items."""
 
     names: Mapping[Side, str]
     items: Mapping[str, Item]
-    """By id, in A's order; prompts with identical answers are left out."""
+    """Id -> item, in A's order; prompts with identical answers are left out."""
     identical: int
-    """Prompts that both sides answer in the same words: nobody is asked about them."""
+    """Number of prompts that both sides answer in the same words; they are not shown."""
 
     @property
     def digest(self) -> str:
-        """Equal for equal prompts and answers: votes on others are not votes on these."""
-        found = sha256()
+        """A hash of prompts and answers, by which a file of votes is matched to its comparison."""
+        hasher = sha256()
         for item in self.items.values():
             turns = [f"{turn.role}\x1f{turn.content}" for turn in item.messages]
             parts = [item.id, *turns, item.answers["a"], item.answers["b"]]
-            found.update("\x1e".join([str(len(parts)), *parts, ""]).encode())
-        return found.hexdigest()[:16]
+            hasher.update("\x1e".join([str(len(parts)), *parts, ""]).encode())
+        return hasher.hexdigest()[:16]
 
 
 def read_comparison(first: str, second: str) -> Comparison:
-    """The answers of two sources to the same prompts; a source is RUN, RUN@ROUND or a file with rows.
+    """The answers of two sources to the same prompts; a source is RUN, RUN@ROUND or a file of rows.
 
-    Raises DataError where the prompts differ, with counts, and where nothing is left to compare.
+    Raises DataError, with counts, where the prompts differ, and where no item is left to compare.
     """
-    sides: dict[Side, Source] = {"a": read_source(first), "b": read_source(second)}
+    sides: dict[Side, AnswerSource] = {"a": read_source(first), "b": read_source(second)}
     a, b = sides["a"], sides["b"]
     if a.name == b.name:
         raise DataError(f"both sides are {a.name}; name two rounds (RUN@0 RUN@1), runs or files")
@@ -88,9 +88,9 @@ def read_comparison(first: str, second: str) -> Comparison:
             "same held-out prompts, or write files with the prompts of both"
         )
     items = {
-        found.id: Item(found.id, turns, {"a": found.answer, "b": b.answers[turns].answer})
-        for turns, found in a.answers.items()
-        if found.answer.split() != b.answers[turns].answer.split()
+        answered.id: Item(answered.id, turns, {"a": answered.answer, "b": b.answers[turns].answer})
+        for turns, answered in a.answers.items()
+        if answered.answer.split() != b.answers[turns].answer.split()
     }
     if not items:
         raise DataError(
@@ -100,38 +100,38 @@ def read_comparison(first: str, second: str) -> Comparison:
     return Comparison(names, items, len(a.answers) - len(items))
 
 
-def read_source(text: str) -> Source:
-    """One side's answers. Raises DataError or RunFolderError with the place."""
+def read_source(text: str) -> AnswerSource:
+    """One side's answers. Raises DataError or RunFolderError, naming the file and line."""
     path, round_name = Path(text), None
     if not path.exists() and (named := re.fullmatch(rf"(.+)@(\d+|{_START})", text)):
         path, round_name = Path(named[1]), named[2]
     if path.is_dir():
         round_dir = _round(path, round_name)
-        answers: Iterator[Answered] = _of_round(round_dir)
+        answers: Iterator[PromptAnswer] = _answers_of_round(round_dir)
         name = f"{path}@{_name(round_dir)}"
     elif round_name is None and path.suffix.lower() in READERS:
-        answers, name = _of_file(text), text
+        answers, name = _answers_of_file(text), text
     else:
         raise DataError(
             f"{text} is neither a run's folder nor a file of answers; name RUN, RUN@ROUND or a .jsonl file "
             'with lines {"prompt": ..., "answer": ...}'
         )
-    found: dict[tuple[Message, ...], Answered] = {}
+    answers_by_conversation: dict[tuple[Message, ...], PromptAnswer] = {}
     ids: set[str] = set()
     for answered in answers:
-        if answered.messages in found or answered.id in ids:
+        if answered.messages in answers_by_conversation or answered.id in ids:
             raise DataError(
                 f"{name} answers the prompt {answered.id!r} twice; leave one answer a prompt"
             )
-        found[answered.messages] = answered
+        answers_by_conversation[answered.messages] = answered
         ids.add(answered.id)
-    if not found:
+    if not answers_by_conversation:
         raise DataError(f"{name} holds no answers; name another round or file")
-    return Source(name, found)
+    return AnswerSource(name, answers_by_conversation)
 
 
 def _round(path: Path, name: str | None) -> RoundDir:
-    """The round that was asked for, else the last one with held-out answers."""
+    """The named round, else the last one with held-out answers."""
     run = read_run(path)
     answered = [
         round_dir
@@ -157,21 +157,23 @@ def _name(round_dir: RoundDir) -> str:
     return _START if round_dir.number < 0 else str(round_dir.number)
 
 
-def _of_round(round_dir: RoundDir) -> Iterator[Answered]:
+def _answers_of_round(round_dir: RoundDir) -> Iterator[PromptAnswer]:
     for group in round_dir.stream("answers", Candidates):
-        yield Answered(group.prompt.id, group.prompt.messages, group.responses[ANSWER].text)
+        yield PromptAnswer(group.prompt.id, group.prompt.messages, group.responses[ANSWER].text)
 
 
-def _of_file(source: str) -> Iterator[Answered]:
-    stem, rows = open_rows(source, "eval", None, "train")
+def _answers_of_file(source: str) -> Iterator[PromptAnswer]:
+    name_prefix, rows = open_rows(source, "eval", None, "train")
     for number, (where, row) in enumerate(rows, start=1):
         answer = row.get("answer")
         if not isinstance(answer, str) or answer.strip():
             answer = filled_text(where, "answer", answer)
-        # else the model has said nothing, and that is an answer too
-        given = row.get("id")
-        name = f"{stem}-{number}" if given is None else filled_text(where, "id", str(given))
-        yield Answered(name, tuple(_conversation(where, row)), answer)
+        # An empty answer is allowed: the model said nothing.
+        row_id = row.get("id")
+        name = (
+            f"{name_prefix}-{number}" if row_id is None else filled_text(where, "id", str(row_id))
+        )
+        yield PromptAnswer(name, tuple(_conversation(where, row)), answer)
 
 
 def _conversation(where: str, row: Row) -> list[Message]:
@@ -184,43 +186,46 @@ def _conversation(where: str, row: Row) -> list[Message]:
     return turns
 
 
-class Plan(Record):
-    """The options of a round of annotation, kept in the file of votes."""
+class AnnotationPlan(Record):
+    """The options of an annotation, stored in the file of votes."""
 
     seed: int = 0
-    """Draws the order of the items and the sides, for each annotator by name."""
+    """Seed of each annotator's order of items and of sides."""
     each: int | None = Field(default=None, ge=1)
     """Items that each annotator sees; None: all."""
     shared: int | None = Field(default=None, ge=0)
-    """Of them, how many are the same for everybody, so that agreement can be told; None: a fifth of `each`."""
+    """How many of them all annotators see, to measure agreement; None: a fifth of `each`."""
 
     def order(self, items: Sequence[str], annotator: str, number: int) -> list[str]:
         """The items of one annotator, in the order in which they are shown.
 
-        `number` counts annotators from 0 as they came. All share the same first items of a seeded
-        permutation; from the others each takes the stretch after the one before, round and round, so that
-        every item has as many votes as any other, or one more.
+        `number` counts annotators from 0 in the order of joining. All get the same first items of a seeded
+        permutation; of the others each gets the next ones, cyclically, so that the items' numbers of votes differ
+        by one at most.
         """
-        drawn = list(items)
-        Random(derive_seed(self.seed, "items")).shuffle(drawn)
-        if self.each is not None and self.each < len(drawn):
+        order = list(items)
+        Random(derive_seed(self.seed, "items")).shuffle(order)
+        if self.each is not None and self.each < len(order):
             shared = self.each // 5 if self.shared is None else self.shared
-            rest, own = drawn[shared:], self.each - shared
-            stretch = [rest[(number * own + place) % len(rest)] for place in range(own)]
-            drawn = [*drawn[:shared], *stretch]
-        Random(derive_seed(self.seed, "order", annotator)).shuffle(drawn)
-        return drawn
+            individual, own_count = order[shared:], self.each - shared
+            own_items = [
+                individual[(number * own_count + index) % len(individual)]
+                for index in range(own_count)
+            ]
+            order = [*order[:shared], *own_items]
+        Random(derive_seed(self.seed, "order", annotator)).shuffle(order)
+        return order
 
     def first(self, annotator: str, item: str) -> Side:
-        """Whose answer is "Answer 1": on the left, or above where the page is narrow."""
+        """The side that is shown as "Answer 1": on the left, or above where the page is narrow."""
         return "b" if derive_seed(self.seed, "side", annotator, item) % 2 else "a"
 
 
-def make_plan(seed: int, each: int | None, shared: int | None) -> Plan:
+def make_plan(seed: int, each: int | None, shared: int | None) -> AnnotationPlan:
     """A plan from the options of the command line. Raises DataError where they contradict each other."""
     if shared is not None and (each is None or shared > each):
         raise DataError(
             f"--shared {shared} needs --each with at least that number; without --each everybody sees "
             "all items"
         )
-    return Plan(seed=seed, each=each, shared=shared)
+    return AnnotationPlan(seed=seed, each=each, shared=shared)

@@ -1,4 +1,4 @@
-"""What the votes say: win rate, agreement, who voted how, and whether the first answer had it easier."""
+"""The results of an annotation: win rate, figures by annotator, agreement, position bias."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
 def results(
-    comparison: Comparison, ballots: Ballots, *, torn: int = 0, seed: int = 0
+    comparison: Comparison, ballots: Ballots, *, torn_bytes: int = 0, seed: int = 0
 ) -> dict[str, Any]:
-    """All figures as plain values; estimates are {value, low, high, count} with 95 % intervals, or None.
+    """All figures as JSON values; estimates are {value, low, high, count} with 95 % intervals, or None.
 
     A prompt's value is the mean over its votes of 1 for A, 1/2 for a tie, 0 for B, and the win rate is the mean
     over prompts, so that prompts with many votes weigh no more; intervals resample prompts. `with_identical`
@@ -37,7 +37,7 @@ def results(
         "prompts": len(comparison.items),
         "identical": comparison.identical,
         "judged": len(means),
-        "torn_bytes": torn,
+        "torn_bytes": torn_bytes,
         "everybody": _figures(votes, seed),
         "with_identical": _plain(bootstrap_mean([*means, *identical], seed=seed))
         if complete and identical
@@ -48,19 +48,21 @@ def results(
 
 
 def _figures(votes: Sequence[Vote], seed: int) -> dict[str, Any]:
-    decided = [vote for vote in votes if vote.choice != "skip"]
-    choices = Counter(vote.choice for vote in decided)
+    decisions = [vote for vote in votes if vote.choice != "skip"]
+    choices = Counter(vote.choice for vote in decisions)
     skipped = Counter(vote.reason for vote in votes if vote.choice == "skip")
     seconds = [vote.seconds for vote in votes if vote.seconds is not None]
     return {
         "win_rate": _plain(bootstrap_mean(list(_by_prompt(votes).values()), seed=seed)),
-        "votes": len(decided),
+        "votes": len(decisions),
         "a": choices["a"],
         "tie": choices["tie"],
         "b": choices["b"],
         "first_wins": _plain(
             clustered_mean(
-                [_first_wins(vote) for vote in decided], [vote.item for vote in decided], seed=seed
+                [_first_wins(vote) for vote in decisions],
+                [vote.item for vote in decisions],
+                seed=seed,
             )
         ),
         "skipped": sum(skipped.values()),
@@ -75,11 +77,11 @@ def _by_prompt(votes: Sequence[Vote]) -> dict[str, float]:
     for vote in votes:
         if vote.choice != "skip":
             points[vote.item].append(_POINTS[vote.choice])
-    return {item: sum(found) / len(found) for item, found in sorted(points.items())}
+    return {item: sum(values) / len(values) for item, values in sorted(points.items())}
 
 
 def _first_wins(vote: Vote) -> float:
-    """1 where the answer that was shown first won, 1/2 for a tie."""
+    """1 where the answer shown first won, 1/2 for a tie, else 0."""
     return 0.5 if vote.choice == "tie" else float(vote.choice == vote.first)
 
 
@@ -97,12 +99,12 @@ def _agreement(by_name: Mapping[str, Sequence[Vote]], seed: int) -> dict[str, An
     same = [x == y for unit in common for x, y in combinations(unit.values(), 2)]
     if len(people) == 2:
         measure = "Cohen's kappa"
-        found = cohen_kappa(*([unit[name] for unit in common] for name in people), seed=seed)
+        estimate = cohen_kappa(*([unit[name] for unit in common] for name in people), seed=seed)
     else:
-        measure, found = "Krippendorff's alpha", krippendorff_alpha(common, seed=seed)
+        measure, estimate = "Krippendorff's alpha", krippendorff_alpha(common, seed=seed)
     return {
         "measure": measure,
-        "estimate": _plain(found),
+        "estimate": _plain(estimate),
         "people": len(people),
         "items": len(common),
         "same": sum(same) / len(same),

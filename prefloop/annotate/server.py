@@ -1,9 +1,9 @@
 """The local server of the annotation page: three files and three calls, for people who have the link.
 
-Nothing here trusts the network. The link carries a secret of this session in its fragment, which browsers
-send to nobody; each call repeats it in a header, so that no other page, and nobody else on the
-machine, can read answers or vote. The Host header must name this machine as its user does: a foreign
-name that resolves to it (DNS rebinding) is refused. The page may load from here only, and runs no script but its own.
+The link's fragment, which browsers never send, holds a secret token; each call sends it in a header, so that
+no other page and no other user of the machine can read answers or vote. The Host header must be this machine's
+own name or address: a foreign name that resolves to it (DNS rebinding) is refused. The page loads from this
+server only, and runs no other script.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _FILES = {
     "/annotate.css": ("annotate.css", "text/css; charset=utf-8"),
     "/annotate.js": ("annotate.js", "text/javascript; charset=utf-8"),
 }
-_POLICY = (
+_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": _SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_LONGEST_BODY = 2**16
+_MAX_BODY_BYTES = 2**16
 _SECONDS_PER_REQUEST = 30
 
 
@@ -70,7 +70,7 @@ class _Undo(Record):
 
 
 class Refused(Exception):
-    """A request that gets a status and a sentence instead of an answer."""
+    """A refused request: HTTP status and error message."""
 
     def __init__(self, status: HTTPStatus, sentence: str) -> None:
         super().__init__(sentence)
@@ -78,15 +78,15 @@ class Refused(Exception):
 
 
 class AnnotationServer(ThreadingHTTPServer):
-    """Serves one desk until it is shut down."""
+    """Serves one annotation until it is shut down."""
 
     daemon_threads = True
     # A thread that waits for a browser must not keep the command from ending.
     block_on_close = False
 
-    def __init__(self, desk: AnnotationService, host: str = LOOPBACK, port: int = 0) -> None:
-        """Bind; port 0 takes a free one. Raises PrefloopError where that cannot be."""
-        self.desk = desk
+    def __init__(self, service: AnnotationService, host: str = LOOPBACK, port: int = 0) -> None:
+        """Bind; port 0 takes a free one. Raises PrefloopError where binding fails."""
+        self.service = service
         self.token = secrets.token_urlsafe(24)
         self.host = host
         if ":" in host:
@@ -110,30 +110,30 @@ class AnnotationServer(ThreadingHTTPServer):
         self.server_name, self.server_port = self.host, self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a browser that hung up; anything else is a bug, and its traceback is shown."""
+        """Ignore closed connections; anything else is a bug, and its traceback is shown."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
     @property
     def link(self) -> str:
-        """What an annotator opens; where all addresses are bound, by the machine's own name."""
+        """The URL for annotators; it has the machine's own name where all addresses are bound."""
         host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/#{self.token}"
 
-    def knows(self, host: str | None) -> bool:
+    def is_own_host(self, host: str | None) -> bool:
         """Whether a Host header names this machine. The port may differ: SSH can forward from another."""
         name = _host_name(f"//{host}") if host else None
         if name is None:
             return False
         if is_loopback(self.host):
             return is_loopback(name)
-        # A rebinding attack comes by a name of the attacker's, never by an address.
+        # DNS rebinding uses the attacker's host name, never an address.
         own = (self.host.lower(), socket.gethostname().lower())
         return is_loopback(name) or _is_address(name) or name in own
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address or name."""
+    """Whether an address or name can be reached from this machine only."""
     return host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
 
 
@@ -153,19 +153,19 @@ def _host_name(url: str) -> str | None:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request."""
+    """Handles one request."""
 
     server: AnnotationServer
     timeout = _SECONDS_PER_REQUEST
     server_version, sys_version = "prefloop", ""
 
     def log_message(self, *_: object) -> None:
-        """Requests are not logged: the terminal is for who came and who is done."""
+        """Log nothing: the terminal shows who joined and who is done."""
 
     def do_GET(self) -> None:
-        """One of the page's files."""
-        if not self.server.knows(self.headers["Host"]):
-            self._refuse(_strange_host(self.headers["Host"]))
+        """Send one of the page's files."""
+        if not self.server.is_own_host(self.headers["Host"]):
+            self._refuse(_wrong_host(self.headers["Host"]))
         elif self.path in _FILES:
             name, kind = _FILES[self.path]
             self._send(HTTPStatus.OK, (_PAGE / name).read_bytes(), kind)
@@ -175,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(Refused(HTTPStatus.NOT_FOUND, "there is nothing here"))
 
     def do_POST(self) -> None:
-        """One of the calls; the answer is the annotator's state, or {"error": a sentence}."""
+        """Handle a call; the response is the annotator's state, or {"error": message}."""
         try:
             state = self._call(self._checked_body())
         except Refused as refused:
@@ -189,26 +189,26 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, state)
 
     def _call(self, body: bytes) -> dict[str, Any]:
-        desk = self.server.desk
+        service = self.server.service
         try:
             if self.path == "/api/join":
-                return desk.join(_Join.model_validate_json(body).name)
+                return service.join(_Join.model_validate_json(body).name)
             if self.path == "/api/undo":
                 undo = _Undo.model_validate_json(body)
-                return desk.undo(undo.name, undo.item)
+                return service.undo(undo.name, undo.item)
             if self.path == "/api/vote":
                 vote = _Vote.model_validate_json(body)
-                return desk.vote(vote.name, vote.item, vote.answer, vote.reason, vote.seconds)
+                return service.vote(vote.name, vote.item, vote.answer, vote.reason, vote.seconds)
         except ValidationError as error:
             sentence = f"the page sent what this server does not know ({error.errors()[0]['msg']})"
             raise Refused(HTTPStatus.BAD_REQUEST, sentence) from error
         raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here")
 
     def _checked_body(self) -> bytes:
-        """The body of a call that comes from our page, in full."""
+        """The body of a call, after checking host, origin, token, type and length. Raises Refused."""
         host, origin = self.headers["Host"], self.headers["Origin"]
-        if not self.server.knows(host):
-            raise _strange_host(host)
+        if not self.server.is_own_host(host):
+            raise _wrong_host(host)
         if origin is not None and origin.partition("://")[2].lower() != host.lower():
             raise Refused(HTTPStatus.FORBIDDEN, "another site's page may not vote here")
         token = self.headers["X-Prefloop-Token"] or ""
@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Content-Type"] != "application/json":
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be application/json")
         length = self.headers["Content-Length"] or ""
-        if not length.isdecimal() or int(length) > _LONGEST_BODY:
+        if not length.isdecimal() or int(length) > _MAX_BODY_BYTES:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the body is too long")
         return self.rfile.read(int(length))
 
@@ -228,7 +228,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_json(refused.status, {"error": str(refused)})
 
     def _send_json(self, status: HTTPStatus, value: object) -> None:
-        # As ASCII: no text, however broken, can fail to be encoded.
+        # As ASCII, so that lone surrogates can be encoded too.
         self._send(status, json.dumps(value).encode("ascii"), "application/json")
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _strange_host(host: str | None) -> Refused:
+def _wrong_host(host: str | None) -> Refused:
     return Refused(
         HTTPStatus.MISDIRECTED_REQUEST,
         f"this server is not {host!r}; open the link that prefloop annotate printed",

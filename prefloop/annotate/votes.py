@@ -1,8 +1,7 @@
-"""Votes on disk: one line each, flushed and synced before anybody is told that they count.
+"""Votes on disk: an append-only log, one line per event, synced before a vote is acknowledged.
 
-Nothing is ever taken back from the file: undoing is a line, and so is voting again. What stands is
-what replaying the lines gives, so the file survives a kill at any moment; a torn last line was never
-acknowledged and is given again.
+Undo and changed votes are lines too; the current votes result from replaying all lines. So the file survives a
+kill at any moment: a torn last line was never acknowledged, and the annotator votes again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from prefloop.annotate.items import Comparison, Plan, Side
+from prefloop.annotate.items import AnnotationPlan, Comparison, Side
 from prefloop.errors import DataError, RunFolderError
 from prefloop.records import Record
 
@@ -27,8 +26,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-class Head(Record):
-    """The first line: what the votes are about."""
+class Header(Record):
+    """The first line: the sides, the items and the options that the votes belong to."""
 
     kind: Literal["round"] = "round"
     a: str
@@ -36,13 +35,13 @@ class Head(Record):
     items: int
     identical: int
     digest: str
-    """Of prompts and answers; votes go on only with the same ones."""
-    plan: Plan
+    """Hash of prompts and answers; votes can be added only for the same ones."""
+    plan: AnnotationPlan
     time: str = Field(default_factory=_now)
 
 
 class Joined(Record):
-    """Somebody gave a name for the first time."""
+    """An annotator joined for the first time."""
 
     kind: Literal["annotator"] = "annotator"
     annotator: str
@@ -50,24 +49,24 @@ class Joined(Record):
 
 
 class Vote(Record):
-    """One decision."""
+    """One annotator's decision on one item."""
 
     kind: Literal["vote"] = "vote"
     annotator: str
     item: str
     choice: Choice
-    """The side that is better, whatever side it was shown on."""
+    """The better side ("a" or "b", wherever it was shown), or tie, or skip."""
     first: Side
     """The side that was shown as Answer 1."""
     reason: str | None = None
     """Why it was skipped."""
     seconds: float | None = Field(default=None, ge=0)
-    """From when the item was shown, as the page measured it."""
+    """Seconds since the item was shown, as the page measured them."""
     time: str = Field(default_factory=_now)
 
 
 class Undo(Record):
-    """The annotator took the vote on this item back."""
+    """The annotator withdrew the vote on this item."""
 
     kind: Literal["undo"] = "undo"
     annotator: str
@@ -75,87 +74,87 @@ class Undo(Record):
     time: str = Field(default_factory=_now)
 
 
-Line: TypeAlias = Head | Joined | Vote | Undo
+Line: TypeAlias = Header | Joined | Vote | Undo
 _LINE: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
-def key(annotator: str) -> str:
-    """Equal for spellings of one name: "Anna" and " anna "."""
+def annotator_key(annotator: str) -> str:
+    """A normalised name, equal for "Anna" and " anna "."""
     return " ".join(annotator.split()).casefold()
 
 
 class Ballots:
-    """What stands after all lines so far."""
+    """The current votes after all lines so far."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
-        """Annotators by key, as they came."""
+        """Annotators' names by `annotator_key`, in the order of joining."""
         self._votes: dict[str, dict[str, Vote]] = {}
 
     def votes(self, annotator: str) -> Mapping[str, Vote]:
-        """One annotator's standing votes by item, oldest first."""
+        """One annotator's current votes by item, oldest first."""
         return self._votes.get(annotator, {})
 
     def apply(self, line: Line) -> None:
-        """Take one line into account."""
-        if isinstance(line, Head):
+        """Update the votes by one line."""
+        if isinstance(line, Header):
             return
-        who = key(line.annotator)
-        votes = self._votes.setdefault(who, {})
-        self.names.setdefault(who, line.annotator)
+        annotator = annotator_key(line.annotator)
+        votes = self._votes.setdefault(annotator, {})
+        self.names.setdefault(annotator, line.annotator)
         if not isinstance(line, Joined):
             votes.pop(line.item, None)  # a new vote is the newest one
         if isinstance(line, Vote):
             votes[line.item] = line
 
 
-class Stored:
-    """What a file of votes holds."""
+class StoredVotes:
+    """The contents of a file of votes."""
 
     def __init__(self, path: Path) -> None:
-        """Read it whole. Raises DataError where a line before the last is damaged."""
+        """Read all lines. Raises DataError where a line before the last is damaged."""
         data = path.read_bytes()
-        self.head: Head | None = None
+        self.header: Header | None = None
         self.ballots = Ballots()
-        self.whole = len(data)
-        """Bytes that are whole lines, or a last line that lacks its line break only."""
-        self.torn = 0
-        """Bytes of a last line that a kill or a full disk cut off."""
+        self.whole_bytes = len(data)
+        """Bytes of complete lines; the last one may lack its line break."""
+        self.torn_bytes = 0
+        """Bytes of an incomplete last line, cut off by a kill or a full disk."""
         lines = data.splitlines(keepends=True)
         for number, text in enumerate(lines, start=1):
             try:
                 line = _LINE.validate_json(text)
             except ValidationError as error:
                 if number == len(lines) and not text.endswith(b"\n"):
-                    self.torn = len(text)
-                    self.whole -= self.torn
+                    self.torn_bytes = len(text)
+                    self.whole_bytes -= self.torn_bytes
                     break
                 raise DataError(
                     f"{path}:{number} is no vote ({error.errors()[0]['msg']}); correct that line or take it out"
                 ) from error
-            if isinstance(line, Head) != (number == 1):
+            if isinstance(line, Header) != (number == 1):
                 raise DataError(f"{path}:{number} is not where it belongs; begin another --votes")
-            if isinstance(line, Head):
-                self.head = line
+            if isinstance(line, Header):
+                self.header = line
             self.ballots.apply(line)
 
 
-def read_votes(path: Path, comparison: Comparison) -> Stored:
-    """The votes so far, to look at; changes nothing in the file. Raises DataError where there are none."""
-    stored = Stored(path) if path.is_file() else None
-    if stored is None or stored.head is None:
+def read_votes(path: Path, comparison: Comparison) -> StoredVotes:
+    """Read the votes so far, without changing the file. Raises DataError where there are none."""
+    stored = StoredVotes(path) if path.is_file() else None
+    if stored is None or stored.header is None:
         raise DataError(
             f"there are no votes in {path}; begin with the same command without --report"
         )
-    _same_answers(path, stored.head, comparison)
+    _check_same_answers(path, stored.header, comparison)
     return stored
 
 
 class VoteFile:
-    """A file of votes that this process alone appends to."""
+    """A file of votes, locked and open for appending."""
 
-    def __init__(self, path: Path, comparison: Comparison, plan: Plan) -> None:
-        """Begin the file or go on with it. Raises RunFolderError or DataError where that cannot be."""
+    def __init__(self, path: Path, comparison: Comparison, plan: AnnotationPlan) -> None:
+        """Create or reopen the file. Raises RunFolderError where it is in use, DataError where it is another annotation's."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("ab", buffering=0)
@@ -167,23 +166,20 @@ class VoteFile:
                 f"{path} is in use by another prefloop annotate; use that one, or name another --votes"
             ) from error
         try:
-            stored = Stored(path)
-            self.ballots, self.torn = stored.ballots, stored.torn
-            self._mend(stored)
-            if stored.head is None:
-                self.append(_head(comparison, plan))
+            stored = StoredVotes(path)
+            self.ballots, self.torn_bytes = stored.ballots, stored.torn_bytes
+            self._repair_last_line(stored)
+            if stored.header is None:
+                self.append(_header(comparison, plan))
             else:
-                _same_answers(path, stored.head, comparison)
-                _same_plan(path, stored.head.plan, plan)
+                _check_same_answers(path, stored.header, comparison)
+                _check_same_plan(path, stored.header.plan, plan)
         except BaseException:
             self._file.close()
             raise
 
     def append(self, line: Line) -> None:
-        """Write one line and wait until it is on the disk; only then does it count.
-
-        Where the disk refuses, nothing of the line stays behind. Raises OSError.
-        """
+        """Write one line and sync it to the disk. Raises OSError, with nothing of the line left behind."""
         size = self._size()
         data = memoryview(line.model_dump_json().encode() + b"\n")
         try:
@@ -196,21 +192,21 @@ class VoteFile:
         self.ballots.apply(line)
 
     def close(self) -> None:
-        """Let another process have the file."""
+        """Close the file and release its lock."""
         self._file.close()
 
     def _size(self) -> int:
         return os.fstat(self._file.fileno()).st_size
 
-    def _mend(self, stored: Stored) -> None:
-        """Cut a torn line off; give a whole one the line break that it lacks."""
-        os.truncate(self.path, stored.whole)
-        if stored.whole and not self.path.read_bytes().endswith(b"\n"):
+    def _repair_last_line(self, stored: StoredVotes) -> None:
+        """Cut off an incomplete last line; add the line break that a complete one lacks."""
+        os.truncate(self.path, stored.whole_bytes)
+        if stored.whole_bytes and not self.path.read_bytes().endswith(b"\n"):
             self._file.write(b"\n")
 
 
-def _head(comparison: Comparison, plan: Plan) -> Head:
-    return Head(
+def _header(comparison: Comparison, plan: AnnotationPlan) -> Header:
+    return Header(
         a=comparison.names["a"],
         b=comparison.names["b"],
         items=len(comparison.items),
@@ -220,7 +216,7 @@ def _head(comparison: Comparison, plan: Plan) -> Head:
     )
 
 
-def _same_answers(path: Path, old: Head, new: Comparison) -> None:
+def _check_same_answers(path: Path, old: Header, new: Comparison) -> None:
     if old.digest != new.digest:
         raise DataError(
             f"{path} holds votes on other prompts or answers ({old.a} against {old.b}, {old.items} items); "
@@ -228,7 +224,7 @@ def _same_answers(path: Path, old: Head, new: Comparison) -> None:
         )
 
 
-def _same_plan(path: Path, old: Plan, new: Plan) -> None:
+def _check_same_plan(path: Path, old: AnnotationPlan, new: AnnotationPlan) -> None:
     if old != new:
         given = {name: value for name, value in old.model_dump().items() if value is not None}
         options = " ".join(f"--{name} {value}" for name, value in given.items())

@@ -1,4 +1,4 @@
-"""The command line: verbs only, each a few lines; what is heavy is imported inside its verb."""
+"""The command line: one short function per verb; heavy modules are imported inside their verb."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SetOption = Annotated[
 
 
 class Kind(StrEnum):
-    """What `ls` can list."""
+    """The kinds of things that `ls` lists."""
 
     methods = "methods"
     judges = "judges"
@@ -66,7 +66,7 @@ class Kind(StrEnum):
 
 
 class Format(StrEnum):
-    """What `export` can write."""
+    """The file formats that `export` writes."""
 
     jsonl = "jsonl"
     parquet = "parquet"
@@ -75,40 +75,41 @@ class Format(StrEnum):
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 for success, 1 where a cell of a comparison failed, 2 for an error that is the user's to mend, 130 for Ctrl-C, 143 for SIGTERM.
+    Exit codes: 0 success, 1 a cell of a comparison failed, 2 an error that the user can correct, 130 Ctrl-C,
+    143 SIGTERM.
     """
-    before = signal.signal(signal.SIGTERM, _terminate)
+    previous_handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="prefloop")
     except SystemExit as end:
         if end.code in (130, _TERMINATED):
-            _complain("interrupted; the same command goes on where it stopped")
+            _print_error("interrupted; the same command goes on where it stopped")
         raise
     except PrefloopError as error:
-        _complain(str(error))
+        _print_error(str(error))
         sys.exit(2)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         remedy = _REMEDIES.get(error.errno or 0, "mend that, then try again")
-        _complain(f"{where}{error.strerror or error}; {remedy}")
+        _print_error(f"{where}{error.strerror or error}; {remedy}")
         sys.exit(2)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _terminate(*_: object) -> None:
     sys.exit(_TERMINATED)
 
 
-def _complain(sentence: str) -> None:
-    """One line on stderr, whatever a library's message or a file's text brought into it."""
+def _print_error(sentence: str) -> None:
+    """Print one line on stderr, without line breaks and control characters of library messages or files."""
     line = " ".join(sentence.split())
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-    typer.echo(f"prefloop: {shown}", err=True)
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    typer.echo(f"prefloop: {printable}", err=True)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(f"prefloop {__version__}")
         raise typer.Exit
 
@@ -178,18 +179,18 @@ def export(
     from prefloop.data.export import export_pairs
     from prefloop.run_folder import read_run
 
-    pairs = [pair for _, found in read_run(run_folder).pairs(rounds) for pair in found]
-    # TRL ends every answer's turn, which an answer that was cut off never did.
+    pairs = [pair for _, round_pairs in read_run(run_folder).pairs(rounds) for pair in round_pairs]
+    # TRL adds an end of turn to every answer, which would be wrong for a cut-off one.
     finished = [pair for pair in pairs if not pair.unfinished]
     if pairs and not finished:
         raise DataError(
             f"every pair of {run_folder} has a cut-off answer; begin a run with a higher "
             "method.sampling.max_new_tokens"
         )
-    done = export_pairs(finished, out, kind.value)
+    exported = export_pairs(finished, out, kind.value)
     left_out = len(pairs) - len(finished)
     typer.echo(
-        f"{done.pairs} pairs in {done.path}"
+        f"{exported.pairs} pairs in {exported.path}"
         + (f"; {left_out} cut-off ones left out" * bool(left_out))
     )
 
@@ -292,11 +293,11 @@ def _engines() -> dict[str, str]:
     return _plugins(package, EngineOptions, "engine")
 
 
-def _plugins(package: ModuleType, base: type, what: str) -> dict[str, str]:
+def _plugins(package: ModuleType, base: type, kind: str) -> dict[str, str]:
     from prefloop.config import find_plugin, plugin_names
 
     return {
-        name: _first_line(find_plugin(package, name, base, what)) for name in plugin_names(package)
+        name: _first_line(find_plugin(package, name, base, kind)) for name in plugin_names(package)
     }
 
 
@@ -332,5 +333,5 @@ def _models() -> dict[str, str]:
     return {f"embedded:{name}": model.about for name, model in EMBEDDED.items()}
 
 
-def _first_line(documented: type) -> str:
-    return (documented.__doc__ or "").strip().partition("\n")[0]
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]

@@ -13,7 +13,7 @@ import typer
 from prefloop.errors import DataError
 
 if TYPE_CHECKING:
-    from prefloop.annotate.items import Comparison, Plan
+    from prefloop.annotate.items import AnnotationPlan, Comparison
 
 
 def annotate(  # noqa: PLR0913 - an option of the command line is a parameter
@@ -59,24 +59,24 @@ def annotate(  # noqa: PLR0913 - an option of the command line is a parameter
     path = votes or _default_votes(comparison)
     if report:
         stored = read_votes(path, comparison)
-        found = results(comparison, stored.ballots, torn=stored.torn)
+        outcome = results(comparison, stored.ballots, torn_bytes=stored.torn_bytes)
     else:
         text = None if instructions is None else _text(instructions)
         plan = make_plan(seed, each, shared)
-        found = _serve(comparison, plan, path, text, host, port, to_stderr=as_json)
+        outcome = _serve(comparison, plan, path, text, host, port, to_stderr=as_json)
     if as_json:
-        typer.echo(json.dumps(found, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(outcome, indent=1, ensure_ascii=False))
         return
     from rich.console import Console
 
     from prefloop.report.annotations import show_annotations
 
-    show_annotations(found, Console(highlight=False))
+    show_annotations(outcome, Console(highlight=False))
 
 
 def _serve(
     comparison: Comparison,
-    plan: Plan,
+    plan: AnnotationPlan,
     path: Path,
     instructions: str | None,
     host: str,
@@ -95,12 +95,12 @@ def _serve(
         (sys.stderr if to_stderr else sys.stdout).flush()
 
     file = VoteFile(path, comparison, plan)
-    desk = AnnotationService(comparison, plan, file, instructions=instructions, say=say)
+    service = AnnotationService(comparison, plan, file, instructions=instructions, say=say)
     try:
-        with AnnotationServer(desk, host, port) as server:
-            if file.torn:
+        with AnnotationServer(service, host, port) as server:
+            if file.torn_bytes:
                 say(
-                    f"note: the last line of {path} was torn ({file.torn} bytes) and is cut off; that vote does not count"
+                    f"note: the last line of {path} was torn ({file.torn_bytes} bytes) and is cut off; that vote does not count"
                 )
             if not is_loopback(host):
                 typer.echo(
@@ -115,7 +115,7 @@ def _serve(
     except KeyboardInterrupt:
         typer.echo("", err=True)  # the terminal has printed ^C
     finally:
-        desk.close()
+        service.close()
     return results(comparison, file.ballots)
 
 

@@ -39,48 +39,50 @@ def compare(
     The same command goes on where it stopped. Exits with 1 where a cell failed; the others are played.
     """
     from prefloop.compare.file import cells, load_comparison
-    from prefloop.compare.run import sharing
+    from prefloop.compare.run import describe_reuse
     from prefloop.recipe.check import check_recipe
     from prefloop.run_folder import alone_in
 
     loaded = load_comparison(comparison)
     folder = out or Path("runs") / comparison.stem
-    every, notes = cells(loaded, folder)
-    chosen = _chosen(every, loaded, only or ())
-    for cell in () if table else chosen:
+    all_cells, notes = cells(loaded, folder)
+    selected = _selected(all_cells, loaded, only or ())
+    for cell in () if table else selected:
         notes += [f"variant {cell.variant}: {note}" for note in check_recipe(cell.recipe)]
     for note in dict.fromkeys(notes):
         typer.echo(f"note: {note}", err=True)
     if check:
-        for line in sharing(chosen):
+        for line in describe_reuse(selected):
             typer.echo(line)
-        typer.echo(f"{comparison.stem}: {len(chosen)} cells, ok")
+        typer.echo(f"{comparison.stem}: {len(selected)} cells, ok")
         return
     with alone_in(folder, "comparison"):
-        failed = _play_and_tabulate(loaded, every, [] if table else chosen, folder, jobs, as_json)
+        failed = _play_and_tabulate(
+            loaded, all_cells, [] if table else selected, folder, jobs, as_json
+        )
     if failed:
         raise typer.Exit(1)
 
 
-def _chosen(every: Sequence[Cell], loaded: Comparison, only: Sequence[str]) -> list[Cell]:
+def _selected(all_cells: Sequence[Cell], loaded: Comparison, only: Sequence[str]) -> list[Cell]:
     from prefloop.errors import RecipeError, nearest
 
     for name in only:
         if name not in loaded.variants:
             known = list(loaded.variants)
             raise RecipeError(f"--only {name}: no such variant; {nearest(name, known)}")
-    return [cell for cell in every if not only or cell.variant in only]
+    return [cell for cell in all_cells if not only or cell.variant in only]
 
 
 def _play_and_tabulate(
     loaded: Comparison,
-    every: Sequence[Cell],
-    chosen: Sequence[Cell],
+    all_cells: Sequence[Cell],
+    selected: Sequence[Cell],
     folder: Path,
     jobs: int,
     as_json: bool,
 ) -> bool:
-    """Whether a cell failed."""
+    """Run the selected cells and write all tables; returns whether a cell failed."""
     from rich.console import Console
 
     from prefloop.compare.run import play
@@ -91,9 +93,9 @@ def _play_and_tabulate(
     def say(line: str) -> None:
         typer.echo(line, err=True)
 
-    beside = [cell for cell in every if cell not in chosen]
-    failed = play(chosen, jobs=jobs, say=say, beside=beside)
-    report = tabulate(loaded, every, failed)
+    other_cells = [cell for cell in all_cells if cell not in selected]
+    failed = play(selected, jobs=jobs, say=say, other_cells=other_cells)
+    report = tabulate(loaded, all_cells, failed)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "comparison.json", f"{text}\n")
     write_atomically(folder / "comparison.md", markdown(report))

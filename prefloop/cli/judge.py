@@ -1,4 +1,4 @@
-"""`prefloop judge` and `prefloop reward`: judges beside people's choices, and reward models from them."""
+"""`prefloop judge check` and `prefloop reward train`: check judges against human choices, train reward models."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def judge_check(
     """Compare judges with people's choices, with chance, and with "the longer answer"."""
     from rich.console import Console
 
-    from prefloop.evaluate.judge_check import check_judges, load_checked, parse_judge, with_targets
+    from prefloop.evaluate.judge_check import check_judges, load_pairs, parse_judge, with_targets
     from prefloop.report.judges import show_judges
 
-    chosen = dict(parse_judge(text, overrides or ()) for text in judges)
-    pairs = load_checked(data, limit, seed=0)
+    judges_by_label = dict(parse_judge(text, overrides or ()) for text in judges)
+    pairs = load_pairs(data, limit, seed=0)
     if targets is not None:
         pairs = with_targets(pairs, targets)
-    report = check_judges(chosen, pairs, policy=policy, both_orders=both_orders)
+    report = check_judges(judges_by_label, pairs, policy=policy, both_orders=both_orders)
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
     else:

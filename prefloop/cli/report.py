@@ -1,4 +1,4 @@
-"""The commands that look at runs: show, watch, report."""
+"""The commands that show runs: show, watch, report."""
 
 from __future__ import annotations
 
@@ -83,5 +83,5 @@ def report(
         evaluations=evaluations or (),
     )
     typer.echo(f"report in {written.page}")
-    if written.beside:
-        typer.echo(f"all {written.total:,} pairs in {written.beside}, for that page to open")
+    if written.chains_file:
+        typer.echo(f"all {written.total:,} pairs in {written.chains_file}, for that page to open")

@@ -1,1 +1,1 @@
-"""Comparisons: the same recipe with variations, several seeds each, played as one and tabled together."""
+"""`prefloop compare`: variants of a recipe with several seeds each, run together, in one table."""

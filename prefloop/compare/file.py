@@ -1,7 +1,6 @@
-"""A comparison file: one base recipe, variants of it, seeds, a budget; and the cells that these make.
+"""A comparison file: a base recipe, variants of it, seeds, a budget; and its cells (variant times seed).
 
-Whatever decides how policies are measured must be the same in all variants, so that only what is
-compared differs.
+How policies are measured must be the same in all variants.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _tuple(value: object) -> object:
 
 
 class Comparison(Options):
-    """What `prefloop compare` reads."""
+    """The contents of a comparison file."""
 
     base: str | dict[str, Any]
     """The recipe that variants vary: a file, the name of a shipped one, or a recipe's sections themselves."""
@@ -90,7 +89,7 @@ class Comparison(Options):
         return self
 
     @property
-    def against(self) -> str:
+    def control_name(self) -> str:
         """The control's name."""
         return self.control or next(iter(self.variants))
 
@@ -106,32 +105,34 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """How lines and tables call it."""
+        """The cell's name in messages and tables."""
         return f"{self.variant} seed {self.seed}"
 
 
 def load_comparison(path: Path) -> Comparison:
     """Read a comparison file. Raises RecipeError."""
     if not path.is_file():
-        beside = sorted(str(other) for other in path.parent.glob("*.y*ml"))
-        raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), beside)}" if beside else ""))
+        files = sorted(str(file) for file in path.parent.glob("*.y*ml"))
+        raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), files)}" if files else ""))
     try:
         return build(Comparison, read_yaml(path, needs="variants"), "")
     except RecipeError as error:
-        said = str(error)
-        raise RecipeError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+        message = str(error)
+        raise RecipeError(
+            message if message.startswith(str(path)) else f"{path}: {message}"
+        ) from None
 
 
 def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
-    """All cells, seed by seed, and what should be known about them. Raises RecipeError."""
+    """All cells, seed by seed, and notes for the user. Raises RecipeError."""
     base = _base(comparison)
     notes, recipes = [], {}
     for variant, changes in comparison.variants.items():
-        values, said = _varied(base, changes or {})
-        notes += [f"variant {variant}: {sentence}" for sentence in said]
+        values, variant_notes = _apply_changes(base, changes or {})
+        notes += [f"variant {variant}: {sentence}" for sentence in variant_notes]
         for seed in comparison.seeds:
             recipes[variant, seed] = _recipe(values, variant, seed, comparison.budget)
-    _demand_one_way_of_measuring(comparison, recipes)
+    _check_same_protocol(comparison, recipes)
     if len(comparison.seeds) == 1:
         notes.append("one seed: no difference between variants can be told from luck")
     return [
@@ -142,18 +143,18 @@ def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
 
 
 def _base(comparison: Comparison) -> dict[str, Any]:
-    """The base recipe as written, so that each variant's method lays its own defaults under it."""
+    """The base recipe as written, without defaults: those depend on each variant's method."""
     if isinstance(comparison.base, dict):
         return comparison.base
-    load_recipe(comparison.base)  # its sentence, where there is something to say
+    load_recipe(comparison.base)  # raises a clear error where the base itself is wrong
     path = Path(comparison.base)
     return read_yaml(path if path.is_file() else shipped_recipes()[comparison.base], needs="method")
 
 
-def _varied(
+def _apply_changes(
     base: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The base with a variant's changes, and what of the base did not fit another method or judge."""
+    """The base with a variant's changes, and notes on options dropped as another method or judge lacks them."""
     values, notes = dict(base), []
     for section, (package, kind) in _PLUGINS.items():
         name, old = changes.get(f"{section}.name"), values.get(section)
@@ -174,7 +175,7 @@ def _varied(
 def _recipe(values: Mapping[str, Any], variant: str, seed: int, budget: Budget | None) -> Recipe:
     values = {**values, "name": f"{variant}-seed-{seed}", "seed": seed}
     loop = values.get("loop") or {}
-    if isinstance(loop, Mapping):  # else the recipe says what is wrong with it
+    if isinstance(loop, Mapping):  # else the recipe's own validation reports it
         if loop.get("budget") is not None:
             raise RecipeError(
                 f"variant {variant} has a loop.budget of its own; say budget once, for all"
@@ -184,12 +185,12 @@ def _recipe(values: Mapping[str, Any], variant: str, seed: int, budget: Budget |
     try:
         return Recipe.model_validate(values)
     except ValueError as error:
-        said = sentence(error, Recipe) if isinstance(error, ValidationError) else str(error)
-        raise RecipeError(f"variant {variant}: {said}") from None
+        message = sentence(error, Recipe) if isinstance(error, ValidationError) else str(error)
+        raise RecipeError(f"variant {variant}: {message}") from None
 
 
 def protocol(recipe: Recipe) -> dict[str, Any]:
-    """What decides how a policy is measured, and on which prompts."""
+    """The options that decide how a policy is measured, and on which prompts."""
     data = recipe.data
     prompts = {"eval": data.eval, "holdout": data.holdout}
     if data.eval is None:
@@ -204,15 +205,13 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _demand_one_way_of_measuring(
-    comparison: Comparison, recipes: Mapping[tuple[str, int], Recipe]
-) -> None:
-    seed, control = comparison.seeds[0], comparison.against
-    wanted = recipes[control, seed]
+def _check_same_protocol(comparison: Comparison, recipes: Mapping[tuple[str, int], Recipe]) -> None:
+    seed, control = comparison.seeds[0], comparison.control_name
+    control_recipe = recipes[control, seed]
     for variant in comparison.variants:
-        own = recipes[variant, seed]
-        for section, values in protocol(wanted).items():
-            for key, value in protocol(own)[section].items():
+        recipe = recipes[variant, seed]
+        for section, values in protocol(control_recipe).items():
+            for key, value in protocol(recipe)[section].items():
                 if value == values[key]:
                     continue
                 remedy = "; set it in the base" if key == "sampling" else ""
@@ -221,7 +220,7 @@ def _demand_one_way_of_measuring(
                     f"they cannot be compared{remedy}"
                 )
         judged = [name for name in _JUDGED if name in comparison.measures]
-        if own.judge != wanted.judge and judged:
+        if recipe.judge != control_recipe.judge and judged:
             raise RecipeError(
                 f"variants {variant} and {control} have different judges, so {judged[0]} means another "
                 f"thing in each; take {' and '.join(judged)} out of measures, or give all one judge"

@@ -1,8 +1,8 @@
-"""Work that cells of a comparison have in common, done once: which stages, by what key, and how it is copied.
+"""Reuse of stages that cells of a comparison have in common: their keys, and how their files are copied.
 
-A stage's key holds every option that can enter its records, and more: an option is left out only where
-it is known to come later. Equal keys mean equal records, byte for byte, for a stage draws its random
-numbers from its place alone; tests/compare/test_compare_reuse.py compares the bytes.
+A stage's key covers every option that can influence its records, and more: an option is left out only where
+it is known to be read later. Equal keys mean equal records, byte for byte, since a stage's random seed depends
+on round and chunk only; tests/compare/test_compare_reuse.py compares the bytes.
 """
 
 from __future__ import annotations
@@ -21,81 +21,92 @@ from prefloop.config import plugin_name
 from prefloop.recipe import Recipe
 from prefloop.run_folder import REJECTS, RunDir
 
-START = ("sft", "answers", "introspection")
-"""What is shared of `rounds/start`; its measures are worked out in each cell."""
-FIRST_ROUND = ("candidates", "ranked")
-_LATER = ("rank", "pair", "loss")
+START_STAGES = ("sft", "answers", "introspection")
+"""Stages of `rounds/start` that can be reused; its measures are computed in each cell."""
+FIRST_ROUND_STAGES = ("candidates", "ranked")
+_LATER_STAGES = ("rank", "pair", "loss")
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
-    """A digest for each stage that can be shared; equal digests, equal work."""
+    """A digest for each stage that can be reused; equal digests mean equal records."""
     method = recipe.method
-    told: dict[str, Any] = recipe.model_dump(mode="json")
+    options: dict[str, Any] = recipe.model_dump(mode="json")
     name = plugin_name(prefloop.methods, method)
-    policy = {
-        **{key: told[key] for key in ("seed", "model", "data", "engine", "generate", "launch")},
-        # They decide which rows of the data are read, and how.
+    initial_policy = {
+        **{key: options[key] for key in ("seed", "model", "data", "engine", "generate", "launch")},
+        # These decide which rows of the data are read, and how.
         "needs": [recipe.needs_target, method.needs_pairs],
         "sft": recipe.sft_train.model_dump(mode="json") if recipe.sft_train else None,
     }
     sampling = recipe.evaluate.sampling or method.sampling
-    text = {**policy, "name": name, "judge": told["judge"], "method": _options(recipe, "generate")}
-    ranked = {**text, "method": _options(recipe, "rank")}
+    generation = {
+        **initial_policy,
+        "name": name,
+        "judge": options["judge"],
+        "method": _options(recipe, "generate"),
+    }
+    ranked = {**generation, "method": _options(recipe, "rank")}
     held_out = {"prompts": recipe.evaluate.prompts}
     answers = {"sampling": sampling.model_dump(mode="json"), "prompt_set": method.prompt_set}
     size = {"prompts_per_round": recipe.loop.prompts_per_round}
-    found = {
-        "sft": policy,
-        "answers": {**policy, **held_out, **answers, "judge": told["judge"]},
+    values_by_stage = {
+        "sft": initial_policy,
+        "answers": {**initial_policy, **held_out, **answers, "judge": options["judge"]},
         "introspection": {**ranked, **held_out},
-        "candidates": {**text, **size},
+        "candidates": {**generation, **size},
         "ranked": {**ranked, **size},
     }
     if recipe.sft is None:
-        del found["sft"]
+        del values_by_stage["sft"]
     if not recipe.evaluate.introspection:
-        del found["introspection"]
+        del values_by_stage["introspection"]
     return {
         stage: sha256(json.dumps([stage, values], sort_keys=True).encode()).hexdigest()[:16]
-        for stage, values in found.items()
+        for stage, values in values_by_stage.items()
     }
 
 
 def _options(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The method's options that the stage, or one before it, may look at."""
+    """The method's options that this stage, or one before it, may read."""
     method = recipe.method
-    late = _LATER[_LATER.index(stage) + 1 :] if stage in _LATER else _LATER
-    later = {"reference", *(key for key, first in method.first_read.items() if first in late)}
-    return {k: v for k, v in method.model_dump(mode="json").items() if k not in later}
+    later_stages = (
+        _LATER_STAGES[_LATER_STAGES.index(stage) + 1 :] if stage in _LATER_STAGES else _LATER_STAGES
+    )
+    unread = {
+        "reference",
+        *(key for key, first in method.first_read.items() if first in later_stages),
+    }
+    return {k: v for k, v in method.model_dump(mode="json").items() if k not in unread}
 
 
-def inherit(run: RunDir, donors: Mapping[str, Path]) -> list[str]:
-    """Take over stages from other cells' folders, by stage, and note where from; returns those taken.
+def copy_stages(run: RunDir, donors: Mapping[str, Path]) -> list[str]:
+    """Copy stages from other cells' folders (stage -> folder) into the run; returns the stages copied.
 
-    Only into rounds that the run has not begun: each appears whole, by a rename.
+    Only into rounds that the run has not begun; each round appears complete, by a rename. The run's events
+    record the origin.
     """
-    taken = []
-    for folder, stages in (("start", START), ("0000", FIRST_ROUND)):
-        # None without the ones before it: a stage stands on those.
-        wanted = [stage for stage in stages if stage in donors]
-        if folder == "0000" and wanted and wanted[0] != "candidates":
+    copied = []
+    for folder, stages in (("start", START_STAGES), ("0000", FIRST_ROUND_STAGES)):
+        # A stage needs the ones before it, so none is copied without them.
+        stages_here = [stage for stage in stages if stage in donors]
+        if folder == "0000" and stages_here and stages_here[0] != "candidates":
             continue
         final = run.path / "rounds" / folder
-        if not wanted or final.exists():
+        if not stages_here or final.exists():
             continue
-        part = run.path / f".shared-{folder}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for stage in wanted:
-            _copy(donors[stage] / "rounds" / folder, part, stage)
-        if wanted[-1] != "sft":
-            _copy_rejects(donors[wanted[-1]] / "rounds" / folder, part, wanted[-1])
+        temporary = run.path / f".shared-{folder}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        for stage in stages_here:
+            _copy(donors[stage] / "rounds" / folder, temporary, stage)
+        if stages_here[-1] != "sft":
+            _copy_rejects(donors[stages_here[-1]] / "rounds" / folder, temporary, stages_here[-1])
         final.parent.mkdir(exist_ok=True)
-        part.rename(final)
-        for stage in wanted:
+        temporary.rename(final)
+        for stage in stages_here:
             run.event("shared", round=folder, stage=stage, origin=str(donors[stage]))
-        taken += wanted
-    return taken
+        copied += stages_here
+    return copied
 
 
 def _copy(origin: Path, target: Path, stage: str) -> None:
@@ -108,7 +119,7 @@ def _copy(origin: Path, target: Path, stage: str) -> None:
 
 
 def _link(origin: str, target: str) -> None:
-    """Weights are large and never changed in place, so two runs may hold the same file."""
+    """Copy a file, weights as hard links: they are large and never changed in place."""
     if origin.endswith(".safetensors"):
         try:
             os.link(origin, target)
@@ -119,7 +130,7 @@ def _link(origin: str, target: str) -> None:
 
 
 def _copy_rejects(origin: Path, target: Path, stage: str) -> None:
-    """The rejects up to the end of a stage; the origin may have added those of later ones."""
+    """Copy the rejects up to the end of `stage`; the origin may already hold those of later stages."""
     manifest = json.loads((origin / f"{stage}.done.json").read_text(encoding="utf-8"))
     count = sum(manifest.get("rejects", {}).values())
     with (origin / REJECTS).open(encoding="utf-8") as file:

@@ -1,6 +1,6 @@
-"""Playing a comparison's cells: each in a process of its own, several at a time, none stopping the others.
+"""Run a comparison's cells: each in its own process, several at a time; a failed one does not stop the others.
 
-A cell that would do work that an earlier one does waits for it and takes it over (share.py).
+A cell waits for an earlier one that does the same work, and copies its result (reuse.py).
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from prefloop.compare.file import Cell
-from prefloop.compare.reuse import FIRST_ROUND, START, inherit, stage_keys
+from prefloop.compare.reuse import FIRST_ROUND_STAGES, START_STAGES, copy_stages, stage_keys
 from prefloop.errors import PrefloopError
 from prefloop.run.launch import end_with_parent
 from prefloop.run_folder import RoundDir, open_run
 
 LOG = "console.log"
-_POLL = 0.2
-_GRACE = 30.0
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 30.0
 
 
 class Running(Protocol):
-    """A cell that is being played."""
+    """The process of a cell."""
 
     def poll(self) -> int | None:
-        """Its exit code; None while it plays."""
+        """Its exit code; None while it runs."""
         ...
 
     def terminate(self) -> None:
@@ -42,7 +42,7 @@ class Running(Protocol):
 
 
 Start = Callable[[Cell, int], Running]
-"""Start a cell, where so many are played at a time."""
+"""Starts a cell's process; the second argument is the number of cells that run at a time."""
 
 
 def play(
@@ -50,133 +50,139 @@ def play(
     *,
     jobs: int,
     say: Callable[[str], None],
-    beside: Sequence[Cell] = (),
+    other_cells: Sequence[Cell] = (),
     start: Start | None = None,
 ) -> dict[str, str]:
-    """Play what is not played yet; why each cell failed that did, by its name.
+    """Run the cells that are not finished; returns the name of each failed cell with the reason.
 
-    `beside` are cells that are not to be played, but may have done work already.
+    `other_cells` are not run, but their finished stages may be reused.
     """
-    plan = _Plan([*(cell for cell in beside if cell.folder.exists()), *cells])
-    table = _Table(plan, jobs, say, start or start_process)
+    plan = _ReusePlan([*(cell for cell in other_cells if cell.folder.exists()), *cells])
+    scheduler = _Scheduler(plan, jobs, say, start or start_process)
     todo = list(cells)
     try:
-        while todo or table.running:
-            table.clear()
-            cell = next((c for c in todo if table.is_free_for(c, todo)), None)
+        while todo or scheduler.running:
+            scheduler.collect_finished()
+            cell = next((c for c in todo if scheduler.can_start(c, todo)), None)
             if cell is None:
-                time.sleep(_POLL)
+                time.sleep(_POLL_SECONDS)
                 continue
             todo.remove(cell)
-            table.seat(cell)
+            scheduler.start_cell(cell)
     finally:
-        _end([seated.process for seated in table.running.values()])
-    return table.failed
+        _terminate_all([played.process for played in scheduler.running.values()])
+    return scheduler.failed
 
 
-class _Seated(NamedTuple):
+class _PlayedCell(NamedTuple):
     cell: Cell
     process: Running
     since: float
     log_from: int
-    """Bytes of its log that an earlier call's attempt has left."""
+    """Bytes in its log from an earlier attempt."""
 
 
 @dataclass
-class _Table:
-    """The cells that are being played, at most `jobs`."""
+class _Scheduler:
+    """Starts cells, at most `jobs` at a time, and collects the failed ones."""
 
-    plan: _Plan
+    plan: _ReusePlan
     jobs: int
     say: Callable[[str], None]
     start: Start
-    running: dict[str, _Seated] = field(default_factory=dict)
+    running: dict[str, _PlayedCell] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def is_free_for(self, cell: Cell, todo: Sequence[Cell]) -> bool:
+    def can_start(self, cell: Cell, todo: Sequence[Cell]) -> bool:
         waiting = {other.name for other in todo} | self.running.keys()
         return len(self.running) < self.jobs and self.plan.ready(cell, waiting)
 
-    def seat(self, cell: Cell) -> None:
+    def start_cell(self, cell: Cell) -> None:
         try:
             if _is_played(cell):
                 return
-            shared = self.plan.hand_over(cell)
-        except (PrefloopError, OSError) as error:  # OSError: of another cell's folder
+            stages = self.plan.copy_shared(cell)
+        except (PrefloopError, OSError) as error:  # OSError: from copying another cell's files
             self._fail(cell.name, str(error))
             return
-        self.say(f"{cell.name}: begins" + f", {', '.join(shared)} done before" * bool(shared))
+        self.say(f"{cell.name}: begins" + f", {', '.join(stages)} done before" * bool(stages))
         log = cell.folder / LOG
         size = log.stat().st_size if log.exists() else 0
-        self.running[cell.name] = _Seated(cell, self.start(cell, self.jobs), time.monotonic(), size)
+        self.running[cell.name] = _PlayedCell(
+            cell, self.start(cell, self.jobs), time.monotonic(), size
+        )
 
-    def clear(self) -> None:
-        for name, seated in list(self.running.items()):
-            code = seated.process.poll()
-            if code is None:
+    def collect_finished(self) -> None:
+        for name, played in list(self.running.items()):
+            exit_code = played.process.poll()
+            if exit_code is None:
                 continue
             del self.running[name]
-            if code:
-                self._fail(name, _reason(seated.cell.folder / LOG, seated.log_from, code))
+            if exit_code:
+                self._fail(name, _reason(played.cell.folder / LOG, played.log_from, exit_code))
             else:
-                self.say(f"{name}: done in {time.monotonic() - seated.since:.0f} s")
+                self.say(f"{name}: done in {time.monotonic() - played.since:.0f} s")
 
     def _fail(self, name: str, reason: str) -> None:
         self.failed[name] = reason
         self.say(f"{name}: failed: {reason}")
 
 
-class _Plan:
-    """Who takes what from whom."""
+class _ReusePlan:
+    """Which cell reuses which stages of which other cell."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        firsts: dict[str, Cell] = {}
+        first_with_key: dict[str, Cell] = {}
         self.donors: dict[str, dict[str, Cell]] = {}
-        """By cell and stage, the first cell that does the same."""
+        """Cell -> stage -> the first cell that computes the same."""
         for cell in cells:
             keys = stage_keys(cell.recipe)
             self.donors[cell.name] = {
-                stage: firsts[key] for stage, key in keys.items() if key in firsts
+                stage: first_with_key[key] for stage, key in keys.items() if key in first_with_key
             }
             for key in keys.values():
-                firsts.setdefault(key, cell)
-        self._begins_with_sft = {c.name for c in cells if c.recipe.sft is not None}
+                first_with_key.setdefault(key, cell)
+        self._with_sft = {c.name for c in cells if c.recipe.sft is not None}
 
     def ready(self, cell: Cell, waiting: Set[str]) -> bool:
-        """Whether nothing that the cell could take over is still to come, from the cells of these names."""
+        """Whether the cell need not wait: no cell in `waiting` has still to compute a stage that it could reuse."""
         return all(
             donor.name not in waiting or _has(donor, stage)
             for stage, donor in self.donors[cell.name].items()
         )
 
-    def hand_over(self, cell: Cell) -> list[str]:
-        """Let a cell take over what others have done of its work; returns the stages."""
-        found = {
+    def copy_shared(self, cell: Cell) -> list[str]:
+        """Copy the stages that other cells have computed into the cell's folder; returns them."""
+        donor_folders = {
             stage: donor.folder
             for stage, donor in self.donors[cell.name].items()
             if _has(donor, stage)
         }
-        if cell.name in self._begins_with_sft and "sft" not in found:
-            found = {stage: folder for stage, folder in found.items() if stage not in START}
+        if cell.name in self._with_sft and "sft" not in donor_folders:
+            donor_folders = {
+                stage: folder
+                for stage, folder in donor_folders.items()
+                if stage not in START_STAGES
+            }
         with open_run(cell.folder, cell.recipe.dump()) as run:
-            return inherit(run, found)
+            return copy_stages(run, donor_folders)
 
 
-def sharing(cells: Sequence[Cell]) -> list[str]:
-    """Which cell would take which stages from which, in a line each."""
-    plan = _Plan(cells)
+def describe_reuse(cells: Sequence[Cell]) -> list[str]:
+    """One line per cell: which stages it would reuse from which other cell."""
+    plan = _ReusePlan(cells)
     lines = []
     for cell in cells:
         by_donor: dict[str, list[str]] = {}
         for stage, donor in plan.donors[cell.name].items():
             by_donor.setdefault(donor.name, []).append(stage)
-        taken = "; ".join(f"{', '.join(found)} of {name}" for name, found in by_donor.items())
-        lines.append(f"{cell.name}" + f"  shares {taken}" * bool(taken))
+        reused = "; ".join(f"{', '.join(stages)} of {name}" for name, stages in by_donor.items())
+        lines.append(f"{cell.name}" + f"  shares {reused}" * bool(reused))
     return lines
 
 
 def _has(cell: Cell, stage: str) -> bool:
-    number = 0 if stage in FIRST_ROUND else -1
+    number = 0 if stage in FIRST_ROUND_STAGES else -1
     folder = cell.folder / "rounds" / ("start" if number < 0 else f"{number:04d}")
     return RoundDir(folder, number).manifest(stage) is not None
 
@@ -190,7 +196,7 @@ def _is_played(cell: Cell) -> bool:
 
 
 def start_process(cell: Cell, jobs: int) -> subprocess.Popen[bytes]:
-    """`prefloop run` of the cell's own recipe, in a process that ends with this one."""
+    """Start `prefloop run` of the cell's recipe in a process that ends with this one."""
     recipe = str(cell.folder / "recipe.yaml")
     command = [sys.executable, "-m", "prefloop", "run", recipe, "--out", str(cell.folder)]
     environment = dict(os.environ)
@@ -208,23 +214,23 @@ def start_process(cell: Cell, jobs: int) -> subprocess.Popen[bytes]:
         )
 
 
-def _end(processes: Sequence[Running]) -> None:
+def _terminate_all(processes: Sequence[Running]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
         try:
-            process.wait(_GRACE)
+            process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             assert isinstance(process, subprocess.Popen)
             process.kill()
 
 
 def _reason(log: Path, log_from: int, code: int) -> str:
-    """Why a cell failed: the sentence of an error, the signal that ended it, or the last line of its log."""
+    """Why a cell failed: its error message, the signal that ended it, or the last line of its log."""
     data = log.read_bytes()[log_from:] if log.exists() else b""
     lines = [line.strip() for line in data.decode("utf-8", "replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("prefloop: ")]
-    if code < 0 and not said:
+    error_lines = [line for line in lines if line.startswith("prefloop: ")]
+    if code < 0 and not error_lines:
         lines = [f"ended by signal {-code}"]
-    last = (said or lines or [f"exit code {code}, and no word"])[-1]
+    last = (error_lines or lines or [f"exit code {code}, and no word"])[-1]
     return f"{last.removeprefix('prefloop: ')} (all it said is in {log})"

@@ -1,4 +1,4 @@
-"""What a comparison's finished cells come to: means, costs, differences, and a ranking that knows noise."""
+"""The figures of a comparison's finished cells: means, costs, differences with tests, and a ranking."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from prefloop.run.cost import Spent, spent
 from prefloop.run_folder import RoundDir, RunDir, differences
 
 LEVEL = 0.05
-# Below this share of common prompts the seeds were measured on different ones.
-_COMMON = 0.8
+# With a smaller fraction of prompts in common, cells are not paired by prompt.
+_MIN_COMMON_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
@@ -41,50 +41,52 @@ class _Result:
     round: int
     measures: Mapping[str, float | None]
     prompts: Mapping[str, Mapping[str, float]]
-    """By measure and prompt, where the measure is a mean over prompts."""
+    """Measure -> prompt id -> value, for measures that are means over prompts."""
     cost: Spent
 
 
 def tabulate(
     comparison: Comparison, cells: Sequence[Cell], failed: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that the tables show, as JSON values."""
+    """The contents of comparison.json: everything that the tables show."""
     results: dict[str, dict[int, _Result]] = {name: {} for name in comparison.variants}
     missing: dict[str, str] = {}
     for cell in cells:
-        if reason := failed.get(cell.name) or _not_this_cells(cell):
+        if reason := failed.get(cell.name) or _why_missing(cell):
             missing[cell.name] = reason
         else:
-            results[cell.variant][cell.seed] = _read(cell)
-    played = {name: found for name, found in results.items() if found}
+            results[cell.variant][cell.seed] = _read_result(cell)
+    played = {name: results_by_seed for name, results_by_seed in results.items() if results_by_seed}
     return {
         "note": comparison.note,
         "budget": comparison.budget.limits if comparison.budget else None,
         "seeds": list(comparison.seeds),
         "measures": list(comparison.measures),
-        "control": comparison.against,
+        "control": comparison.control_name,
         "rank_by": comparison.rank_by,
-        "variants": {name: _variant(comparison, found) for name, found in played.items()},
+        "variants": {
+            name: _variant(comparison, results_by_seed) for name, results_by_seed in played.items()
+        },
         "differences": _differences(comparison, played),
         "ranking": _ranking(comparison.rank_by, played),
         "missing": missing,
     }
 
 
-def _not_this_cells(cell: Cell) -> str | None:
-    """Why what lies in the cell's folder is no result of its recipe; None where it is one."""
+def _why_missing(cell: Cell) -> str | None:
+    """Why the cell's folder holds no result of its recipe; None where it does."""
     if not (cell.folder / "policy").is_dir():
         return "not played"
     try:
-        # Read as a recipe, so that an option that came into the world later has its default.
+        # Read as a recipe, so that options added in later versions have their defaults.
         played = load_recipe(str(cell.folder / "recipe.yaml"))
     except RecipeError as error:
         return str(error)
-    changed = differences(played.model_dump(mode="json"), cell.recipe.model_dump(mode="json"))
-    return f"played with another recipe ({'; '.join(changed[:5])})" if changed else None
+    changes = differences(played.model_dump(mode="json"), cell.recipe.model_dump(mode="json"))
+    return f"played with another recipe ({'; '.join(changes[:5])})" if changes else None
 
 
-def _read(cell: Cell) -> _Result:
+def _read_result(cell: Cell) -> _Result:
     run = RunDir(cell.folder)
     result = run.results()[-1]
     last = next(round_dir for round_dir in run.rounds() if round_dir.number == result.round)
@@ -98,7 +100,7 @@ def _read(cell: Cell) -> _Result:
     )
 
 
-def _variant(comparison: Comparison, found: Mapping[int, _Result]) -> dict[str, Any]:
+def _variant(comparison: Comparison, results: Mapping[int, _Result]) -> dict[str, Any]:
     cells = {
         str(seed): {
             "folder": str(result.cell.folder),
@@ -106,22 +108,22 @@ def _variant(comparison: Comparison, found: Mapping[int, _Result]) -> dict[str, 
             "measures": dict(result.measures),
             "cost": asdict(result.cost),
         }
-        for seed, result in found.items()
+        for seed, result in results.items()
     }
     measures = {}
     for name in comparison.measures:
-        values = _values(name, found)
-        measures[name] = _plain(seed_mean(list(values.values()))) if values else None
-    return {"cells": cells, "measures": measures, "cost": _cost(comparison, list(found.values()))}
+        values = _values(name, results)
+        measures[name] = _json_values(seed_mean(list(values.values()))) if values else None
+    return {"cells": cells, "measures": measures, "cost": _cost(comparison, list(results.values()))}
 
 
-def _plain(estimate: Estimate) -> dict[str, Any]:
-    """For JSON, which knows no NaN."""
+def _json_values(estimate: Estimate) -> dict[str, Any]:
+    """The estimate as JSON values, NaN as null."""
     return {k: None if math.isnan(v) else v for k, v in asdict(estimate).items()}
 
 
 def _cost(comparison: Comparison, results: Sequence[_Result]) -> dict[str, Any]:
-    """Means over the cells; of memory the most."""
+    """Means over the cells; for memory the maximum."""
     costs = [result.cost for result in results]
     stages = dict.fromkeys(stage for cost in costs for stage in cost.seconds_by_stage)
     return {
@@ -140,8 +142,8 @@ def _cost(comparison: Comparison, results: Sequence[_Result]) -> dict[str, Any]:
     }
 
 
-def _values(name: str, found: Mapping[int, _Result]) -> dict[int, float]:
-    values = {seed: result.measures.get(name) for seed, result in found.items()}
+def _values(name: str, results: Mapping[int, _Result]) -> dict[int, float]:
+    values = {seed: result.measures.get(name) for seed, result in results.items()}
     return {seed: value for seed, value in values.items() if value is not None}
 
 
@@ -154,51 +156,53 @@ def _contrast(
     by_prompt = [
         (first[seed].prompts.get(name, {}), second[seed].prompts.get(name, {})) for seed in seeds
     ]
-    sides = [side for pair in by_prompt for side in pair]
-    common = set(sides[0]).intersection(*sides[1:]) if sides else set()
-    if common and len(common) >= _COMMON * max(map(len, sides)):
+    all_values = [values for pair in by_prompt for values in pair]
+    common = set(all_values[0]).intersection(*all_values[1:]) if all_values else set()
+    if common and len(common) >= _MIN_COMMON_FRACTION * max(map(len, all_values)):
         order = sorted(common)
         differences = [[one[p] - other[p] for p in order] for one, other in by_prompt]
-        if (found := crossed_contrast(np.asarray(differences))) is not None:
-            return found
+        if (contrast := crossed_contrast(np.asarray(differences))) is not None:
+            return contrast
     return seed_contrast([ours[s] for s in seeds], [theirs[s] for s in seeds])
 
 
 def _differences(
     comparison: Comparison, played: Mapping[str, Mapping[int, _Result]]
 ) -> dict[str, dict[str, Any]]:
-    """By measure and variant, what it has more than the control; p-values corrected within each measure."""
-    control = played.get(comparison.against)
+    """Measure -> variant -> its difference from the control; p-values are corrected within each measure."""
+    control = played.get(comparison.control_name)
     table: dict[str, dict[str, Any]] = {}
     for name in comparison.measures if control else ():
-        found = {
+        contrasts = {
             variant: _contrast(name, results, control)
             for variant, results in played.items()
-            if control is not None and variant != comparison.against
+            if control is not None and variant != comparison.control_name
         }
-        known = {variant: one for variant, one in found.items() if one is not None}
-        corrected = holm([one.p for one in known.values()])
+        known = {
+            variant: contrast for variant, contrast in contrasts.items() if contrast is not None
+        }
+        corrected = holm([contrast.p for contrast in known.values()])
         table[name] = {
-            variant: {**asdict(one), "p_holm": p, "real": p < LEVEL}
-            for (variant, one), p in zip(known.items(), corrected, strict=True)
+            variant: {**asdict(contrast), "p_holm": p, "real": p < LEVEL}
+            for (variant, contrast), p in zip(known.items(), corrected, strict=True)
         }
     return table
 
 
 def _ranking(name: str, played: Mapping[str, Mapping[int, _Result]]) -> dict[str, Any]:
-    """Variants by their mean, and the sets within which the order is noise; Holm over all pairs."""
+    """Variants by their mean, and the sets whose members are not distinguishable; Holm over all pairs."""
     means = {
         variant: fmean(values.values())
-        for variant, found in played.items()
-        if (values := _values(name, found))
+        for variant, results in played.items()
+        if (values := _values(name, results))
     }
     order = sorted(means, key=lambda variant: -means[variant])
     contrasts = {
         (one, other): _contrast(name, played[one], played[other])
         for one, other in combinations(order, 2)
     }
-    known = {pair: found for pair, found in contrasts.items() if found is not None}
-    corrected = dict(zip(known, holm([found.p for found in known.values()]), strict=True))
+    known = {pair: results for pair, results in contrasts.items() if results is not None}
+    corrected = dict(zip(known, holm([results.p for results in known.values()]), strict=True))
     differ = {frozenset(pair): p < LEVEL for pair, p in corrected.items()}
     return {
         "order": [{"variant": variant, "mean": means[variant]} for variant in order],

@@ -1,1 +1,1 @@
-"""Answers into numbers: one file a measure."""
+"""Evaluation: measures of a policy, their statistics, and `prefloop evaluate`."""

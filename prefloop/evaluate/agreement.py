@@ -1,6 +1,6 @@
-"""How a judge agrees with people on pairs of answers, how its mistakes lean, and how sure it may be.
+"""A judge against human labels on pairs of answers: agreement, biases (length, position), calibration.
 
-Everything here takes scores; who gave them does not matter. N pairs.
+Everything here takes scores, whatever judge gave them. N pairs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 
 @dataclass(frozen=True)
 class Scored:
-    """A pair as people labelled it and a judge scored it."""
+    """A pair with its human label and a judge's scores."""
 
     cluster: str
     """Equal for pairs that share their prompt."""
     tie: bool
-    """Whether people call it a tie; then which answer is which means nothing."""
+    """Whether people call it a tie; then chosen and rejected are arbitrary."""
     chosen_length: int
     """Characters."""
     rejected_length: int
@@ -34,24 +34,24 @@ class Scored:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What one judge did on one data set; shares are None where no pair is left to count."""
+    """One judge's figures on one data set; None where no pair is left to count."""
 
     pairs: int
-    """All pairs, human ties and failures among them."""
+    """All pairs, with human ties and failures."""
     agreement: Estimate | None
-    """Share of people's choices that the judge shares; a judge's tie counts one half."""
+    """Proportion of human choices that the judge makes too; a judge's tie counts one half."""
     over_longer: Estimate | None
-    """Agreement minus that of "the longer one", on the same pairs."""
+    """Agreement minus that of always choosing the longer answer, on the same pairs."""
     prefers_longer: Estimate | None
     """Share of pairs of unequal length where the judge prefers the longer answer."""
     people_prefer_longer: float | None
-    """The same share for people, on the same pairs."""
+    """The same proportion for people, on the same pairs."""
     where_longer_is_better: Estimate | None
     """Agreement on the pairs where people prefer the longer answer."""
     where_shorter_is_better: Estimate | None
     """Agreement on the pairs where people prefer the shorter answer."""
     length_correlation: float | None
-    """Spearman's, of the difference of scores and the difference of lengths."""
+    """Spearman's correlation of the difference of scores with the difference of lengths."""
     ties: Estimate | None
     """Share of scored pairs with equal scores."""
     human_ties: int
@@ -59,7 +59,7 @@ class Agreement:
     failures: Estimate | None
     """Share of pairs without a verdict."""
     reasons: dict[str, int]
-    """Why there was none -> pairs."""
+    """Pairs without a verdict, counted by reason."""
 
 
 def agreement(rows: Sequence[Scored], *, seed: int = 0) -> Agreement:
@@ -110,7 +110,7 @@ def agreement(rows: Sequence[Scored], *, seed: int = 0) -> Agreement:
 def position_bias(
     forward: Sequence[Scored], exchanged: Sequence[Scored]
 ) -> dict[str, float] | None:
-    """What the order of the answers does to a judge, from the same pairs in both orders; None without any.
+    """How a judge's verdicts depend on the order of the answers, from the same pairs in both orders; None without any.
 
     `first_wins` is how often the answer that is shown first gets the higher score (ties one half; 0.5 is
     no bias), `changed` the share of pairs whose winner depends on the order. In `forward` the chosen answer was
@@ -132,7 +132,7 @@ def position_bias(
 
 @dataclass(frozen=True)
 class Bin:
-    """Pairs of like confidence: how sure the scores were, and how often they were right."""
+    """Pairs of similar confidence: mean confidence, and accuracy against the human labels."""
 
     low: float
     high: float
@@ -168,21 +168,21 @@ def calibration(rows: Sequence[Scored], *, bins: int = 10) -> Calibration | None
     confidence_N = 1 / (1 + np.exp(-np.abs(differences_N)))
     right_N = np.where(differences_N == 0, 0.5, differences_N > 0)
     chosen_N = np.where(differences_N >= 0, confidence_N, 1 - confidence_N)
-    place_N = np.minimum(((confidence_N - 0.5) * 2 * bins).astype(int), bins - 1)
-    found = [
+    bin_N = np.minimum(((confidence_N - 0.5) * 2 * bins).astype(int), bins - 1)
+    filled_bins = [
         Bin(
-            low=0.5 + number / (2 * bins),
-            high=0.5 + (number + 1) / (2 * bins),
-            pairs=int((place_N == number).sum()),
-            confidence=float(confidence_N[place_N == number].mean()),
-            accuracy=float(right_N[place_N == number].mean()),
+            low=0.5 + index / (2 * bins),
+            high=0.5 + (index + 1) / (2 * bins),
+            pairs=int((bin_N == index).sum()),
+            confidence=float(confidence_N[bin_N == index].mean()),
+            accuracy=float(right_N[bin_N == index].mean()),
         )
-        for number in range(bins)
-        if (place_N == number).any()
+        for index in range(bins)
+        if (bin_N == index).any()
     ]
-    gaps = [bin.pairs * abs(bin.confidence - bin.accuracy) for bin in found]
+    gaps = [bin.pairs * abs(bin.confidence - bin.accuracy) for bin in filled_bins]
     return Calibration(
-        bins=tuple(found),
+        bins=tuple(filled_bins),
         ece=sum(gaps) / len(differences_N),
         brier=float(((1 - chosen_N) ** 2).mean()),
         log_loss=float(np.logaddexp(0, -differences_N).mean()),
@@ -197,9 +197,9 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    _, places, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    _, ranks_of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
-    return [float(rank) for rank in ((ends - counts + 1 + ends) / 2)[places]]
+    return [float(rank) for rank in ((ends - counts + 1 + ends) / 2)[ranks_of]]
 
 
 def _difference(row: Scored) -> float:
@@ -229,14 +229,14 @@ def cohen_kappa(
 
     (p_o - p_e) / (1 - p_e), with p_o the share of units on which they agree and p_e what it would be if
     each rater's labels were shuffled. Source: Cohen (1960), Educ. Psychol. Meas. 20(1). None without units, and
-    where both used one and the same category only, since then nothing can be told from chance.
+    where both used one and the same category only, since then p_e = 1.
     """
     assert len(first) == len(second)
-    place = {label: number for number, label in enumerate(dict.fromkeys([*first, *second]))}
-    count = len(place)
+    category = {label: number for number, label in enumerate(dict.fromkeys([*first, *second]))}
+    count = len(category)
     joint_UKK = np.zeros((len(first), count, count))
     for unit, (a, b) in enumerate(zip(first, second, strict=True)):
-        joint_UKK[unit, place[a], place[b]] = 1
+        joint_UKK[unit, category[a], category[b]] = 1
 
     def kappa(sums_SF: _Floats) -> _Floats:
         joint_SKK = sums_SF.reshape(-1, count, count) / sums_SF.sum(axis=1)[:, None, None]
@@ -245,7 +245,7 @@ def cohen_kappa(
         kappa_S: _Floats = (observed_S - expected_S) / (1 - expected_S)
         return kappa_S
 
-    return _over_units(joint_UKK.reshape(len(first), count**2), kappa, seed)
+    return _bootstrap_over_units(joint_UKK.reshape(len(first), count**2), kappa, seed)
 
 
 def krippendorff_alpha(
@@ -259,12 +259,12 @@ def krippendorff_alpha(
     no unit has two labels, and where all labels are the same.
     """
     labelled = [list(unit.values()) for unit in units if len(unit) > 1]
-    place = {
+    category = {
         label: number for number, label in enumerate(dict.fromkeys(chain.from_iterable(labelled)))
     }
-    features_UF = np.zeros((len(labelled), len(place) + 1))
+    features_UF = np.zeros((len(labelled), len(category) + 1))
     for unit, labels in enumerate(labelled):
-        counts_K = np.bincount([place[label] for label in labels], minlength=len(place))
+        counts_K = np.bincount([category[label] for label in labels], minlength=len(category))
         size = len(labels)
         features_UF[unit, 0] = (size**2 - (counts_K**2).sum()) / (size - 1)
         features_UF[unit, 1:] = counts_K
@@ -276,23 +276,23 @@ def krippendorff_alpha(
         alpha_S: _Floats = 1 - disagreeing_S / expected_S
         return alpha_S
 
-    return _over_units(features_UF, alpha, seed)
+    return _bootstrap_over_units(features_UF, alpha, seed)
 
 
-def _over_units(
-    features_UF: _Floats, figure: Callable[[_Floats], _Floats], seed: int
+def _bootstrap_over_units(
+    features_UF: _Floats, statistic: Callable[[_Floats], _Floats], seed: int
 ) -> Estimate | None:
-    """A figure of the units' summed features, and its interval; None where the figure is not defined."""
+    """A statistic of the units' summed features, with its bootstrap interval; None where it is not defined."""
     count = len(features_UF)
     if not count:
         return None
     draws_SU = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=_RESAMPLES)
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(figure(features_UF.sum(axis=0, keepdims=True))[0])
-        resampled_S = figure(draws_SU @ features_UF)
+        value = float(statistic(features_UF.sum(axis=0, keepdims=True))[0])
+        resampled_S = statistic(draws_SU @ features_UF)
     if not np.isfinite(value):
         return None
-    # A resample in which everybody says the same has no figure; the others stand for it.
+    # The statistic is undefined in a resample whose labels are all equal: such resamples are left out.
     defined_S = resampled_S[np.isfinite(resampled_S)]
     low, high = np.quantile(defined_S, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return Estimate(value, min(float(low), value), max(float(high), value), count)

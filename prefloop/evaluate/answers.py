@@ -1,4 +1,4 @@
-"""What held-out answers say about a policy: score, win rate against the start, length, variety, divergence."""
+"""Measures of a policy's held-out answers: score, win rate against the start, length, distinct-2, KL."""
 
 from __future__ import annotations
 
@@ -49,21 +49,21 @@ def prompt_values(
 ) -> dict[str, dict[str, float]]:
     """The measures of `answer_measures` that are means over prompts: each prompt's value, by measure and id."""
     before = {g.prompt.id: g.scores[ANSWER] for g in start if ANSWER in g.scores}
-    found: dict[str, dict[str, float]] = {
+    values: dict[str, dict[str, float]] = {
         name: {} for name in ("score", "win_rate", "mean_length", "stop_rate")
     }
     for group in groups:
         name, answer = group.prompt.id, group.responses[ANSWER]
-        found["stop_rate"][name] = float(answer.finish == "stop")
+        values["stop_rate"][name] = float(answer.finish == "stop")
         if answer.token_ids:
-            found["mean_length"][name] = float(len(answer.token_ids))
+            values["mean_length"][name] = float(len(answer.token_ids))
         score = group.scores.get(ANSWER)
         if score is None:
             continue
-        found["score"][name] = score
+        values["score"][name] = score
         if name in before:
-            found["win_rate"][name] = points(score, before[name])
-    return found
+            values["win_rate"][name] = points(score, before[name])
+    return values
 
 
 def _kl(groups: Sequence[Candidates]) -> float | None:
@@ -90,7 +90,7 @@ def distinct_2(texts: Iterable[str]) -> float | None:
 def mean_length(responses: Sequence[Response]) -> float | None:
     """Mean number of tokens, end-of-turn included; None where no response carries its tokens.
 
-    A response without tokens was not sampled by an engine, so its length is unknown, not 0.
+    A response without token ids was not sampled by an engine: its length is unknown, not 0.
     """
     lengths = [len(response.token_ids) for response in responses if response.token_ids]
     return sum(lengths) / len(lengths) if lengths else None
@@ -110,8 +110,8 @@ def no_verdict_rate(groups: Sequence[Candidates]) -> float | None:
 
 def identical_rate(pairs: Iterable[tuple[str, str]]) -> float | None:
     """Share of (y, y') equal after whitespace folding; None where there are none (IAL App. B.4)."""
-    same = [fold_whitespace(first) == fold_whitespace(second) for first, second in pairs]
-    return sum(same) / len(same) if same else None
+    identical = [fold_whitespace(first) == fold_whitespace(second) for first, second in pairs]
+    return sum(identical) / len(identical) if identical else None
 
 
 def check_guards(
@@ -124,8 +124,8 @@ def check_guards(
     Reads `kl` (nats/token), `distinct_2`, `stop_rate` and `identical_rate`. A measure that is missing
     or None trips nothing; one that is NaN trips its guard.
     """
-    start, share = start_measures.get("distinct_2"), options.min_distinct2
-    floor = None if start is None or share is None else share * start
+    start, min_fraction = start_measures.get("distinct_2"), options.min_distinct2
+    min_distinct_2 = None if start is None or min_fraction is None else min_fraction * start
     rules: list[tuple[str, float | None, Callable[[float, float], bool], str]] = [
         (
             "kl",
@@ -135,7 +135,7 @@ def check_guards(
         ),
         (
             "distinct_2",
-            floor,
+            min_distinct_2,
             ge,
             "distinct-2 is {:.3g}, below min_distinct2's share of the start: {:.3g}",
         ),
@@ -152,10 +152,10 @@ def check_guards(
             "{:.1%} of rewritten answers equal their draft, above max_identical_rate = {:.1%}",
         ),
     ]
-    found = []
-    for name, bound, holds, sentence in rules:
+    tripped = []
+    for name, limit, holds, sentence in rules:
         value = measures.get(name)
         # Written as "does not hold" because a comparison with NaN is false either way round.
-        if value is not None and bound is not None and not holds(value, bound):
-            found.append(sentence.format(value, bound))
-    return found
+        if value is not None and limit is not None and not holds(value, limit):
+            tripped.append(sentence.format(value, limit))
+    return tripped

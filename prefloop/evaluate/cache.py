@@ -1,4 +1,4 @@
-"""Records that a measure has made, kept so that a killed evaluation goes on, and answers kept so."""
+"""A measure's records and answers, cached chunk by chunk so that a killed evaluation can continue."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ def cached_records(
     *,
     chunk: int,
 ) -> list[R]:
-    """The records that `work` makes of each chunk of rows; a chunk whose file is there is read instead.
+    """The records that `work` makes of each chunk of rows; a chunk whose file exists is read instead.
 
-    `work` is given the chunk and its number, from which it is to derive its seed. `folder` must be of these
-    rows and options alone.
+    `work` gets the chunk and its number, from which it derives its seed. `folder` must belong to these rows
+    and options alone: its name holds their digest.
     """
-    return kept_chunks(folder, chunks_of(rows, chunk), kind, work)
+    return cached_chunks(folder, chunks_of(rows, chunk), kind, work)
 
 
-def kept_chunks(
+def cached_chunks(
     folder: Path,
     chunks: Sequence[Sequence[T]],
     kind: type[R],
     work: Callable[[Sequence[T], int], Iterable[R]],
 ) -> list[R]:
-    """The same where the chunks are made already."""
+    """`cached_records` for rows that are already divided into chunks."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: list[R] = []
+    records: list[R] = []
     for number, chunk in enumerate(chunks):
         path = folder / f"{number:05d}.jsonl"
         if not path.exists():
             part = path.with_suffix(".part")
             write_jsonl(part, work(chunk, number))
             part.replace(path)  # a kill leaves no half chunk behind
-        found += read_jsonl(path, kind)
-    return found
+        records += read_jsonl(path, kind)
+    return records
 
 
 def chunks_of(rows: Sequence[T], size: int) -> list[Sequence[T]]:
@@ -74,7 +74,7 @@ def chunks_of(rows: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def held_out_prompts(source: str | None, limit: int | None) -> list[Prompt]:
-    """The first `limit` prompts of a source as a recipe's data.eval names one. Raises DataError."""
+    """The first `limit` prompts of a source, named as in a recipe's data.eval. Raises DataError."""
     if source is None:
         raise DataError("it has no prompts: name some with --data, or in its option held_out")
     prompts = list(islice(read_prompts(source, DataOptions(), part="eval"), limit))
@@ -93,12 +93,12 @@ def answers_of(
     chunk: int,
     label: str = "answers",
 ) -> list[Response]:
-    """One answer a prompt. The same arguments read what is kept; the same seed meets the same numbers."""
+    """One answer for each prompt, cached in `folder`; equal arguments give equal answers."""
 
     def work(part: Sequence[Prompt], number: int) -> list[Response]:
-        asks = [Request(messages=prompt.messages) for prompt in part]
-        own = derive_seed(seed, "held-out answers", number)
-        return engine.sample(asks, sampling, seed=own, label=label)
+        requests = [Request(messages=prompt.messages) for prompt in part]
+        chunk_seed = derive_seed(seed, "held-out answers", number)
+        return engine.sample(requests, sampling, seed=chunk_seed, label=label)
 
-    place = folder / digest([prompt.messages for prompt in prompts], sampling, seed, chunk)
-    return cached_records(place, prompts, Response, work, chunk=chunk)
+    cache_folder = folder / digest([prompt.messages for prompt in prompts], sampling, seed, chunk)
+    return cached_records(cache_folder, prompts, Response, work, chunk=chunk)

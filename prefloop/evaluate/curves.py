@@ -1,4 +1,4 @@
-"""What a run logged while it trained: the loss's metrics at each step, and the win rate at every k-th."""
+"""Training curves of a run: the loss's metrics at each optimiser step, and the win rate at every k-th."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from prefloop.records import CurvePoint
 from prefloop.run_folder import RoundDir, RunDir
 
 CURVE = "curve"
-SHARE = 0.9
-"""Of the run's highest win rate: what "steps to 90 %" (AROP, Table 1) is about."""
+FRACTION_OF_BEST = 0.9
+"""Fraction of the run's highest win rate that "steps to 90 %" (AROP, Table 1) refers to."""
 
 
 def win_rate_curve(run: RunDir) -> list[CurvePoint]:
@@ -23,9 +23,11 @@ def win_rate_curve(run: RunDir) -> list[CurvePoint]:
     ]
 
 
-def steps_to_share(points: list[CurvePoint]) -> int | None:
+def steps_to_fraction(points: list[CurvePoint]) -> int | None:
     """The first step at which the win rate reaches 90 % of its highest; None without a win rate."""
-    return steps_to([(p.step, p.win_rate) for p in points if p.win_rate is not None], SHARE)
+    return steps_to(
+        [(p.step, p.win_rate) for p in points if p.win_rate is not None], FRACTION_OF_BEST
+    )
 
 
 def training_curve(round_dir: RoundDir) -> list[dict[str, Any]]:
@@ -37,12 +39,12 @@ def training_curve(round_dir: RoundDir) -> list[dict[str, Any]]:
 
 
 def curves(run: RunDir) -> dict[str, Any]:
-    """Both as JSON values: `training` by round, `win_rate`, and `steps_to_90`."""
+    """Both curves as JSON values: `training` by round, `win_rate`, and `steps_to_90`."""
     points = win_rate_curve(run)
     return {
         "training": {
             str(round_dir.number): training_curve(round_dir) for round_dir in run.rounds()
         },
         "win_rate": [point.model_dump() for point in points],
-        "steps_to_90": steps_to_share(points),
+        "steps_to_90": steps_to_fraction(points),
     }

@@ -9,7 +9,7 @@ from prefloop.evaluate.measures import Outcome
 from prefloop.evaluate.measures.leaderboard import BENCHMARKS, MEAN, stratum_of
 from prefloop.evaluate.stats import Estimate, mean_difference, mean_of
 
-_SHORT = {
+_HEADINGS = {
     "arc_challenge": "ARC-c",
     "hellaswag": "HellaSwag",
     "mmlu": "MMLU",
@@ -21,10 +21,10 @@ _SHORT = {
 
 
 def increments(before: Outcome, after: Outcome) -> dict[str, Estimate]:
-    """By benchmark, and for the mean of all six, after minus before on the questions that both were asked.
+    """After minus before by benchmark, and for the mean of all six, on the questions that both results hold.
 
-    Raises DataError where they share none, or where both were asked the same questions in other prompts; of
-    results that share a part only, nothing can tell.
+    Raises DataError where they have no question in common, or the same questions in other prompts (which can be
+    seen only where the questions are all the same).
     """
     prompts = [(outcome.facts or {}).get("prompts") for outcome in (before, after)]
     earlier = {item.id: item for item in before.items}
@@ -38,7 +38,7 @@ def increments(before: Outcome, after: Outcome) -> dict[str, Estimate]:
             "the two leaderboard results come from other prompts (data, harness or chat template have changed); "
             "measure both again"
         )
-    found: dict[str, Estimate] = {}
+    gains: dict[str, Estimate] = {}
     for benchmark in BENCHMARKS:
         strata: dict[str, list[float]] = {}
         for old, new in pairs:
@@ -46,19 +46,19 @@ def increments(before: Outcome, after: Outcome) -> dict[str, Estimate]:
                 change = new.values[benchmark] - old.values[benchmark]
                 strata.setdefault(stratum_of(new), []).append(change)
         if strata:
-            found[benchmark] = mean_difference(strata)
-    if len(found) == len(BENCHMARKS):
-        found[MEAN] = mean_of(list(found.values()))
-    return found
+            gains[benchmark] = mean_difference(strata)
+    if len(gains) == len(BENCHMARKS):
+        gains[MEAN] = mean_of(list(gains.values()))
+    return gains
 
 
 def rounds_table(outcomes: Mapping[str, Outcome]) -> list[list[str]]:
-    """A head and a row for each outcome, in their order: values in per cent, in brackets the gain on the row above.
+    """A header and one row per outcome: values in per cent, in brackets the gain over the row above.
 
     A gain whose 95 % interval holds 0 is followed by "~": it may be chance.
     """
-    shown = [name for name in _SHORT if any(name in o.estimates for o in outcomes.values())]
-    rows = [["", *(_SHORT[name] for name in shown)]]
+    shown = [name for name in _HEADINGS if any(name in o.estimates for o in outcomes.values())]
+    rows = [["", *(_HEADINGS[name] for name in shown)]]
     before: Outcome | None = None
     for label, outcome in outcomes.items():
         gains = increments(before, outcome) if before else {}

@@ -12,7 +12,7 @@ from prefloop.config import plugin_name
 from prefloop.errors import DataError, RecipeError
 from prefloop.evaluate.cache import digest, held_out_prompts
 from prefloop.evaluate.judge_check import parse_judge
-from prefloop.evaluate.subjects import Source, contents
+from prefloop.evaluate.subjects import Source, content_hash
 from prefloop.generate.causal_lm import open_engine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import CachedJudge, Judge, OpenJudge
@@ -22,10 +22,10 @@ from prefloop.models.sources import quiet
 class EvaluationJudge:
     """The judge of this evaluation, or none."""
 
-    def __init__(self, judge: Judge | None, told: str | None, policy: str | None) -> None:
-        """`told` is how the report calls it; `policy` is the model that it asks where it asks one."""
+    def __init__(self, judge: Judge | None, label: str | None, policy: str | None) -> None:
+        """`label` is its name in the report; `policy` the model that it asks, None where it asks none."""
         self.judge = judge
-        self.told = told
+        self.label = label
         self.policy = policy
 
     @classmethod
@@ -37,43 +37,49 @@ class EvaluationJudge:
         A judge that compares with targets needs `prompts`, the source of prompts, to have some.
         """
         if text is None:
-            return cls._shared(sources, prompts)
-        told, judge = parse_judge(text)
+            return cls._from_runs(sources, prompts)
+        label, judge = parse_judge(text)
         if judge.needs_policy and policy is None:
             raise RecipeError(
-                f"judge {told} asks the policy, and subjects are not to judge themselves; name the model that it "
+                f"judge {label} asks the policy, and subjects are not to judge themselves; name the model that it "
                 "asks with --policy"
             )
         judge.check()
-        if judge.needs_target and (bare := _without_target(prompts)):
+        if judge.needs_target and (count := _count_without_target(prompts)):
             raise DataError(
-                f"judge {told} compares with responses, and {bare} prompts of {prompts} have none; name prompts that "
+                f"judge {label} compares with responses, and {count} prompts of {prompts} have none; name prompts that "
                 "have, or another judge"
             )
         asks = f", asking {policy}" * (judge.needs_policy)
-        return cls(judge, f"{told}{asks}", policy if judge.needs_policy else None)
+        return cls(judge, f"{label}{asks}", policy if judge.needs_policy else None)
 
     @classmethod
-    def _shared(cls, sources: Sequence[Source], prompts: str) -> EvaluationJudge:
+    def _from_runs(cls, sources: Sequence[Source], prompts: str) -> EvaluationJudge:
+        """The judge that all runs' recipes have in common, else none."""
         recipes = [recipe for source in sources if (recipe := source.recipe) is not None]
         judges = [recipe.judge for recipe in recipes]
         first = judges[0] if judges else None
         if first is None or first.needs_policy or any(judge != first for judge in judges):
             return cls(None, None, None)
-        if first.needs_target and _without_target(prompts):
+        if first.needs_target and _count_without_target(prompts):
             return cls(None, None, None)
         return cls(first, f"{plugin_name(prefloop.judges, first)}, the run's own", None)
 
     @property
     def key(self) -> str:
-        """Changes with all that decides its verdicts, as far as that can be told here."""
+        """A hash of what decides its verdicts: name, options, and the files or models that these name."""
         if self.judge is None:
             return ""
         sources = [*self.judge.sources.values(), *([self.policy] if self.policy else [])]
-        found = [
-            contents(Path(s).expanduser()) if Path(s).expanduser().exists() else s for s in sources
+        source_hashes = [
+            content_hash(Path(source).expanduser())
+            if Path(source).expanduser().exists()
+            else source
+            for source in sources
         ]
-        return digest(plugin_name(prefloop.judges, self.judge), self.judge.model_dump_json(), found)
+        return digest(
+            plugin_name(prefloop.judges, self.judge), self.judge.model_dump_json(), source_hashes
+        )
 
     @cached_property
     def _open(self) -> OpenJudge:
@@ -88,15 +94,15 @@ class EvaluationJudge:
         return None if self.judge is None else LazyJudge(self)
 
 
-def _without_target(prompts: str) -> int:
+def _count_without_target(prompts: str) -> int:
     return sum(prompt.target is None for prompt in held_out_prompts(prompts, None))
 
 
 class LazyJudge:
-    """The judge of an evaluation, loaded when it is first asked."""
+    """Loads the evaluation's judge at the first call of `score`."""
 
-    def __init__(self, chosen: EvaluationJudge) -> None:
-        self._chosen = chosen
+    def __init__(self, judge: EvaluationJudge) -> None:
+        self._evaluation_judge = judge
 
     def score(self, prompts: Any, groups: Any) -> Any:
-        return self._chosen._open.score(prompts, groups)
+        return self._evaluation_judge._open.score(prompts, groups)

@@ -1,6 +1,6 @@
-"""Judges beside people's choices: how often they agree, which way they lean, how often they fail.
+"""`prefloop judge check`: judges against human choices: agreement, biases, failures.
 
-Two rows need no judge and are what a judge must beat: chance, and the longer answer.
+Two baselines need no judge and are what a judge must beat: chance, and the longer answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse_judge(text: str, overrides: Sequence[str] = ()) -> tuple[str, Judge]:
     """A judge from a name, a YAML section as text ("{name: reward_model, model: ...}"), or a file with one.
 
     The file holds the section itself, or a recipe with a section `judge`. `overrides` are "key=value" of
-    its options. Returns how to call it, and the judge. Raises RecipeError.
+    its options. Returns a label for tables, and the judge. Raises RecipeError.
     """
     path = Path(text)
     if path.suffix in (".yaml", ".yml"):
@@ -53,7 +53,7 @@ def parse_judge(text: str, overrides: Sequence[str] = ()) -> tuple[str, Judge]:
     return f"{section['name']}" + (f" ({options})" if options else ""), judge
 
 
-def load_checked(files: Sequence[str], limit: int | None, seed: int) -> list[Preference]:
+def load_pairs(files: Sequence[str], limit: int | None, seed: int) -> list[Preference]:
     """The pairs of all files; with `limit`, so many of each data set, drawn by the seed. Raises DataError."""
     pairs = [pair for file in files for pair in read_preferences(file).pairs]
     if limit is None:
@@ -61,59 +61,62 @@ def load_checked(files: Sequence[str], limit: int | None, seed: int) -> list[Pre
     drawn = []
     for name, group in sources(pairs):
         size = min(limit, len(group))
-        places = Random(derive_seed(seed, "judge check", name)).sample(range(len(group)), size)
-        drawn += [group[place] for place in sorted(places)]
+        indices = Random(derive_seed(seed, "judge check", name)).sample(range(len(group)), size)
+        drawn += [group[index] for index in sorted(indices)]
     return drawn
 
 
 def with_targets(pairs: Sequence[Preference], source: str) -> list[Preference]:
     """The pairs whose lone prompt has a response in `source` (rows as in a run's data), as their target.
 
-    Prompts match but for white space. Pairs in which an answer is the target itself are left out: they
-    would only show that a text is like itself. Raises DataError where no pair is left.
+    White space is ignored in matching prompts. Pairs in which an answer is the target itself are left out: a
+    similarity judge is always right on them. Raises DataError where no pair is left.
     """
     targets = {
-        _words(prompt.text): prompt.target
+        _fold_whitespace(prompt.text): prompt.target
         for prompt in read_prompts(source, DataOptions())
         if len(prompt.messages) == 1 and prompt.target
     }
-    found = []
+    matched = []
     for pair in pairs:
-        target = targets.get(_words(pair.messages[-1].content))
+        target = targets.get(_fold_whitespace(pair.messages[-1].content))
         if len(pair.messages) > 1 or target is None:
             continue
-        if _words(target) not in (_words(pair.chosen), _words(pair.rejected)):
-            found.append(pair.model_copy(update={"target": target}))
-    if not found:
+        if _fold_whitespace(target) not in (
+            _fold_whitespace(pair.chosen),
+            _fold_whitespace(pair.rejected),
+        ):
+            matched.append(pair.model_copy(update={"target": target}))
+    if not matched:
         raise DataError(
             f"{source} has a response to none of these pairs' prompts; name a file that has"
         )
-    return found
+    return matched
 
 
 def score_pairs(
     judge: OpenJudge, pairs: Sequence[Preference], rejected_first: Sequence[bool] | None = None
 ) -> list[Scored]:
-    """Each pair with the judge's scores, or why there are none.
+    """Each pair with the judge's scores, or the reason why there are none.
 
-    Which answer is shown first must not tell which is better: unless `rejected_first` says it for each
-    pair, the pair's id draws it.
+    The order in which the two answers are shown is drawn from the pair's id, unless `rejected_first` gives it
+    for each pair: a fixed order would tell a judge with a position bias which answer is better.
     """
     if rejected_first is None:
-        rejected_first = _drawn_order(pairs)
+        rejected_first = _random_order(pairs)
     groups = [
-        (pair.rejected, pair.chosen) if turned else (pair.chosen, pair.rejected)
-        for pair, turned in zip(pairs, rejected_first, strict=True)
+        (pair.rejected, pair.chosen) if exchanged else (pair.chosen, pair.rejected)
+        for pair, exchanged in zip(pairs, rejected_first, strict=True)
     ]
     verdicts = CachedJudge(judge).score([pair.prompt for pair in pairs], groups)
     return [
-        scored(pair, _turned(verdict) if turned else verdict)
-        for pair, verdict, turned in zip(pairs, verdicts, rejected_first, strict=True)
+        scored(pair, _exchanged(verdict) if exchanged else verdict)
+        for pair, verdict, exchanged in zip(pairs, verdicts, rejected_first, strict=True)
     ]
 
 
 def scored(pair: Preference, verdict: Verdict) -> Scored:
-    """A pair beside a verdict on (chosen, rejected)."""
+    """A pair with its verdict on (chosen, rejected), as `agreement` takes it."""
     return Scored(
         cluster=pair.key,
         tie=pair.tie,
@@ -126,7 +129,7 @@ def scored(pair: Preference, verdict: Verdict) -> Scored:
 
 
 def baselines(pairs: Sequence[Preference]) -> dict[str, dict[str, Any]]:
-    """What a judge must beat, by data set."""
+    """The baselines' agreement, by data set."""
     return {
         CHANCE: by_source(pairs, [scored(pair, (0.0, 0.0)) for pair in pairs]),
         LONGER: by_source(
@@ -143,10 +146,10 @@ def check_judges(
     prompt_set: str = "compact",
     both_orders: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """By row (the two baselines, then the judges) and data set: agreement, leanings, calibration.
+    """Agreement, biases and calibration of the two baselines and each judge, by name and data set.
 
-    `policy` is the model that judges ask which need one. A judge that cannot be opened raises; one that
-    fails on pairs is counted.
+    `policy` is the model for judges that need one. A judge that cannot be opened raises; failures on single
+    pairs are counted.
     """
     report = baselines(pairs)
     for name, judge in judges.items():
@@ -155,12 +158,14 @@ def check_judges(
             rows = score_pairs(opened, pairs)
             report[name] = by_source(pairs, rows, calibrated=isinstance(judge, RewardModel))
             continue
-        orders = [score_pairs(opened, pairs, [turned] * len(pairs)) for turned in (False, True)]
-        rows = [orders[turned][place] for place, turned in enumerate(_drawn_order(pairs))]
+        orders = [
+            score_pairs(opened, pairs, [exchanged] * len(pairs)) for exchanged in (False, True)
+        ]
+        rows = [orders[exchanged][index] for index, exchanged in enumerate(_random_order(pairs))]
         report[name] = by_source(pairs, rows, calibrated=isinstance(judge, RewardModel))
-        for source, wanted in _places(pairs).items():
+        for source, indices in _indices_by_source(pairs).items():
             report[name][source]["position"] = position_bias(
-                *([rows[place] for place in wanted] for rows in orders)
+                *([rows[index] for index in indices] for rows in orders)
             )
     return report
 
@@ -183,32 +188,32 @@ def _open(
 def by_source(
     pairs: Sequence[Preference], rows: Sequence[Scored], *, calibrated: bool = False
 ) -> dict[str, Any]:
-    """By data set, and for all of them under "all": agreement and leanings; calibration where asked for."""
-    found: dict[str, Any] = {}
-    for name, wanted in _places(pairs).items():
-        group = [rows[place] for place in wanted]
-        found[name] = asdict(agreement(group))
+    """By data set, and under "all" for all of them: agreement and biases, and calibration where `calibrated`."""
+    report: dict[str, Any] = {}
+    for name, indices in _indices_by_source(pairs).items():
+        group = [rows[index] for index in indices]
+        report[name] = asdict(agreement(group))
         curve = calibration(group) if calibrated else None
-        found[name]["calibration"] = asdict(curve) if curve else None
-    return found
+        report[name]["calibration"] = asdict(curve) if curve else None
+    return report
 
 
-def _places(pairs: Sequence[Preference]) -> dict[str, list[int]]:
+def _indices_by_source(pairs: Sequence[Preference]) -> dict[str, list[int]]:
     """Indices of each data set's pairs."""
-    places = {
-        name: [place for place, pair in enumerate(pairs) if pair.source == name]
+    indices = {
+        name: [index for index, pair in enumerate(pairs) if pair.source == name]
         for name in dict.fromkeys(pair.source for pair in pairs)
     }
-    return places if len(places) == 1 else {**places, "all": list(range(len(pairs)))}
+    return indices if len(indices) == 1 else {**indices, "all": list(range(len(pairs)))}
 
 
-def _drawn_order(pairs: Sequence[Preference]) -> list[bool]:
+def _random_order(pairs: Sequence[Preference]) -> list[bool]:
     return [derive_seed("order", pair.source, pair.id) % 2 == 1 for pair in pairs]
 
 
-def _words(text: str) -> str:
+def _fold_whitespace(text: str) -> str:
     return " ".join(text.split())
 
 
-def _turned(verdict: Verdict) -> Verdict:
+def _exchanged(verdict: Verdict) -> Verdict:
     return verdict if isinstance(verdict, NoVerdict) else tuple(reversed(verdict))

@@ -1,8 +1,8 @@
-"""A policy in memory as lm-evaluation-harness wants a model: its tokenisation, our scoring and decoding.
+"""A loaded policy as a model of lm-evaluation-harness: the harness's tokenisation, our scoring and decoding.
 
 Contexts and continuations become tokens exactly as in the harness's own class for transformers models (HFLM), so
-that the log-probabilities are those of its command line. What differs is how they are computed:
-generate/scoring.py computes a beginning that several rows share once.
+that the log-probabilities are those of its command line. Only the computation differs: generate/scoring.py
+computes a prefix that several rows share once.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from prefloop.generate.engine import TokenEngine
 
 Row = tuple[tuple[int, ...], int]
-"""Tokens, and from which on they are scored."""
+"""Token ids, and the index of the first one that is scored."""
 
-# So many are asked between two files; the slots empty at each end, so not few.
-_SCORED_AT_A_TIME = 512
-_DECODED_AT_A_TIME = 128
+# Rows per cache file. Small chunks waste time: slots drain at each chunk's end.
+_SCORED_PER_FILE = 512
+_DECODED_PER_FILE = 128
 
 
-class _Kind(NamedTuple):
-    """How an answer is generated."""
+class _Decoding(NamedTuple):
+    """How answers are generated; texts in `stop` end them."""
 
     stop: list[str]
-    limit: int
-    """Tokens at most."""
-    room: int
-    """Tokens that a prompt may have."""
+    max_new_tokens: int
+    """Tokens of an answer at most."""
+    max_prompt_tokens: int
+    """Tokens of a prompt at most; a longer one loses its beginning."""
 
 
 class _Likelihood(Record):
-    """Of a continuation; JSON alone would lose what has the probability 0."""
+    """Log-likelihood of a continuation (log 0 = -inf is kept as a JSON constant)."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -57,7 +57,7 @@ class _Likelihood(Record):
 
 
 class PolicyLM(TemplateLM):  # type: ignore[misc]
-    """lm-eval's view of an engine; what it has answered is kept in `folder`, so that a killed evaluation goes on."""
+    """An engine as an lm-eval model; answers are cached in `folder`, so that a killed evaluation can continue."""
 
     def __init__(
         self, engine: TokenEngine, model: Any, tokenizer: Any, folder: Path, seed: int
@@ -66,29 +66,29 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
         self.tokenizer = tokenizer
         self.max_length: int = resolve_max_length(model.config, tokenizer)
         self.cut = 0
-        """How many prompts lost their beginning, as they were longer than the model's window."""
+        """Number of prompts that lost their beginning, being longer than the model's window."""
         self._engine, self._folder, self._seed = engine, folder, seed
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """Id of the end-of-text token."""
         return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that nothing precedes."""
+        """Id of the token before a text without context: beginning-of-text, else end-of-text."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else int(first)
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """The name by which the harness's caches tell tokenizers apart."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens as the tokenizer gives them by itself, without a second beginning-of-text."""
+        """The text's token ids with the tokenizer's special tokens, but no second beginning-of-text."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
@@ -96,7 +96,7 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Turns as text; a template that refuses the system's turn gets none."""
+        """The conversation as text; the system turn is dropped where the template refuses it."""
 
         def render(turns: list[dict[str, str]]) -> str:
             return str(
@@ -116,32 +116,34 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Log-probability (nats) of each continuation, and whether greedy decoding would give it."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        """Log-probability (nats) of each continuation, and whether greedy decoding yields it."""
+        likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return likelihoods
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         rows = [self._row(context, continuation) for _, context, continuation in requests]
-        # By tokens, so that rows which begin alike are scored in one go.
+        # Sorted by tokens, so that rows with a common prefix are scored together.
         distinct = sorted(set(rows))
-        place = self._folder / digest("likelihoods", *map(digest, distinct))
+        cache_folder = self._folder / digest("likelihoods", *map(digest, distinct))
         with Bar("score", len(distinct)) as bar:
 
             def work(part: Sequence[Row], number: int) -> Iterable[_Likelihood]:
-                bar.at(number * _SCORED_AT_A_TIME)
+                bar.at(number * _SCORED_PER_FILE)
                 ids, starts = zip(*part, strict=True)
                 for found in self._engine.score_tokens(ids, starts):
                     greedy = all(found.likeliest)
                     yield _Likelihood(logprob=sum(found.logprobs), greedy=greedy)
 
-            scores = cached_records(place, distinct, _Likelihood, work, chunk=_SCORED_AT_A_TIME)
+            scores = cached_records(
+                cache_folder, distinct, _Likelihood, work, chunk=_SCORED_PER_FILE
+            )
         found = dict(zip(distinct, scores, strict=True))
         return [(found[row].logprob, found[row].greedy) for row in rows]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
-        """The tokens that fit into the model's window, its last one needing no place; and where scoring starts."""
+        """The tokens that fit into the window (the last one is no input), and the index where scoring starts."""
         ids = context + continuation
         self.cut += len(ids) > self.max_length + 1
         ids = ids[-self.max_length - 1 :]
@@ -154,56 +156,66 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Greedy continuations up to the first stop text."""
-        by_kind: dict[str, dict[str, Any]] = {}
+        contexts_by_options: dict[str, dict[str, Any]] = {}
         for context, options in (request.args for request in requests):
-            by_kind.setdefault(repr(options), {})[context] = options
-        found = {kind: self._answers(asked) for kind, asked in by_kind.items()}
-        return [found[repr(r.args[1])][r.args[0]] for r in requests]
+            contexts_by_options.setdefault(repr(options), {})[context] = options
+        answers = {
+            key: self._answers(options_by_context)
+            for key, options_by_context in contexts_by_options.items()
+        }
+        return [answers[repr(r.args[1])][r.args[0]] for r in requests]
 
-    def _answers(self, asked: dict[str, Any]) -> dict[str, str]:
-        """By context; all are `asked` with the same options."""
-        kind = self._kind(next(iter(asked.values())))
-        prompts = [self._prompt(context, kind.room) for context in asked]
+    def _answers(self, options_by_context: dict[str, Any]) -> dict[str, str]:
+        """The answers by context; all contexts have the same options."""
+        decoding = self._decoding(next(iter(options_by_context.values())))
+        prompts = [
+            self._prompt(context, decoding.max_prompt_tokens) for context in options_by_context
+        ]
 
         def work(part: Sequence[list[int]], number: int) -> Iterable[Response]:
-            return [Response(text=text) for text in self._generated(part, kind)]
+            return [Response(text=text) for text in self._generate(part, decoding)]
 
-        place = self._folder / digest("answers", kind, prompts)
-        answers = cached_records(place, prompts, Response, work, chunk=_DECODED_AT_A_TIME)
-        return {context: answer.text for context, answer in zip(asked, answers, strict=True)}
+        cache_folder = self._folder / digest("answers", decoding, prompts)
+        answers = cached_records(cache_folder, prompts, Response, work, chunk=_DECODED_PER_FILE)
+        return {
+            context: answer.text
+            for context, answer in zip(options_by_context, answers, strict=True)
+        }
 
-    def _kind(self, options: dict[str, Any]) -> _Kind:
-        wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, 256))
-        assert not wanted["do_sample"], "the leaderboard's tasks decode greedily"
-        end = self.tokenizer.decode(self.eot_token_id)
-        stop = handle_stop_sequences(wanted["until"], eos=end)
-        room = self.max_length - wanted["max_gen_toks"]
-        if room < 1:
+    def _decoding(self, options: dict[str, Any]) -> _Decoding:
+        normalized: dict[str, Any] = dict(normalize_gen_kwargs(options, 256))
+        assert not normalized["do_sample"], "the leaderboard's tasks decode greedily"
+        end_of_text = self.tokenizer.decode(self.eot_token_id)
+        stop = handle_stop_sequences(normalized["until"], eos=end_of_text)
+        max_prompt_tokens = self.max_length - normalized["max_gen_toks"]
+        if max_prompt_tokens < 1:
             raise GenerationError(
-                f"answers of {wanted['max_gen_toks']} tokens leave no room for a question in the model's "
+                f"answers of {normalized['max_gen_toks']} tokens leave no room for a question in the model's "
                 f"window of {self.max_length} tokens; leave out this task"
             )
-        return _Kind(stop, wanted["max_gen_toks"], room)
+        return _Decoding(stop, normalized["max_gen_toks"], max_prompt_tokens)
 
-    def _prompt(self, context: str, room: int) -> list[int]:
+    def _prompt(self, context: str, max_prompt_tokens: int) -> list[int]:
         ids = self.tok_encode(context)
-        self.cut += len(ids) > room
-        return ids[-room:]
+        self.cut += len(ids) > max_prompt_tokens
+        return ids[-max_prompt_tokens:]
 
-    def _generated(self, prompts: Sequence[list[int]], kind: _Kind) -> list[str]:
+    def _generate(self, prompts: Sequence[list[int]], decoding: _Decoding) -> list[str]:
         sampling = Sampling(
             temperature=0,
-            stop=tuple(text for text in kind.stop if text),
-            max_new_tokens=kind.limit,
+            stop=tuple(text for text in decoding.stop if text),
+            max_new_tokens=decoding.max_new_tokens,
         )
-        found = self._engine.continue_tokens(prompts, sampling, seed=self._seed, label="answer")
+        continuations = self._engine.continue_tokens(
+            prompts, sampling, seed=self._seed, label="answer"
+        )
         return [
             postprocess_generated_text(
-                self.tokenizer.decode(ids, skip_special_tokens=True), kind.stop, None
+                self.tokenizer.decode(ids, skip_special_tokens=True), decoding.stop, None
             )
-            for ids in found
+            for ids in continuations
         ]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        """Perplexity of whole texts, which none of the leaderboard's tasks asks for."""
+        """Not supported: none of the leaderboard's tasks measures the perplexity of whole texts."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Rows of evaluation files: what every measure that asks questions demands of them."""
+"""Read and check the rows of evaluation files: text fields, unique ids, random subsets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def read_rows(source: str, option: str, split: str = "test") -> list[Located]:
-    """All rows of a file or data set, each with its place; DataError where there are none."""
+    """All rows of a file or data set, each with its location; DataError where there are none."""
     rows = list(open_rows(source, "eval", None, split)[1])
     if not rows:
         raise DataError(f"{option}: {source} holds no row; name a file that has some")
@@ -33,15 +33,15 @@ Q = TypeVar("Q", bound=_Question)
 def read_questions(
     source: str, option: str, question: Callable[[Located], Q], split: str = "test"
 ) -> list[Q]:
-    """What `question` makes of all rows; DataError where two have one id."""
+    """All rows, each converted by `question`; DataError where two have the same id."""
     rows = read_rows(source, option, split)
     questions = [question(row) for row in rows]
-    demand_own_ids(rows, [one.id for one in questions])
+    check_unique_ids(rows, [one.id for one in questions])
     return questions
 
 
 def text_of(row: Located, name: str) -> str:
-    """A field that must hold text; DataError with the row's place."""
+    """The text of a field; DataError with the row's location where it holds none."""
     where, fields = row
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -53,12 +53,12 @@ def text_of(row: Located, name: str) -> str:
 
 def id_of(row: Located, text: str) -> str:
     """The row's id, or one made from its text where it has none."""
-    found = row[1].get("id", row[1].get("key"))
-    return digest(text) if found is None else str(found)
+    row_id = row[1].get("id", row[1].get("key"))
+    return digest(text) if row_id is None else str(row_id)
 
 
-def demand_own_ids(rows: Sequence[Located], ids: Sequence[str]) -> None:
-    """DataError where two rows have one id: comparisons would take them for one question."""
+def check_unique_ids(rows: Sequence[Located], ids: Sequence[str]) -> None:
+    """DataError where two rows have the same id: comparisons would take them for one question."""
     first: dict[str, str] = {}
     for (where, _), name in zip(rows, ids, strict=True):
         if name in first:
@@ -70,8 +70,8 @@ def demand_own_ids(rows: Sequence[Located], ids: Sequence[str]) -> None:
 
 
 def drawn(rows: Sequence[T], limit: int | None, *seed: int | str) -> list[T]:
-    """So many of the rows, drawn by the seed, in their own order; all where there is no limit."""
+    """`limit` rows drawn at random by the seed, in their original order; all rows without a limit."""
     if limit is None or limit >= len(rows):
         return list(rows)
-    places = Random(derive_seed(*seed)).sample(range(len(rows)), limit)
-    return [rows[place] for place in sorted(places)]
+    indices = Random(derive_seed(*seed)).sample(range(len(rows)), limit)
+    return [rows[index] for index in sorted(indices)]

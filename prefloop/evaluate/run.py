@@ -1,11 +1,11 @@
-"""`prefloop evaluate`: subjects opened one by one, measured, compared; what is measured already is read.
+"""`prefloop evaluate`: measure each subject, reuse results that still hold, compare the subjects.
 
     OUT/evaluation.json, .md, .tex             the report of the last call
-    OUT/prompts-HASH.jsonl                     prompts that came from a run, as measures read them
-    OUT/kept/SUBJECT-HASH/MEASURE-HASH/        outcome.json, items.jsonl, and what a measure keeps on its way
+    OUT/prompts-HASH.jsonl                     the held-out prompts of a run, for the measures to read
+    OUT/kept/SUBJECT-HASH/MEASURE-HASH/        outcome.json, items.jsonl, and a measure's unfinished work
 
-A hash is of all that decides the result: weights, options, files that options name, judge, seed, version, and
-the measure's own code. A killed evaluation goes on, and a changed one reads what is still true.
+A hash covers all that decides the result: weights, options, files that options name, judge, seed, version, and
+the measure's own code. A killed evaluation is continued; a changed one measures only what the change touches.
 """
 
 from __future__ import annotations
@@ -30,22 +30,29 @@ from prefloop.evaluate.curves import curves
 from prefloop.evaluate.judge import EvaluationJudge
 from prefloop.evaluate.measures import Item, Measure, Subject
 from prefloop.evaluate.significance import differences, holm
-from prefloop.evaluate.subjects import Source, contents, find, held_out, names, opened
-from prefloop.evaluate.suites import Chosen, choose
+from prefloop.evaluate.subjects import (
+    Source,
+    content_hash,
+    display_names,
+    find_subject,
+    open_subject,
+    run_prompts,
+)
+from prefloop.evaluate.suites import ChosenMeasure, choose
 from prefloop.machine import environment, keep_freed_memory
 from prefloop.records import Sampling, read_json, read_jsonl, write_jsonl
 from prefloop.run_folder import alone_in, write_atomically
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")
-"""How measures call the option that shortens them."""
+"""Names of the options by which measures limit their questions; `--limit` sets them all."""
 LEVEL = 0.05
-"""A difference whose adjusted p is not below it is marked as not significant."""
+"""Significance level: a difference is significant where its adjusted p is below it."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """The arguments of `prefloop evaluate`."""
 
     subjects: Sequence[str]
     out: Path
@@ -54,64 +61,64 @@ class Options:
     overrides: Sequence[str] = ()
     judge: str | None = None
     policy: str | None = None
-    """The model that a judge asks which asks the policy."""
+    """The model that stands for the policy where the judge asks one (self_judge)."""
     initial: str | None = None
-    """The model from which subjects started that are no run's."""
+    """The initial model of subjects that are models, not runs."""
     data: str | None = None
     limit: int | None = None
     seed: int = 0
 
 
 def evaluate(options: Options, say: Say) -> dict[str, Any]:
-    """Measure all subjects and write the report; returns it. `say` is told what is done. Raises PrefloopError."""
+    """Measure all subjects, write the report and return it; `say` prints progress. Raises PrefloopError."""
     keep_freed_memory()
-    sources = [find(text) for text in options.subjects]
-    called = names(sources)
-    if twice := next((name for name in called if called.count(name) > 1), None):
-        raise RecipeError(f"{twice} is named twice; name each subject once")
+    sources = [find_subject(text) for text in options.subjects]
+    subject_names = display_names(sources)
+    if duplicate := next((name for name in subject_names if subject_names.count(name) > 1), None):
+        raise RecipeError(f"{duplicate} is named twice; name each subject once")
     with alone_in(options.out, "evaluation"):
-        prompts, told = _prompts(options, sources)
+        prompts, prompts_label = _prompts(options, sources)
         limits = dict.fromkeys(LIMITS, options.limit) if options.limit else {}
         defaults = {"held_out": prompts, **limits}
         chosen = choose(options.suite, options.measures, options.overrides, defaults)
-        able, unable = _checked(chosen)
+        available, unavailable = _checked(chosen)
         judge = EvaluationJudge.of(options.judge, options.policy, sources, prompts)
         report: dict[str, Any] = {
             "prefloop": __version__,
             "suite": options.suite,
-            "prompts": told,
-            "judge": judge.told,
+            "prompts": prompts_label,
+            "judge": judge.label,
             "seed": options.seed,
             "environment": environment(),
             "subjects": {},
         }
         items: dict[str, dict[str, tuple[Item, ...]]] = {}
-        for name, source in zip(called, sources, strict=True):
-            one = SubjectRun(options, name, source, judge, say)
-            report["subjects"][name], items[name] = one.measured(able, unable)
+        for name, source in zip(subject_names, sources, strict=True):
+            subject_run = SubjectRun(options, name, source, judge, say)
+            report["subjects"][name], items[name] = subject_run.measure(available, unavailable)
         report["comparisons"] = _comparisons(items, options.seed)
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(options.out / "evaluation.json", text + "\n")
     return report
 
 
-def _checked(chosen: Sequence[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
-    """Those that can be taken, and why the others cannot; raises where one of those was asked for by name."""
-    able, unable = [], {}
-    for one in chosen:
+def _checked(chosen: Sequence[ChosenMeasure]) -> tuple[list[ChosenMeasure], dict[str, str]]:
+    """Measures that can run, and why the others cannot; raises where one of the others was named by the user."""
+    available, unavailable = [], {}
+    for choice in chosen:
         try:
-            one.measure.check()
+            choice.measure.check()
         except PrefloopError as error:
-            if one.asked:
-                raise type(error)(f"{one.name}: {error}") from error
-            unable[one.name] = str(error)
+            if choice.by_name:
+                raise type(error)(f"{choice.name}: {error}") from error
+            unavailable[choice.name] = str(error)
         else:
-            able.append(one)
-    return able, unable
+            available.append(choice)
+    return available, unavailable
 
 
 class SubjectRun:
-    """One subject's measuring."""
+    """One subject's measures, run or read from the cache."""
 
     def __init__(
         self, options: Options, name: str, source: Source, judge: EvaluationJudge, say: Say
@@ -121,124 +128,131 @@ class SubjectRun:
         self.source = source
         self.judge = judge
         self.say = say
-        self.weights = source.weights()
-        self.initial = source.initial() or (
-            Source(options.initial).weights() if options.initial else None
+        self.weights = source.weights_hash()
+        self.initial = source.initial_hash() or (
+            Source(options.initial).weights_hash() if options.initial else None
         )
         self.folder = options.out / "kept" / f"{_slug(name)}-{self.weights[:12]}"
-        self._places: dict[str, Path] = {}
+        self._folders: dict[str, Path] = {}
 
-    def measured(
-        self, able: Sequence[Chosen], unable: Mapping[str, str]
+    def measure(
+        self, available: Sequence[ChosenMeasure], unavailable: Mapping[str, str]
     ) -> tuple[dict[str, Any], dict[str, tuple[Item, ...]]]:
-        """The report's part on the subject, and the items of each measure."""
-        skipped, todo = dict(unable), [self._bound(one) for one in able]
+        """The subject's section of the report, and the items of each measure."""
+        skipped, todo = dict(unavailable), [self._with_own_run(choice) for choice in available]
         done: dict[str, dict[str, Any]] = {}
-        for one in todo:
-            if (cached_records := self._read(one)) is not None:
-                done[one.name] = cached_records
-        if missing := [one for one in todo if one.name not in done]:
-            with opened(self.source, self.options.initial) as model:
-                subjects = {one.name: self._subject(one, model) for one in missing}
-                for one in missing:  # all of them before the first is taken, which may last hours
-                    if (lacks := one.measure.lacks(subjects[one.name])) is not None:
-                        if one.asked:
-                            raise RecipeError(f"{one.name}: {lacks}")
-                        skipped[one.name] = lacks
-                for one in missing:
-                    if one.name not in skipped:
-                        done[one.name] = self._take(one, subjects[one.name])
+        for choice in todo:
+            if (outcome := self._read_outcome(choice)) is not None:
+                done[choice.name] = outcome
+        if missing := [choice for choice in todo if choice.name not in done]:
+            with open_subject(self.source, self.options.initial) as model:
+                subjects = {choice.name: self._subject(choice, model) for choice in missing}
+                for (
+                    choice
+                ) in missing:  # all of them before the first one runs, which may last hours
+                    if (lacks := choice.measure.lacks(subjects[choice.name])) is not None:
+                        if choice.by_name:
+                            raise RecipeError(f"{choice.name}: {lacks}")
+                        skipped[choice.name] = lacks
+                for choice in missing:
+                    if choice.name not in skipped:
+                        done[choice.name] = self._run_measure(choice, subjects[choice.name])
         part = {
             "source": self.source.text,
             "weights": self.weights,
             "initial": self.initial,
-            "measures": {one.name: done[one.name] for one in todo if one.name in done},
+            "measures": {choice.name: done[choice.name] for choice in todo if choice.name in done},
             "skipped": skipped,
             "curves": curves(self.source.run) if self.source.run else None,
         }
         items = {
-            one.name: tuple(read_jsonl(self._place(one) / "items.jsonl", Item))
-            for one in todo
-            if one.name in done
+            choice.name: tuple(read_jsonl(self._measure_folder(choice) / "items.jsonl", Item))
+            for choice in todo
+            if choice.name in done
         }
         return part, items
 
-    def _bound(self, one: Chosen) -> Chosen:
-        """With the subject's own run where the measure takes one and none is named."""
+    def _with_own_run(self, choice: ChosenMeasure) -> ChosenMeasure:
+        """The measure with its option `of` set to the subject's own run, where it has one that is not set."""
         run = self.source.run
-        if run is None or getattr(one.measure, "of", "") is not None:
-            return one
-        bound = one.measure.model_copy(update={"of": str(run.path)})
-        return Chosen(one.name, bound, one.asked)
+        if run is None or getattr(choice.measure, "of", "") is not None:
+            return choice
+        bound = choice.measure.model_copy(update={"of": str(run.path)})
+        return ChosenMeasure(choice.name, bound, choice.by_name)
 
-    def _subject(self, one: Chosen, model: Any) -> Subject:
+    def _subject(self, choice: ChosenMeasure, model: Any) -> Subject:
         return Subject(
             name=self.name,
             engine=model.engine,
             initial=model.initial,
             model=model.model,
             tokenizer=model.tokenizer,
-            judge=self.judge.opened if _asks_judge(one.measure) else None,
-            folder=self._place(one) / "on-its-way",
+            judge=self.judge.opened if _asks_judge(choice.measure) else None,
+            folder=self._measure_folder(choice) / "on-its-way",
             seed=self.options.seed,
             answers=self.folder / f"answers-{__version__}",
         )
 
-    def _take(self, one: Chosen, subject: Subject) -> dict[str, Any]:
-        """Take the measure, keep its outcome, and return its part of the report."""
+    def _run_measure(self, choice: ChosenMeasure, subject: Subject) -> dict[str, Any]:
+        """Run the measure, store its outcome, and return its section of the report."""
         for folder in (subject.folder, subject.answers):
             assert folder is not None
             folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        outcome = one.measure.run(subject)
+        outcome = choice.measure.run(subject)
         seconds = round(time.perf_counter() - start, 1)
-        place = self._place(one)
-        part = place / "items.part"
+        measure_folder = self._measure_folder(choice)
+        part = measure_folder / "items.part"
         write_jsonl(part, outcome.items)
-        part.replace(place / "items.jsonl")
+        part.replace(measure_folder / "items.jsonl")
         row = {
-            "options": one.measure.model_dump(mode="json"),
-            "better": dict(one.measure.better),
-            "estimates": {name: asdict(found) for name, found in outcome.estimates.items()},
+            "options": choice.measure.model_dump(mode="json"),
+            "better": dict(choice.measure.better),
+            "estimates": {name: asdict(estimate) for name, estimate in outcome.estimates.items()},
             "items": len(outcome.items),
             "facts": dict(outcome.facts or {}),
             "seconds": seconds,
         }
-        write_atomically(place / "outcome.json", json.dumps(row, allow_nan=False) + "\n")
-        # What it kept on its way may be what the result leaves out.
+        write_atomically(measure_folder / "outcome.json", json.dumps(row, allow_nan=False) + "\n")
+        # Unfinished work may hold texts that the result leaves out on purpose.
         shutil.rmtree(subject.folder)
-        self.say(f"{self.name}  {one.name}  {seconds:.1f} s")
+        self.say(f"{self.name}  {choice.name}  {seconds:.1f} s")
         return {**row, "kept_from_before": False}
 
-    def _read(self, one: Chosen) -> dict[str, Any] | None:
-        path = self._place(one) / "outcome.json"
+    def _read_outcome(self, choice: ChosenMeasure) -> dict[str, Any] | None:
+        path = self._measure_folder(choice) / "outcome.json"
         return {**read_json(path), "kept_from_before": True} if path.is_file() else None
 
-    def _place(self, one: Chosen) -> Path:
-        # Once: a file that changes while it is measured must not lead elsewhere.
-        if one.name not in self._places:
-            self._places[one.name] = self.folder / f"{_slug(one.name)}-{self._key(one)[:12]}"
-        return self._places[one.name]
+    def _measure_folder(self, choice: ChosenMeasure) -> Path:
+        # Named once: a file that changes meanwhile must not change the folder's name.
+        if choice.name not in self._folders:
+            self._folders[choice.name] = (
+                self.folder / f"{_slug(choice.name)}-{self._key(choice)[:12]}"
+            )
+        return self._folders[choice.name]
 
-    def _key(self, one: Chosen) -> str:
+    def _key(self, choice: ChosenMeasure) -> str:
         options = {
-            # What ends an answer is a text, whatever file or folder is called so.
+            # A stop sequence is text, even where a file of that name exists.
             name: value
-            if isinstance(getattr(one.measure, name), Sampling)
+            if isinstance(getattr(choice.measure, name), Sampling)
             else _with_contents(value)
-            for name, value in one.measure.model_dump(mode="json").items()
+            for name, value in choice.measure.model_dump(mode="json").items()
         }
-        # What measures share decides as well as the measure's own file.
-        shared = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
-        code = [contents(file) for file in (*shared, Path(inspect.getfile(type(one.measure))))]
+        # The code that measures share counts as well as the measure's own file.
+        shared_files = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
+        code_hashes = [
+            content_hash(file)
+            for file in (*shared_files, Path(inspect.getfile(type(choice.measure))))
+        ]
         return digest(
-            one.name,
+            choice.name,
             options,
             self.initial,
-            self.judge.key if _asks_judge(one.measure) else None,
+            self.judge.key if _asks_judge(choice.measure) else None,
             self.options.seed,
             __version__,
-            code,
+            code_hashes,
         )
 
 
@@ -247,7 +261,7 @@ def _asks_judge(measure: Measure) -> bool:
 
 
 def _with_contents(value: Any) -> Any:
-    """Options, a path in which is replaced by what lies there."""
+    """The options with each path replaced by a hash of the file or folder there."""
     if isinstance(value, Mapping):
         return {key: _with_contents(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -255,10 +269,10 @@ def _with_contents(value: Any) -> Any:
     if isinstance(value, str) and value:
         try:
             path = Path(value).expanduser()
-            if (path / "recipe.yaml").is_file():  # of a run, what is asked for is its method
-                return contents(path / "recipe.yaml")
+            if (path / "recipe.yaml").is_file():  # a run: only its recipe matters here
+                return content_hash(path / "recipe.yaml")
             if path.exists():
-                return contents(path)
+                return content_hash(path)
         except (OSError, RuntimeError):  # too long for a path, or no user's home: a text
             pass
     return value
@@ -269,23 +283,23 @@ def _slug(name: str) -> str:
 
 
 def _prompts(options: Options, sources: Sequence[Source]) -> tuple[str, str]:
-    """The source that measures read their prompts from, and how the report calls it."""
+    """The source of the measures' prompts (a path or name), and its description for the report."""
     if options.data is not None:
-        next(read_prompts(options.data, DataOptions(), part="eval"), None)  # raises in time
+        next(read_prompts(options.data, DataOptions(), part="eval"), None)  # raises early
         return options.data, options.data
-    found = {
+    prompts_by_run = {
         str(source.run.path): prompts
         for source in sources
-        if source.run and (prompts := held_out(source))
+        if source.run and (prompts := run_prompts(source))
     }
-    for (first, mine), (other, theirs) in pairwise(found.items()):
+    for (first, mine), (other, theirs) in pairwise(prompts_by_run.items()):
         if mine != theirs:
             raise DataError(
                 f"{first} and {other} hold out different prompts; name prompts for both with --data"
             )
-    if not found:
+    if not prompts_by_run:
         return EMBEDDED, EMBEDDED
-    first, prompts = next(iter(found.items()))
+    first, prompts = next(iter(prompts_by_run.items()))
     rows = [
         json.dumps(
             {
@@ -310,15 +324,15 @@ def _comparisons(
     rows: list[dict[str, Any]] = []
     for name, theirs in others:
         for measure in (measure for measure in mine if measure in theirs):
-            for found in differences(mine[measure], theirs[measure], seed=seed):
+            for difference in differences(mine[measure], theirs[measure], seed=seed):
                 rows.append(
                     {
                         "measure": measure,
-                        "metric": found.metric,
+                        "metric": difference.metric,
                         "subject": name,
                         "against": first,
-                        "difference": asdict(found.estimate),
-                        "p": found.p,
+                        "difference": asdict(difference.estimate),
+                        "p": difference.p,
                     }
                 )
     for row, adjusted in zip(rows, holm([row["p"] for row in rows]), strict=True):

@@ -1,4 +1,4 @@
-"""Tests of differences: by item and by seed, with Holm's correction."""
+"""Significance tests of differences between subjects or methods: by item, by seed, with Holm's correction."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from prefloop.evaluate.measures import Item
-from prefloop.evaluate.stats import Estimate, clustered_mean, in_blocks
+from prefloop.evaluate.stats import Estimate, block_sizes, clustered_mean
 
-_EXACT = 12
-"""Clusters up to which all sign patterns are gone through."""
+_EXACT_CLUSTERS = 12
+"""Up to so many clusters the sign-flip test enumerates all sign patterns; above, it draws random ones."""
 
-_PATTERNS = 9_999
+_RANDOM_PATTERNS = 9_999
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,24 @@ class Difference:
     estimate: Estimate
     """Mean over the items that both have, with its 95 % bootstrap interval; clusters are resampled whole."""
     p: float
-    """Of the sign-flip test, two-sided: how often chance alone differs so much."""
+    """Two-sided p-value of the sign-flip test."""
 
 
 def differences(first: Iterable[Item], second: Iterable[Item], *, seed: int) -> list[Difference]:
-    """Second minus first for every metric that any item of both has, in the first's order."""
+    """Second minus first for each metric, over the items that both have."""
     mine = {(item.group, item.id): item for item in first}
     pairs = [(mine[key], other) for other in second if (key := (other.group, other.id)) in mine]
     metrics = dict.fromkeys(name for item, _ in pairs for name in item.values)
-    found = []
+    results = []
     for metric in metrics:
         both = [(a, b) for a, b in pairs if metric in a.values and metric in b.values]
         values = [b.values[metric] - a.values[metric] for a, b in both]
-        # An item that stands alone is a cluster of its own, whatever others are called.
+        # An item without a cluster is one by itself; the prefixes keep its name apart from clusters' names.
         clusters = [f"c{a.cluster}" if a.cluster else f"i{a.group}\0{a.id}" for a, _ in both]
         estimate = clustered_mean(values, clusters, seed=seed)
         if estimate is not None:
-            found.append(Difference(metric, estimate, sign_flip(values, clusters, seed=seed)))
-    return found
+            results.append(Difference(metric, estimate, sign_flip(values, clusters, seed=seed)))
+    return results
 
 
 def sign_flip(values: Sequence[float], clusters: Sequence[str], *, seed: int) -> float:
@@ -57,17 +57,17 @@ def sign_flip(values: Sequence[float], clusters: Sequence[str], *, seed: int) ->
         sums[name] = sums.get(name, 0.0) + value
     sums_N = np.array(list(sums.values()))
     count = len(sums_N)
-    # Rounding must not make a pattern that equals the observed one fall short of it.
+    # Rounding must not make a pattern equal to the observed one look less extreme.
     bound = abs(float(sums_N.sum())) - 1e-9 * float(np.abs(sums_N).sum())
-    if count <= _EXACT:
+    if count <= _EXACT_CLUSTERS:
         bits_SN = np.arange(2**count)[:, None] >> np.arange(count) & 1
         return float((np.abs((1 - 2 * bits_SN) @ sums_N) >= bound).mean())
     generator = np.random.default_rng(seed)
-    as_far = 0
-    for size in in_blocks(_PATTERNS, count):
+    as_extreme = 0
+    for size in block_sizes(_RANDOM_PATTERNS, count):
         signs_SN = 1 - 2 * generator.integers(2, size=(size, count))
-        as_far += int((np.abs(signs_SN @ sums_N) >= bound).sum())
-    return (as_far + 1) / (_PATTERNS + 1)
+        as_extreme += int((np.abs(signs_SN @ sums_N) >= bound).sum())
+    return (as_extreme + 1) / (_RANDOM_PATTERNS + 1)
 
 
 Array = NDArray[np.float64]
@@ -80,12 +80,12 @@ class Contrast:
     difference: float
     low: float
     high: float
-    """Ends of its own 95 % interval, not corrected for how many differences are looked at."""
+    """Ends of its own 95 % interval, not corrected for multiple comparisons."""
     p: float
-    """Two-sided, of no difference."""
+    """Two-sided p-value of no difference."""
     seeds: int
     prompts: int
-    """0 where only the seeds' means were at hand."""
+    """0 where only the seeds' means were available."""
 
 
 def seed_mean(values: Sequence[float], *, level: float = 0.95) -> Estimate:
@@ -142,7 +142,7 @@ def crossed_contrast(differences_SP: Array) -> Contrast | None:
 def _contrast(mean: float, variance: float, freedom: float, size: tuple[int, int]) -> Contrast:
     error = variance**0.5
     if not error:
-        # Nothing varies, so there is no error to measure by: what is left is the sign, seed by seed.
+        # No variance, hence no t-test: p is that of the sign test over seeds.
         return Contrast(mean, mean, mean, 2 * 0.5 ** size[0] if mean else 1.0, *size)
     half = float(stdtrit(freedom, 0.975)) * error
     p = 2 * float(stdtr(freedom, -abs(mean) / error))
@@ -150,12 +150,12 @@ def _contrast(mean: float, variance: float, freedom: float, size: tuple[int, int
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values that may be looked at together: Holm (1979), Scandinavian Journal of Statistics 6."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    """Holm's correction for multiple comparisons: Holm (1979), Scandinavian Journal of Statistics 6."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
     return adjusted
 
 
@@ -164,17 +164,17 @@ def not_distinguishable(
 ) -> list[tuple[str, ...]]:
     """The largest sets of names within which no two differ; every name is in at least one.
 
-    Such sets overlap: a may be told from c while b is told from neither. Source: Piepho (2004), J. Comput.
+    Such sets overlap: a may differ from c while b differs from neither. Source: Piepho (2004), J. Comput.
     Graph. Stat. 13 (insert and absorb).
     """
-    found = [frozenset(names)]
-    for pair, real in differ.items():
-        if not real:
+    sets = [frozenset(names)]
+    for pair, different in differ.items():
+        if not different:
             continue
-        split = [group - {name} for group in found if pair <= group for name in pair]
-        found = [group for group in found if not pair <= group] + split
-        distinct = list(dict.fromkeys(found))
-        found = [group for group in distinct if not any(group < other for other in distinct)]
-    place = {name: number for number, name in enumerate(names)}
-    groups = [tuple(sorted(group, key=place.__getitem__)) for group in found]
-    return sorted(groups, key=lambda group: [place[name] for name in group])
+        split = [group - {name} for group in sets if pair <= group for name in pair]
+        sets = [group for group in sets if not pair <= group] + split
+        distinct = list(dict.fromkeys(sets))
+        sets = [group for group in distinct if not any(group < other for other in distinct)]
+    position = {name: index for index, name in enumerate(names)}
+    groups = [tuple(sorted(group, key=position.__getitem__)) for group in sets]
+    return sorted(groups, key=lambda group: [position[name] for name in group])

@@ -1,4 +1,4 @@
-"""Estimates with their intervals: bootstrap for means, Wilson for shares. N values, S resamples."""
+"""Estimates with their intervals: bootstrap for means, Wilson for proportions. N values, S resamples."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from scipy.special import stdtrit
 
 from prefloop.errors import DataError
 
-# Numbers of resamples held at a time: 8 MB, however many values there are.
+# Resampled values held at a time: 8 MB, however many values there are.
 _BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean or share with its interval, and from how many values."""
+    """A mean or proportion, its interval, and the number of values behind it."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Estimate:
     count: int
 
 
-def in_blocks(resamples: int, count: int) -> Iterator[int]:
+def block_sizes(resamples: int, count: int) -> Iterator[int]:
     """How many resamples of `count` values to draw at a time, until there are all."""
     rows = max(1, _BLOCK // count)
     for start in range(0, resamples, rows):
@@ -49,7 +49,7 @@ def bootstrap_mean(
     generator = np.random.default_rng(seed)
     blocks = [
         values_N[generator.integers(count, size=(size, count))].mean(axis=1)
-        for size in in_blocks(resamples, count)
+        for size in block_sizes(resamples, count)
     ]
     means_S = np.concatenate(blocks)
     low, high = np.quantile(means_S, [(1 - level) / 2, (1 + level) / 2])
@@ -73,14 +73,14 @@ def clustered_mean(
     assert len(values) == len(clusters)
     if not values:
         return None
-    names = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+    names = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     sums_N, sizes_N = np.zeros(len(names)), np.zeros(len(names))
     for value, name in zip(values, clusters, strict=True):
         sums_N[names[name]] += value
         sizes_N[names[name]] += 1
-    found = ratio(sums_N, sizes_N, seed=seed, level=level, resamples=resamples)
-    assert found is not None
-    return replace(found, count=len(values))
+    estimate = ratio(sums_N, sizes_N, seed=seed, level=level, resamples=resamples)
+    assert estimate is not None
+    return replace(estimate, count=len(values))
 
 
 def ratio(
@@ -101,7 +101,7 @@ def ratio(
         return None
     generator = np.random.default_rng(seed)
     means = []
-    for size in in_blocks(resamples, count):
+    for size in block_sizes(resamples, count):
         drawn = generator.integers(count, size=(size, count))
         sizes_S = sizes_N[drawn].sum(axis=1)
         means.append(sums_N[drawn].sum(axis=1)[sizes_S > 0] / sizes_S[sizes_S > 0])
@@ -133,41 +133,46 @@ def paired_difference(
 
 
 def wilson(successes: int, count: int, *, level: float = 0.95) -> Estimate | None:
-    """A share and its Wilson score interval; None where nothing was counted.
+    """A proportion and its Wilson score interval; None where `count` is 0.
 
     Source: Wilson (1927), J. Am. Stat. Assoc. 22. Never leaves [0, 1], and at 0 or `count` successes
-    still has a width, which is why shares such as JSR use it and not the bootstrap.
+    still has a width, which is why proportions such as JSR use it and not the bootstrap.
     """
     assert 0 <= successes <= count, f"{successes} of {count}"
     if not count:
         return None
-    return wilson_share(successes / count, count, count=count, level=level)
+    return wilson_proportion(successes / count, count, count=count, level=level)
 
 
-def wilson_share(share: float, size: float, *, count: int, level: float = 0.95) -> Estimate:
-    """The Wilson interval of a share that is as certain as one of `size` independent values.
+def wilson_proportion(
+    proportion: float, size: float, *, count: int, level: float = 0.95
+) -> Estimate:
+    """The Wilson interval of a proportion that is as certain as one of `size` independent values.
 
     `size` need not be whole: where `count` values are not independent or not equally likely drawn, it is
-    the effective size, share·(1 − share)/variance. Source: Franco et al. (2019), Comparative Study of
+    the effective size, p·(1 − p)/variance. Source: Franco et al. (2019), Comparative Study of
     Confidence Intervals for Proportions in Complex Sample Surveys.
     """
     z = NormalDist().inv_cdf((1 + level) / 2)
     scale = 1 + z**2 / size
-    centre = (share + z**2 / (2 * size)) / scale
-    half = z / scale * (share * (1 - share) / size + z**2 / (4 * size**2)) ** 0.5
-    # Rounding must not put the interval's end past the share itself at 0 and 1.
+    centre = (proportion + z**2 / (2 * size)) / scale
+    half = z / scale * (proportion * (1 - proportion) / size + z**2 / (4 * size**2)) ** 0.5
+    # Rounding must not put the interval's end past the proportion itself at 0 and 1.
     return Estimate(
-        share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share), count
+        proportion,
+        min(max(0.0, centre - half), proportion),
+        max(min(1.0, centre + half), proportion),
+        count,
     )
 
 
-def crossed_share(
+def crossed_proportion(
     hits: Sequence[bool], first: Sequence[str], second: Sequence[str], *, level: float = 0.95
 ) -> Estimate | None:
-    """The share of N hits, each of one attack (`first`) on one prompt (`second`); None where N = 0.
+    """The proportion of hits among N trials of an attack (`first`) on a prompt (`second`); None where N = 0.
 
-    An attack that works, works on many prompts, and a prompt that gives way does so to many attacks, so
-    N trials say less than N independent ones. The variance is the two-way clustered one (Cameron, Gelbach
+    A strong attack succeeds on many prompts, and a weak prompt yields to many attacks, so N trials say
+    less than N independent ones. The variance is the two-way clustered one (Cameron, Gelbach
     and Miller 2011, J. Bus. Econ. Stat. 29, equation 2.3, with the factor G/(G - 1)); it gives an
     effective number of trials (Kish 1965), reduced for few clusters by Student's t (Korn and Graubard
     1998), and Wilson's interval takes that number. So it has a width at 0 and at 1, where a bootstrap has
@@ -177,30 +182,37 @@ def crossed_share(
     assert len(hits) == len(first) == len(second)
     if not hits:
         return None
-    count, share = len(hits), sum(hits) / len(hits)
+    count, proportion = len(hits), sum(hits) / len(hits)
     sizes = (len(set(first)), len(set(second)))
     clusters = min((size for size in sizes if size > 1), default=1)
-    effective = _effective(hits, first, second, share, clusters)
+    effective = _effective_size(hits, first, second, proportion, clusters)
     z, t = NormalDist().inv_cdf((1 + level) / 2), stdtrit(max(1, clusters - 1), (1 + level) / 2)
-    return wilson_share(share, effective * float(z / t) ** 2, count=count, level=level)
+    return wilson_proportion(proportion, effective * float(z / t) ** 2, count=count, level=level)
 
 
-def _effective(
-    hits: Sequence[bool], first: Sequence[str], second: Sequence[str], share: float, clusters: int
+def _effective_size(
+    hits: Sequence[bool],
+    first: Sequence[str],
+    second: Sequence[str],
+    proportion: float,
+    clusters: int,
 ) -> float:
-    """How many independent trials would have the variance of these."""
-    rows, columns = _squares(hits, first, share), _squares(hits, second, share)
-    variance = max(rows + columns - share * (1 - share) / len(hits), rows, columns)
+    """The number of independent trials whose proportion would have the same variance."""
+    rows, columns = (
+        _clustered_variance(hits, first, proportion),
+        _clustered_variance(hits, second, proportion),
+    )
+    variance = max(rows + columns - proportion * (1 - proportion) / len(hits), rows, columns)
     if variance <= 0:
         return clusters
-    return min(len(hits), share * (1 - share) / variance)
+    return min(len(hits), proportion * (1 - proportion) / variance)
 
 
-def _squares(hits: Sequence[bool], names: Sequence[str], share: float) -> float:
-    """Variance of the share with one family's clusters as the independent units."""
+def _clustered_variance(hits: Sequence[bool], names: Sequence[str], proportion: float) -> float:
+    """Variance of the proportion where trials of one name (attack or prompt) form one independent cluster."""
     sums: defaultdict[str, float] = defaultdict(float)
     for hit, name in zip(hits, names, strict=True):
-        sums[name] += hit - share
+        sums[name] += hit - proportion
     correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else 1.0
     return correction * sum(value**2 for value in sums.values()) / len(hits) ** 2
 
@@ -208,21 +220,21 @@ def _squares(hits: Sequence[bool], names: Sequence[str], share: float) -> float:
 Strata = Mapping[str, Sequence[float]]
 """Values by stratum; a task without strata is one of them."""
 
-# From so many values or strata on, their variance is known well enough to be relied on.
-_ENOUGH = 10
+# With fewer values or strata than this, their sample variance is not relied on.
+_ENOUGH_FOR_VARIANCE = 10
 
 
-def share_of_strata(strata: Strata) -> Estimate:
-    """The mean of the strata's shares of 1 among their zeros and ones, with a Wilson interval at 95 %."""
+def stratified_proportion(strata: Strata) -> Estimate:
+    """The mean over strata of the proportion of ones among zeros and ones, with a 95 % Wilson interval."""
     values = [value for part in strata.values() for value in part]
-    share, count = _mean(strata), len(values)
+    proportion, count = _mean(strata), len(values)
     if len(strata) == 1:
-        found = wilson(round(sum(values)), count)
-        assert found is not None
-        return found
+        estimate = wilson(round(sum(values)), count)
+        assert estimate is not None
+        return estimate
     spread = _variance_of_mean(strata)
-    size = share * (1 - share) / spread if spread else count
-    return wilson_share(share, size or count, count=count)
+    size = proportion * (1 - proportion) / spread if spread else count
+    return wilson_proportion(proportion, size or count, count=count)
 
 
 def mean_of(parts: Sequence[Estimate]) -> Estimate:
@@ -241,7 +253,7 @@ def mean_difference(strata: Strata, *, level: float = 0.95) -> Estimate:
     """The mean of the strata's mean differences, each in [-1, 1] and of one question answered twice.
 
     A normal interval, never narrower than if each side had won one question more: else two models that agree on
-    the few questions asked would pass for equal. Source of that: Bonett and Price (2012), Journal of
+    a few questions would have an interval of width 0. Source: Bonett and Price (2012), Journal of
     Educational and Behavioral Statistics 37, who add those questions.
     """
     count = sum(map(len, strata.values()))
@@ -256,16 +268,16 @@ def _mean(strata: Strata) -> float:
 
 
 def _variance_of_mean(strata: Strata) -> float:
-    """Within the strata where each has enough values; else between them, which is wider, if they are enough."""
+    """From the variance within strata where each has enough values; else from that between strata, which is wider."""
     parts = list(strata.values())
-    if all(len(part) >= _ENOUGH for part in parts) or len(parts) == 1:
+    if all(len(part) >= _ENOUGH_FOR_VARIANCE for part in parts) or len(parts) == 1:
         return sum(_variance(part) / len(part) for part in parts) / len(parts) ** 2
-    if len(parts) >= _ENOUGH:
+    if len(parts) >= _ENOUGH_FOR_VARIANCE:
         return _variance([float(np.mean(part)) for part in parts]) / len(parts)
     values = [value for part in parts for value in part]
     return _variance(values) / len(values)
 
 
 def _variance(values: Sequence[float]) -> float:
-    """Unbiased; 0 of a single value."""
+    """The unbiased sample variance; 0 for a single value."""
     return float(np.var(values, ddof=1)) if len(values) > 1 else 0.0

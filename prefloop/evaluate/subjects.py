@@ -1,4 +1,4 @@
-"""What `prefloop evaluate` can measure, found and opened: a model, a run's policy, the policy after a round."""
+"""The subjects of `prefloop evaluate`: a model, a run's policy, or its policy after a round."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from prefloop.recipe import Recipe, initial_source, load_recipe
 from prefloop.records import Candidates, Prompt, Request, Response, Sampling, Scored
 from prefloop.run_folder import RunDir, read_run
 
-# What a model computes depends on these of its files.
+# Files of a model's folder on which its outputs depend.
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 _NOT_THE_MODEL = ("training_args.json", "README.md")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A subject that is not opened yet."""
+    """A subject by name, not yet loaded."""
 
     text: str
-    """As it was named."""
+    """The subject as the user wrote it."""
     run: RunDir | None = None
     round: int | None = None
     """-1 is the model from which the run's training started; None is the policy that the run recommends."""
 
     @property
     def recipe(self) -> Recipe | None:
-        """The run's."""
+        """The run's recipe; None where the subject is a bare model."""
         return load_recipe(str(self.run.path / "recipe.yaml")) if self.run else None
 
     @property
@@ -51,40 +51,44 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """Where the trained policy lies; None where the subject is a model, or a run's start."""
+        """Folder of the trained policy; None where the subject is a bare model, or a run's start."""
         if self.run is None or self.round == -1:
             return None
         if self.round is None:
             return self.run.path / "policy"
         return self.run.path / "rounds" / f"{self.round:04d}" / "policy"
 
-    def weights(self) -> str:
-        """A hash of all that decides what the model computes. Raises ModelError."""
+    def weights_hash(self) -> str:
+        """A hash of the weights, the tokenizer's files and the options of loading. Raises ModelError."""
         options = self.base
-        parts = [contents(local_folder(resolve_source(options.source), options))]
+        hashes = [content_hash(local_folder(resolve_source(options.source), options))]
         if self.folder is not None:
-            parts.append(contents(self.folder))
-        parts.append(str((options.dtype, options.chat_template, options.tuning)))
-        return sha256("/".join(parts).encode()).hexdigest()
+            hashes.append(content_hash(self.folder))
+        hashes.append(str((options.dtype, options.chat_template, options.tuning)))
+        return sha256("/".join(hashes).encode()).hexdigest()
 
-    def initial(self) -> str | None:
-        """The same of the model from which training started; None where that is not known."""
-        return Source(self.text, self.run, -1).weights() if self.run else None
+    def initial_hash(self) -> str | None:
+        """`weights_hash` of the model from which training started; None where that is not known."""
+        return Source(self.text, self.run, -1).weights_hash() if self.run else None
 
 
-def find(text: str) -> Source:
+def find_subject(text: str) -> Source:
     """The subject that a text names: RUN, RUN@ROUND, RUN@start, or a model. Raises RunFolderError."""
-    path, at, place = text.rpartition("@")
+    path, at, round_name = text.rpartition("@")
     if at and (Path(path).expanduser() / "recipe.yaml").is_file():
         run = read_run(Path(path).expanduser())
-        if place != "start" and not place.isdecimal():
-            raise RunFolderError(f"{text}: {place!r} is no round; write {path}@start or {path}@0")
-        found = Source(text, run, -1 if place == "start" else int(place))
+        if round_name != "start" and not round_name.isdecimal():
+            raise RunFolderError(
+                f"{text}: {round_name!r} is no round; write {path}@start or {path}@0"
+            )
+        source = Source(text, run, -1 if round_name == "start" else int(round_name))
         rounds = [round_dir.number for round_dir in run.rounds() if round_dir.policy.is_dir()]
-        if found.round != -1 and found.round not in rounds:
-            there = f"it has {', '.join(map(str, rounds))}" if rounds else "it has none yet"
-            raise RunFolderError(f"{text}: the run has no policy of round {found.round}; {there}")
-        return found
+        if source.round != -1 and source.round not in rounds:
+            available = f"it has {', '.join(map(str, rounds))}" if rounds else "it has none yet"
+            raise RunFolderError(
+                f"{text}: the run has no policy of round {source.round}; {available}"
+            )
+        return source
     folder = Path(text).expanduser()
     if not (folder / "recipe.yaml").is_file():
         return Source(text)
@@ -95,8 +99,8 @@ def find(text: str) -> Source:
     return Source(text, read_run(folder))
 
 
-def names(sources: Sequence[Source]) -> list[str]:
-    """How tables call them: the last part of what was named, or all of it where two would be alike."""
+def display_names(sources: Sequence[Source]) -> list[str]:
+    """The subjects' names in tables: the last part of the path, or all of it where two would be equal."""
     short = [source.text.rstrip("/").rpartition("/")[2] or source.text for source in sources]
     return [
         name if short.count(name) == 1 else source.text
@@ -104,8 +108,8 @@ def names(sources: Sequence[Source]) -> list[str]:
     ]
 
 
-def held_out(source: Source) -> list[Prompt]:
-    """The prompts that a run measures on, as its start has answered them; [] for a model or where it has not."""
+def run_prompts(source: Source) -> list[Prompt]:
+    """The run's held-out prompts; [] for a bare model, or before the run's start has answered them."""
     if source.run is None:
         return []
     start = source.run.path / "rounds" / "start"
@@ -115,8 +119,8 @@ def held_out(source: Source) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A subject in memory."""
+class OpenSubject:
+    """A loaded subject."""
 
     engine: Engine
     initial: Engine | None
@@ -125,12 +129,12 @@ class Opened:
 
 
 @contextmanager
-def opened(source: Source, initial: str | None) -> Iterator[Opened]:
-    """Load the subject, LoRA merged inside the context. `initial`: a model's start, where it is not a run's."""
+def open_subject(source: Source, initial: str | None) -> Iterator[OpenSubject]:
+    """Load the subject, LoRA merged inside the context. `initial` is the start of a subject that is no run's."""
     if source.run is None:
         engine: Any = open_engine(source.text)
-        start: Engine | None = open_engine(initial) if initial else None
-        yield Opened(engine, start, engine.model, engine.chat.tokenizer)
+        initial_engine: Engine | None = open_engine(initial) if initial else None
+        yield OpenSubject(engine, initial_engine, engine.model, engine.chat.tokenizer)
         return
     recipe = source.recipe
     assert recipe is not None
@@ -139,19 +143,23 @@ def opened(source: Source, initial: str | None) -> Iterator[Opened]:
     engine = HFEngine(policy.model, policy.tokenizer, batch_size=recipe.generate.batch_size)
     if source.round == -1:
         with policy.at_start():
-            yield Opened(engine, engine, engine.model, policy.tokenizer)
+            yield OpenSubject(engine, engine, engine.model, policy.tokenizer)
     elif source.base.tuning == "lora":
         with policy.merged():
-            yield Opened(engine, _AtStart(policy, engine), engine.model, policy.tokenizer)
+            yield OpenSubject(
+                engine, _InitialEngine(policy, engine), engine.model, policy.tokenizer
+            )
     else:
-        first = Policy.load(source.base, None, trainable=False)
-        before = HFEngine(first.model, first.tokenizer, batch_size=recipe.generate.batch_size)
-        yield Opened(engine, before, engine.model, policy.tokenizer)
+        initial_policy = Policy.load(source.base, None, trainable=False)
+        initial_engine = HFEngine(
+            initial_policy.model, initial_policy.tokenizer, batch_size=recipe.generate.batch_size
+        )
+        yield OpenSubject(engine, initial_engine, engine.model, policy.tokenizer)
 
 
 @dataclass(frozen=True)
-class _AtStart:
-    """The initial policy in the memory of the trained one."""
+class _InitialEngine:
+    """The initial policy, computed with the trained one's weights by leaving its adapter out."""
 
     policy: Policy
     engine: HFEngine
@@ -175,22 +183,22 @@ class _AtStart:
             return self.engine.choose(requests, options)
 
 
-def contents(path: Path) -> str:
-    """A hash of a file, or of the files of a model's or data set's folder, names included."""
+def content_hash(path: Path) -> str:
+    """A hash of a file, or of a model's or data set's folder: its files' names and bytes."""
     if path.is_file():
-        return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
-    found = sha256()
-    model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
+        return _file_hash(path, path.stat().st_size, path.stat().st_mtime_ns)
+    hasher = sha256()
+    is_model = (path / "config.json").is_file() or (path / "adapter_config.json").is_file()
     for file in sorted(path.rglob("*")):
-        wanted = not model or file.suffix in _MODEL_FILES
+        wanted = not is_model or file.suffix in _MODEL_FILES
         if file.is_file() and wanted and file.name not in _NOT_THE_MODEL:
             stat = file.stat()
             name = file.relative_to(path)
-            found.update(f"{name}\0{_file(file, stat.st_size, stat.st_mtime_ns)}\0".encode())
-    return found.hexdigest()
+            hasher.update(f"{name}\0{_file_hash(file, stat.st_size, stat.st_mtime_ns)}\0".encode())
+    return hasher.hexdigest()
 
 
 @lru_cache
-def _file(path: Path, size: int, changed: int) -> str:
+def _file_hash(path: Path, size: int, changed_ns: int) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Which measures an evaluation takes, with which options: a suite's, a file's, those that --set names."""
+"""Choose an evaluation's measures and their options: from a suite, a file, and --set."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ DEFAULT_SUITE = "quick"
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A measure to be taken."""
+class ChosenMeasure:
+    """A measure with its options, chosen for this evaluation."""
 
     name: str
     measure: Measure
-    asked: bool
-    """Whether it was asked for by name; a suite's measure that cannot be taken is skipped."""
+    by_name: bool
+    """Whether the user named it; a measure that only the suite names is skipped where it cannot run."""
 
 
 def measure_names() -> list[str]:
@@ -45,11 +45,11 @@ def choose(
     file: Path | None,
     overrides: Sequence[str],
     defaults: Mapping[str, Any],
-) -> list[Chosen]:
-    """The measures of a suite (quick, where no other is named and there is no file), then those asked for.
+) -> list[ChosenMeasure]:
+    """The measures of a suite (quick, where none is named and there is no file), then those named by the user.
 
-    `file` maps names to options; `overrides` are "measure.option=value"; `defaults` are options that measures
-    take which have them and are not told otherwise. Raises RecipeError.
+    `file` maps names to options; `overrides` are "measure.option=value"; `defaults` are set where a measure has
+    such an option and neither gives it a value. Raises RecipeError.
     """
     if suite is not None and suite not in SUITES:
         raise RecipeError(f"no suite {suite!r}; {nearest(suite, list(SUITES))}")
@@ -58,13 +58,13 @@ def choose(
         options = {name: given or {} for name, given in _read(file).items()}
     for override in overrides:
         options = _overridden(options, override)
-    asked = list(options)
+    named = list(options)
     members: list[str] = []
     if file is None or suite is not None:
         members = _members(suite or DEFAULT_SUITE)
     return [
-        Chosen(name, _built(name, options.get(name, {}), defaults), name in asked)
-        for name in dict.fromkeys([*members, *asked])
+        ChosenMeasure(name, _built(name, options.get(name, {}), defaults), name in named)
+        for name in dict.fromkeys([*members, *named])
     ]
 
 

@@ -1,4 +1,4 @@
-"""Win rates: one answer against another, and the same at equal lengths."""
+"""Win rates of answers against an opponent's, plain and length-controlled."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.stats import Estimate, bootstrap_mean, in_blocks
+from prefloop.evaluate.stats import Estimate, block_sizes, bootstrap_mean
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """Wins, ties and losses over prompts, and what they come to."""
+    """Wins, ties and losses over prompts, and the win rate that follows from them."""
 
     estimate: Estimate | None
     """(wins + ties / 2) / judged, with its 95 % bootstrap interval; None where nothing was judged."""
@@ -24,7 +24,7 @@ class WinRate:
     ties: int
     losses: int
     skipped: int
-    """Prompts without a score on either side; they are in no other count."""
+    """Prompts where one side or both have no score; they are in no other count."""
 
 
 def points(own: float, other: float) -> float:
@@ -38,7 +38,7 @@ def win_rate(
     """Share of prompts where an answer outscores the opponent's; ties count one half.
 
     Both sequences hold one judge's score per prompt, in the same prompt order, None where the judge
-    gave no verdict. Swapping positions is the judge's business. Raises DataError on unequal lengths,
+    gave no verdict. Position bias is the judge's to remove. Raises DataError on unequal lengths,
     JudgeError on a NaN score.
     """
     if len(scores) != len(opponent):
@@ -65,26 +65,26 @@ def win_rate(
     )
 
 
-def steps_to(curve: Sequence[tuple[int, float]], share: float) -> int | None:
-    """The first optimiser step at which a win rate reaches `share` of its run's highest (AROP, Table 1).
+def steps_to(curve: Sequence[tuple[int, float]], fraction: float) -> int | None:
+    """The first optimiser step at which a win rate reaches `fraction` of its run's highest (AROP, Table 1).
 
-    `curve` holds (step, win rate); None where it is empty. It can be no finer than the steps it was taken at.
+    `curve` holds (step, win rate); None where it is empty. The answer is one of the curve's steps.
     """
     if not curve:
         return None
-    bound = share * max(rate for _, rate in curve)
-    return min(step for step, rate in curve if rate >= bound)
+    threshold = fraction * max(rate for _, rate in curve)
+    return min(step for step, rate in curve if rate >= threshold)
 
 
 Floats: TypeAlias = NDArray[np.float64]
 
-_RIDGE = 1.0
+_PRIOR_PRECISION = 1.0
 """Precision of b's prior: where only the longer answers win, b would grow without end."""
 
-_STEPS = 50
+_NEWTON_STEPS = 50
 
-_LARGEST = 15.0
-"""a is held to this: where all is won, no finite a is likeliest, and sigma(15) is 1 to six digits."""
+_MAX_LOGIT = 15.0
+"""Bound on |a|: where every answer wins, the likelihood has no maximum; sigma(15) is 1 to six digits."""
 
 
 def length_controlled(
@@ -95,8 +95,9 @@ def length_controlled(
     level: float = 0.95,
     resamples: int = 1000,
 ) -> Estimate | None:
-    """sigma(a) with a percentile bootstrap interval over prompts; None where there is no prompt.
+    """The win rate at equal lengths, sigma(a) of a logistic fit sigma(a + b z); None where there is no prompt.
 
+    z is tanh(length difference / its standard deviation); the interval is a percentile bootstrap over prompts.
     `points` are 1 for a win, 0 for a loss, 1/2 for a tie; `lengths` is own length minus the opponent's, in
     any unit. Fitted by maximum likelihood with a normal prior N(0, 1) on b, so that it exists where wins and
     lengths go together perfectly. Where lengths never differ, or do not vary, it is the plain win rate.
@@ -110,11 +111,11 @@ def length_controlled(
     z_N = np.tanh(lengths_N / spread) if spread > 0 else np.zeros(count)
     value = _at_equal_lengths(np.ones((1, count)), points_N, z_N)[0]
     generator = np.random.default_rng(seed)
-    found = []
-    for size in in_blocks(resamples, count):
+    resampled = []
+    for size in block_sizes(resamples, count):
         weights_SN = generator.multinomial(count, np.full(count, 1 / count), size=size)
-        found.append(_at_equal_lengths(weights_SN.astype(float), points_N, z_N))
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+        resampled.append(_at_equal_lengths(weights_SN.astype(float), points_N, z_N))
+    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(
         float(value), min(float(low), float(value)), max(float(high), float(value)), count
     )
@@ -123,19 +124,19 @@ def length_controlled(
 def _at_equal_lengths(weights_SN: Floats, points_N: Floats, z_N: Floats) -> Floats:
     """sigma(a) of each row of weights, by Newton's method on both coefficients of all rows at once."""
     a_S, b_S = np.zeros(len(weights_SN)), np.zeros(len(weights_SN))
-    for _ in range(_STEPS):
+    for _ in range(_NEWTON_STEPS):
         p_SN = _sigma(a_S[:, None] + b_S[:, None] * z_N)
         gap_SN = weights_SN * (points_N - p_SN)
         curve_SN = weights_SN * p_SN * (1 - p_SN)
-        slope_a, slope_b = gap_SN.sum(axis=1), (gap_SN * z_N).sum(axis=1) - _RIDGE * b_S
+        slope_a, slope_b = gap_SN.sum(axis=1), (gap_SN * z_N).sum(axis=1) - _PRIOR_PRECISION * b_S
         # A little on the diagonal: where all is won the curvature in a goes to 0.
         aa = curve_SN.sum(axis=1) + 1e-9
         ab = (curve_SN * z_N).sum(axis=1)
-        bb = (curve_SN * z_N**2).sum(axis=1) + _RIDGE
+        bb = (curve_SN * z_N**2).sum(axis=1) + _PRIOR_PRECISION
         scale = aa * bb - ab**2
         step_a = np.clip((bb * slope_a - ab * slope_b) / scale, -1, 1)
         step_b = np.clip((aa * slope_b - ab * slope_a) / scale, -1, 1)
-        a_S = np.clip(a_S + step_a, -_LARGEST, _LARGEST)
+        a_S = np.clip(a_S + step_a, -_MAX_LOGIT, _MAX_LOGIT)
         b_S = b_S + step_b
         if max(np.abs(step_a).max(), np.abs(step_b).max()) < 1e-9:
             break

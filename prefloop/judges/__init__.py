@@ -1,4 +1,4 @@
-"""Scores for responses: one file per judge, found by file name; a new file needs no list edited."""
+"""The base class of judges, which score responses. One file per judge; its name is the judge's name."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from prefloop.generate.templates import PromptSet
 
     Initial = Callable[[], AbstractContextManager[Engine]]
-    """Inside, the engine answers as the initial policy."""
+    """A context in which the engine computes with the initial policy."""
 
 
 @dataclass(frozen=True)
 class NoVerdict:
-    """A judge that could not decide; counted and rejected, never turned into a score."""
+    """A judge's failure on a group; it is counted and the group rejected, never turned into a score."""
 
     reason: str
-    """A short fixed phrase, so that failures can be counted by it."""
+    """A short fixed phrase, by which failures are counted."""
 
 
 Verdict = tuple[float, ...] | NoVerdict
@@ -39,46 +39,46 @@ NOT_FINITE = NoVerdict("score is not finite")
 
 
 def finite(scores: Sequence[float]) -> Verdict:
-    """The scores as a verdict, unless one of them is no number."""
+    """The scores as a verdict; NOT_FINITE where one of them is NaN or infinite."""
     return tuple(map(float, scores)) if all(map(math.isfinite, scores)) else NOT_FINITE
 
 
 class OpenJudge(Protocol):
-    """A judge at work."""
+    """An opened judge."""
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        """Score each group of responses to its prompt; one verdict a group, in order.
+        """Score each group of responses to its prompt; one verdict per group, in order.
 
-        A verdict depends on the prompt's messages and target and on the group, on nothing else.
+        A verdict depends only on the prompt's messages and target and on the group.
         """
         ...
 
 
 class Judge(Options):
-    """A judge is a frozen model: its fields are its options; `open` puts it to work."""
+    """A judge: its fields are its options; `open` loads it."""
 
     @property
     def needs_target(self) -> bool:
-        """Whether every prompt must come with a target response."""
+        """Whether every prompt must have a target response."""
         return False
 
     @property
     def needs_policy(self) -> bool:
-        """Whether the judge is (or asks) the policy itself: its verdicts then change with the policy."""
+        """Whether the judge uses the policy, so that its verdicts change with the policy."""
         return False
 
     @property
     def needs_moved_policy(self) -> bool:
-        """Whether it has no verdict as long as the policy is the initial one, as in round 0."""
+        """Whether it has no verdict while the policy equals the initial one, as in round 0."""
         return False
 
     @property
     def sources(self) -> dict[str, str]:
-        """Folders or Hub ids that `open` loads, by option."""
+        """Option -> folder or Hub id that `open` loads."""
         return {}
 
     def check(self) -> None:
-        """Raise a PrefloopError for what would stop `open` and can be told without loading or asking."""
+        """Raise a PrefloopError for anything that would stop `open` and shows without loading a model."""
 
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
@@ -92,41 +92,45 @@ class Judge(Options):
 
 
 class CachedJudge:
-    """A judge that is asked about the same prompt and group once, in batches, under a progress bar."""
+    """A judge with a cache of its verdicts; it judges in batches, under a progress bar."""
 
-    BATCH = 64
-    """Groups put to the judge at a time."""
-    KEPT = 20_000
-    """Verdicts remembered, the latest ones; so that a run's memory does not grow with its data."""
+    BATCH_SIZE = 64
+    """Groups judged at a time."""
+    CACHE_SIZE = 20_000
+    """Number of cached verdicts, the latest ones; it bounds memory."""
 
     def __init__(self, judge: OpenJudge) -> None:
         self._judge = judge
-        self._known: dict[bytes, Verdict] = {}
+        self._cache: dict[bytes, Verdict] = {}
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        """As the judge at work would, without its doing anything twice."""
-        keys = [_content(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
-        new = {
-            key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known
+        """The judge's verdicts; groups that are in the cache, or repeated, are not judged again."""
+        keys = [_cache_key(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
+        index_of_new = {
+            key: index for index, key in reversed(list(enumerate(keys))) if key not in self._cache
         }
-        places = iter(sorted(new.values()))
-        found = {key: self._known[key] for key in keys if key in self._known}
-        # A single batch is left to the bar of whoever does the work.
-        with Bar("judge", len(new)) if len(new) > self.BATCH else nullcontext() as bar:
-            while batch := list(islice(places, self.BATCH)):
+        indices = iter(sorted(index_of_new.values()))
+        verdict_of = {key: self._cache[key] for key in keys if key in self._cache}
+        # A single batch needs no bar of its own beside the engine's.
+        with (
+            Bar("judge", len(index_of_new))
+            if len(index_of_new) > self.BATCH_SIZE
+            else nullcontext() as bar
+        ):
+            while batch := list(islice(indices, self.BATCH_SIZE)):
                 verdicts = self._judge.score(
-                    [prompts[p] for p in batch], [groups[p] for p in batch]
+                    [prompts[i] for i in batch], [groups[i] for i in batch]
                 )
-                found |= {keys[p]: verdict for p, verdict in zip(batch, verdicts, strict=True)}
+                verdict_of |= {keys[i]: verdict for i, verdict in zip(batch, verdicts, strict=True)}
                 if bar is not None:
                     bar.advance(items=len(batch))
-        self._known |= found
-        for key in list(self._known)[: max(0, len(self._known) - self.KEPT)]:
-            del self._known[key]
-        return [found[key] for key in keys]
+        self._cache |= verdict_of
+        for key in list(self._cache)[: max(0, len(self._cache) - self.CACHE_SIZE)]:
+            del self._cache[key]
+        return [verdict_of[key] for key in keys]
 
 
-def _content(prompt: Prompt, group: Sequence[str]) -> bytes:
+def _cache_key(prompt: Prompt, group: Sequence[str]) -> bytes:
     parts = [text for m in prompt.messages for text in (m.role, m.content)]
     parts += [repr(prompt.target), str(len(group)), *group]
     digest = sha256()

@@ -1,7 +1,7 @@
-"""A verdict read from a judge's written reply: one clear verdict, or the reason why there is none.
+"""Parse a verdict from a judge's written reply.
 
-Nothing is guessed. A verdict is a line of its own ("4", "Rating: 4/5", "**B**", "[[A]]"); numbers and
-letters inside sentences are not verdicts, and two different verdicts are none.
+A verdict is a line of its own ("4", "Rating: 4/5", "**B**", "[[A]]"); numbers and letters inside sentences do
+not count, and two different verdicts are a failure.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def read_verdict(reply: str, options: Sequence[str]) -> str:
 
     Raises ValueError with a fixed reason, NO_VERDICT or TWO_VERDICTS.
     """
-    numbers = options[0].isdigit()
+    is_rating = options[0].isdigit()
     choice = "|".join(map(re.escape, options))
-    scale = rf"(?:\s*/\s*{re.escape(options[-1])})?" if numbers else ""
+    scale = rf"(?:\s*/\s*{re.escape(options[-1])})?" if is_rating else ""
     line_form = re.compile(
-        rf"{_LABEL}{'' if numbers else _SIDE_WORD}({choice}){scale}\s*[.!]?",
+        rf"{_LABEL}{'' if is_rating else _SIDE_WORD}({choice}){scale}\s*[.!]?",
         re.IGNORECASE,
     )
     # NFKC turns full-width digits, letters and colons into plain ones.
@@ -36,9 +36,9 @@ def read_verdict(reply: str, options: Sequence[str]) -> str:
         _DECORATION.sub(" ", line).strip()
         for line in unicodedata.normalize("NFKC", reply).splitlines()
     ]
-    found = {match[1].upper() for line in lines if (match := line_form.fullmatch(line))}
-    if len(found) > 1:
+    verdicts = {match[1].upper() for line in lines if (match := line_form.fullmatch(line))}
+    if len(verdicts) > 1:
         raise ValueError(TWO_VERDICTS)
-    if not found:
+    if not verdicts:
         raise ValueError(NO_VERDICT)
-    return found.pop()
+    return verdicts.pop()

@@ -1,7 +1,7 @@
 """A model behind a server as judge: vLLM, llama.cpp's server, a provider.
 
-A verdict costs money or time, so each is written to a file as it comes, under a hash of all that was
-asked: a killed run loses none that the file holds, and asks for none of them again.
+Replies cost money or time, so each is appended to a file at once, under a hash of the whole request; a killed
+run does not ask again for those in the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL = NoVerdict("control tokens in the text")
 REFUSED = "the server refused the request"
-# A server reads these in a message as its model's own turn marks: text could end its turn with them.
+# A server may read these as its model's control tokens: a text that holds one could end its own turn.
 _CONTROL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
 )
@@ -94,13 +94,13 @@ class Api(ServerOptions, Judge):
         )
 
 
-class Reading(Record):
-    """What one request to the judge gave: one line of the file of verdicts."""
+class StoredReply(Record):
+    """The reply to one request: one line of the file of verdicts."""
 
     key: str
     """Hash of the server's address and the whole request."""
     reply: str
-    """The model's words, or the server's where it refused."""
+    """The model's text, or the server's message where it refused."""
     row: tuple[float, ...] | None = None
     """Probability of each option; None where there is no verdict."""
     failure: str | None = None
@@ -108,12 +108,12 @@ class Reading(Record):
 
 
 class VerdictFile:
-    """An append-only file of readings, known by their keys."""
+    """An append-only file of replies by key."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a last line that a kill cut off is dropped. Raises JudgeError."""
+        """Read the file; an incomplete last line is removed. Raises JudgeError."""
         self._path = path
-        self.known: dict[str, Reading] = {}
+        self.replies: dict[str, StoredReply] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
@@ -122,22 +122,22 @@ class VerdictFile:
             raise JudgeError(
                 f"judge.verdicts: cannot use {path} ({error.strerror}); name a file that can be written"
             ) from error
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data):
+            os.truncate(path, complete)
+        for number, line in enumerate(data[:complete].splitlines(), start=1):
             try:
-                reading = Reading.model_validate_json(line)
+                reading = StoredReply.model_validate_json(line)
             except ValidationError as error:
                 raise JudgeError(
                     f"{path}:{number} is no verdict ({error.errors()[0]['msg']}); delete that line, or "
                     "name another file in judge.verdicts"
                 ) from error
-            self.known[reading.key] = reading
+            self.replies[reading.key] = reading
 
-    def add(self, reading: Reading) -> None:
-        """Append and keep; on disk when this returns, as one write, so that runs can share the file."""
-        self.known[reading.key] = reading
+    def add(self, reading: StoredReply) -> None:
+        """Append a reply with one synced write, so that several runs can share the file."""
+        self.replies[reading.key] = reading
         line = (reading.model_dump_json() + "\n").encode()
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
@@ -156,14 +156,14 @@ class _OpenApi:
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
         refusals = [self._refusal(p, group) for p, group in zip(prompts, groups, strict=True)]
-        asks = [
+        asks_by_group = [
             [] if refusal else [self._ask(messages) for messages in self.question.ask(p, group)]
             for p, group, refusal in zip(prompts, groups, refusals, strict=True)
         ]
-        readings = self._readings([ask for group in asks for ask in group])
+        readings = self._stored_replies([ask for group in asks_by_group for ask in group])
         return [
             refusal or self._verdict([next(readings) for _ in questions], len(group))
-            for group, refusal, questions in zip(groups, refusals, asks, strict=True)
+            for group, refusal, questions in zip(groups, refusals, asks_by_group, strict=True)
         ]
 
     def _refusal(self, prompt: Prompt, group: Sequence[str]) -> NoVerdict | None:
@@ -172,34 +172,36 @@ class _OpenApi:
         return refusal or (CONTROL if any(map(_CONTROL.search, texts)) else None)
 
     def _ask(self, messages: Sequence[Message]) -> Ask:
-        # 20 is the most that OpenAI's interface allows, and more than any scale of ours has options.
+        # 20 is the maximum of OpenAI's API, and more than the number of options.
         top = 20 if self.options.logprobs else None
         return Ask(
             messages, self.options.max_tokens, seed=0, top_logprobs=top, extra=self.options.extra
         )
 
     def _key(self, ask: Ask) -> str:
-        asked = [self.options.url, ask.body(self.options.model), self.question.options]
-        return sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+        parts = [self.options.url, ask.body(self.options.model), self.question.options]
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
-    def _readings(self, asks: Sequence[Ask]) -> Iterator[Reading]:
-        """One for each request, in order; only what the file does not know is asked, and that once."""
+    def _stored_replies(self, asks: Sequence[Ask]) -> Iterator[StoredReply]:
+        """One reply per request, in order; only requests that the file does not hold are sent, each once."""
         keys = [self._key(ask) for ask in asks]
-        new = {k: ask for k, ask in zip(keys, asks, strict=True) if k not in self.file.known}
-        refused: dict[str, Reading] = {}
+        new = {
+            key: ask for key, ask in zip(keys, asks, strict=True) if key not in self.file.replies
+        }
+        refused: dict[str, StoredReply] = {}
         with Bar("judge's server", len(new)) as bar:
-            for place, answer in self.server.each(list(new.values())):
-                key = list(new)[place]
-                if isinstance(answer, Refused):
-                    # Not kept: another try may fare better, and cost nothing so far.
-                    logger.warning("the judge's server refuses a request: %s", answer.detail)
-                    refused[key] = Reading(key=key, reply=answer.detail, failure=REFUSED)
+            for index, reply in self.server.each(list(new.values())):
+                key = list(new)[index]
+                if isinstance(reply, Refused):
+                    # Not stored: another attempt may succeed, and this one cost nothing.
+                    logger.warning("the judge's server refuses a request: %s", reply.detail)
+                    refused[key] = StoredReply(key=key, reply=reply.detail, failure=REFUSED)
                 else:
-                    self.file.add(read(key, answer, self.question.options))
+                    self.file.add(read(key, reply, self.question.options))
                 bar.advance(items=1)
-        return iter([refused.get(key) or self.file.known[key] for key in keys])
+        return iter([refused.get(key) or self.file.replies[key] for key in keys])
 
-    def _verdict(self, readings: Sequence[Reading], size: int) -> Verdict:
+    def _verdict(self, readings: Sequence[StoredReply], size: int) -> Verdict:
         rows = []
         for reading in readings:
             if reading.row is None:
@@ -208,26 +210,32 @@ class _OpenApi:
         return finite(self.question.read(rows, size))
 
 
-def read(key: str, reply: Reply, options: Sequence[str]) -> Reading:
-    """The probability of each option from a reply; no verdict where the text does not name exactly one."""
+def read(key: str, reply: Reply, options: Sequence[str]) -> StoredReply:
+    """Parse a reply into the probability of each option; no verdict where the text does not name exactly one."""
     text = reply.text
     if reply.finish == "length":
         text = text.rpartition("\n")[0]  # the last line might have gone on: "1" to "10"
     try:
         chosen = read_verdict(text, options)
     except ValueError as error:
-        return Reading(key=key, reply=reply.text, failure=str(error))
+        return StoredReply(key=key, reply=reply.text, failure=str(error))
     written = tuple(float(option == chosen) for option in options)
-    return Reading(key=key, reply=reply.text, row=_from_logprobs(reply, chosen, options) or written)
+    return StoredReply(
+        key=key, reply=reply.text, row=_option_probabilities(reply, chosen, options) or written
+    )
 
 
-def _from_logprobs(reply: Reply, chosen: str, options: Sequence[str]) -> tuple[float, ...] | None:
-    """Probabilities of the options where the verdict was written; None where log-probs do not show it."""
-    at = [token for token in reply.tokens if token.text.strip().upper() == chosen]
-    if len(at) != 1:
+def _option_probabilities(
+    reply: Reply, chosen: str, options: Sequence[str]
+) -> tuple[float, ...] | None:
+    """Probabilities of the options at the verdict's token; None where the log-probs do not show that token."""
+    verdict_tokens = [token for token in reply.tokens if token.text.strip().upper() == chosen]
+    if len(verdict_tokens) != 1:
         return None
     mass = dict.fromkeys(options, 0.0)
-    for text, logprob in at[0].top or ((at[0].text, at[0].logprob),):
+    for text, logprob in verdict_tokens[0].top or (
+        (verdict_tokens[0].text, verdict_tokens[0].logprob),
+    ):
         if text.strip().upper() in mass:
             mass[text.strip().upper()] += math.exp(logprob)
     total = math.fsum(mass.values())

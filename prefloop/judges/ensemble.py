@@ -1,4 +1,4 @@
-"""Several judges as one."""
+"""Several judges combined into one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from prefloop.judges import Initial
 
 
-def _built(value: object) -> Judge:
-    """A member from its section, as the recipe builds its one judge."""
+def _build_member(value: object) -> Judge:
+    """Build a member from its section of the recipe."""
     if isinstance(value, Judge):
         return value
     name = value.get("name") if isinstance(value, Mapping) else None
@@ -36,13 +36,13 @@ def _built(value: object) -> Judge:
     return build(kind, options, f"judge.judges ({name})")
 
 
-def _named(judge: Judge) -> dict[str, Any]:
+def _dump_member(judge: Judge) -> dict[str, Any]:
     return {"name": plugin_name(prefloop.judges, judge), **judge.model_dump(mode="json")}
 
 
 _SECTION = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 Member = Annotated[
-    Judge, BeforeValidator(_built), PlainSerializer(_named), WithJsonSchema(_SECTION)
+    Judge, BeforeValidator(_build_member), PlainSerializer(_dump_member), WithJsonSchema(_SECTION)
 ]
 
 
@@ -58,8 +58,10 @@ class Ensemble(Judge):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Ensemble:
-        given = self.weights
-        if given is not None and (len(given) != len(self.judges) or not all(w > 0 for w in given)):
+        weights = self.weights
+        if weights is not None and (
+            len(weights) != len(self.judges) or not all(weight > 0 for weight in weights)
+        ):
             raise ValueError(
                 f"judge.weights must hold {len(self.judges)} positive numbers, one a judge"
             )
@@ -67,22 +69,22 @@ class Ensemble(Judge):
 
     @property
     def needs_target(self) -> bool:
-        """If one of them does."""
+        """Whether any member does."""
         return any(judge.needs_target for judge in self.judges)
 
     @property
     def needs_policy(self) -> bool:
-        """If one of them does."""
+        """Whether any member does."""
         return any(judge.needs_policy for judge in self.judges)
 
     @property
     def needs_moved_policy(self) -> bool:
-        """If one of them does: where one has no verdict, none has the ensemble."""
+        """Whether any member does: without its verdict the ensemble has none."""
         return any(judge.needs_moved_policy for judge in self.judges)
 
     @property
     def sources(self) -> dict[str, str]:
-        """All that its members load."""
+        """The sources of all members."""
         return {
             f"judges[{n}].{option}": source
             for n, judge in enumerate(self.judges)
@@ -98,10 +100,10 @@ class Ensemble(Judge):
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
         """Open every member."""
-        given = self.weights or (1.0,) * len(self.judges)
+        weights = self.weights or (1.0,) * len(self.judges)
         return _OpenEnsemble(
             tuple(judge.open(policy, prompts, initial) for judge in self.judges),
-            tuple(weight / math.fsum(given) for weight in given),
+            tuple(weight / math.fsum(weights) for weight in weights),
             self.combine,
         )
 
@@ -109,35 +111,40 @@ class Ensemble(Judge):
 @dataclass(frozen=True)
 class _OpenEnsemble:
     judges: tuple[OpenJudge, ...]
-    shares: tuple[float, ...]
+    weights: tuple[float, ...]
     combine: str
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        columns = [judge.score(prompts, groups) for judge in self.judges]
-        return [self._group([column[n] for column in columns]) for n in range(len(groups))]
+        verdicts_by_judge = [judge.score(prompts, groups) for judge in self.judges]
+        return [
+            self._group([verdicts[n] for verdicts in verdicts_by_judge]) for n in range(len(groups))
+        ]
 
     def _group(self, verdicts: Sequence[Verdict]) -> Verdict:
         scores: list[tuple[float, ...]] = []
         for verdict in verdicts:
             if isinstance(verdict, NoVerdict):
                 return verdict
-            scores.append(verdict if self.combine == "sum" else beaten(verdict))
+            scores.append(verdict if self.combine == "sum" else fraction_beaten(verdict))
         if not all(scores):
             return ALONE
         return finite(
             [
-                math.fsum(share * score for share, score in zip(self.shares, column, strict=True))
+                math.fsum(
+                    weight * score for weight, score in zip(self.weights, column, strict=True)
+                )
                 for column in zip(*scores, strict=True)
             ]
         )
 
 
-def beaten(scores: Sequence[float]) -> tuple[float, ...]:
-    """Share of the other answers that each one scores above, ties one half; empty where there are no others."""
+def fraction_beaten(scores: Sequence[float]) -> tuple[float, ...]:
+    """For each answer the fraction of the others that it outscores, ties one half; () where there are no others."""
     others = len(scores) - 1
     if others < 1:
         return ()
     return tuple(
-        (sum(s > t for t in scores) + (sum(s == t for t in scores) - 1) / 2) / others
-        for s in scores
+        (sum(own > other for other in scores) + (sum(own == other for other in scores) - 1) / 2)
+        / others
+        for own in scores
     )

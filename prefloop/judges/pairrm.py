@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prefloop.judges import Initial
 
 SOURCE, FIRST, SECOND, CANDIDATE = "<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"
-# One of these inside a text would be a second source or candidate, or end its segment early.
+# One of these inside a text would start another segment, or end its own early.
 _SPECIAL = re.compile(r"<\|(?:source|candidate[12]?)\|>|\[(?:CLS|SEP|PAD|UNK|MASK)\]")
 # "coversation" is how the model was trained to read it.
 _MULTI_TURN = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
@@ -79,7 +79,7 @@ class PairRM(Judge):
 
 
 class _Question(NamedTuple):
-    """Texts as PairRM reads them."""
+    """The texts in PairRM's format."""
 
     source: str
     candidates: tuple[str, ...]
@@ -93,21 +93,25 @@ class _OpenPairRM:
     batch_tokens: int
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        asked = [self._ask(p, group) for p, group in zip(prompts, groups, strict=True)]
+        rows_by_group = [
+            self._encode_group(p, group) for p, group in zip(prompts, groups, strict=True)
+        ]
         logits = iter(
-            self._logits([row for rows in asked if isinstance(rows, dict) for row in rows.values()])
+            self._logits(
+                [row for rows in rows_by_group if isinstance(rows, dict) for row in rows.values()]
+            )
         )
         return [
             finite(mean_log_odds({pair: next(logits) for pair in rows}, len(group)))
             if isinstance(rows, dict)
             else rows
-            for rows, group in zip(asked, groups, strict=True)
+            for rows, group in zip(rows_by_group, groups, strict=True)
         ]
 
-    def _ask(
+    def _encode_group(
         self, prompt: Prompt, group: Sequence[str]
     ) -> dict[tuple[int, int], list[int]] | NoVerdict:
-        """Token ids of each ordered pair of different answers; equal ones tie without being compared."""
+        """Token ids of each ordered pair of different answers; equal answers tie without a comparison."""
         question = question_of(prompt.messages, group)
         if not all(clean(text).strip() for text in group):
             return EMPTY
@@ -118,27 +122,27 @@ class _OpenPairRM:
             prefix: [self._encode(prefix, text) for text in question.candidates]
             for prefix in (FIRST, SECOND)
         }
-        room = (_ALL_TOKENS - min(len(source), _SOURCE_TOKENS)) // 2
+        max_candidate_tokens = (_ALL_TOKENS - min(len(source), _SOURCE_TOKENS)) // 2
         longest = max(map(len, candidates[FIRST]))
-        if self.rejects_long and (len(source) > _SOURCE_TOKENS or longest > room):
+        if self.rejects_long and (len(source) > _SOURCE_TOKENS or longest > max_candidate_tokens):
             return NoVerdict("longer than PairRM's window")
         return {
             (i, j): self._cut(source, _SOURCE_TOKENS)
-            + self._cut(candidates[FIRST][i], room)
-            + self._cut(candidates[SECOND][j], room)
+            + self._cut(candidates[FIRST][i], max_candidate_tokens)
+            + self._cut(candidates[SECOND][j], max_candidate_tokens)
             for i, j in permutations(range(len(group)), 2)
             if question.candidates[i] != question.candidates[j]
         }
 
     def _encode(self, prefix: str, text: str) -> list[int]:
-        """[CLS] prefix text [SEP]: each of the three segments has its own."""
+        """One segment's token ids: [CLS] prefix text [SEP]."""
         return list(self.tokenizer.encode(prefix + text, verbose=False))
 
-    def _cut(self, ids: list[int], most: int) -> list[int]:
-        return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+    def _cut(self, ids: list[int], max_tokens: int) -> list[int]:
+        return ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], ids[-1]]
 
     def _logits(self, rows: Sequence[list[int]]) -> list[float]:
-        """Log-odds that the first candidate of each row is better."""
+        """Log-odds for each row that its first candidate is better."""
         import torch
 
         logits = [math.nan] * len(rows)
@@ -150,14 +154,14 @@ class _OpenPairRM:
                 [[1] * len(rows[n]) + [0] * (width - len(rows[n])) for n in batch]
             )
             with torch.inference_mode():
-                found_B = self.model(ids_BT.to(self.model.device), mask_BT.to(self.model.device))
-            for n, value in zip(batch, found_B.float().tolist(), strict=True):
+                logits_B = self.model(ids_BT.to(self.model.device), mask_BT.to(self.model.device))
+            for n, value in zip(batch, logits_B.float().tolist(), strict=True):
                 logits[n] = value
         return logits
 
 
 def mean_log_odds(logits: dict[tuple[int, int], float], size: int) -> tuple[float, ...]:
-    """Mean over j of (C_ij - C_ji) for each i of `size`; a pair that is not there counts as 0."""
+    """Mean over j of (C_ij - C_ji) for each i of `size`; a missing pair counts as 0."""
     return tuple(
         math.fsum(logits.get((i, j), 0.0) - logits.get((j, i), 0.0) for j in range(size) if j != i)
         / size
@@ -166,9 +170,9 @@ def mean_log_odds(logits: dict[tuple[int, int], float], size: int) -> tuple[floa
 
 
 def question_of(messages: Sequence[Message], group: Sequence[str]) -> _Question:
-    """A lone user turn as it is; several turns in PairRM's form, where the earlier answers are given.
+    """A single user turn unchanged; several turns in PairRM's multi-turn format, with the earlier answers.
 
-    A system turn, which PairRM does not know, goes before the user turn that follows it.
+    PairRM has no system role: a system turn is put before the user turn that follows it.
     """
     turns: list[list[str]] = [[""]]
     for message in messages:
@@ -189,7 +193,7 @@ def question_of(messages: Sequence[Message], group: Sequence[str]) -> _Question:
 
 
 def clean(text: str) -> str:
-    """The text without PairRM's special strings, also where taking one away would make another."""
+    """The text without PairRM's special strings; repeated, as removing one can create another."""
     while (shorter := _SPECIAL.sub("", text)) != text:
         text = shorter
     return text
@@ -216,16 +220,20 @@ def _load(name: str) -> tuple[Any, Any]:
             f"PairRM {name!r} cannot be loaded ({_first_line(error)}); name the Hub id "
             "llm-blender/PairRM-hf or a folder with a copy of it"
         ) from error
-    # What is there besides is harmless: old checkpoints hold buffers such as position_ids.
-    wrong = sorted(info["missing_keys"])
+    # Unexpected keys are harmless: old checkpoints hold buffers such as position_ids.
+    missing = sorted(info["missing_keys"])
     ids = tokenizer.convert_tokens_to_ids([SOURCE, FIRST, SECOND])
-    wanted = [
+    expected = [
         getattr(model.config, f"{part}_prefix_id", None) for part in ("source", "cand1", "cand2")
     ]
-    if wrong or ids != wanted:
-        what = f"weights {', '.join(wrong[:3])}" if wrong else f"prefix tokens {ids}, not {wanted}"
+    if missing or ids != expected:
+        problem = (
+            f"weights {', '.join(missing[:3])}"
+            if missing
+            else f"prefix tokens {ids}, not {expected}"
+        )
         raise JudgeError(
-            f"{name!r} is not PairRM ({what}); name llm-blender/PairRM-hf or a folder with a copy of it"
+            f"{name!r} is not PairRM ({problem}); name llm-blender/PairRM-hf or a folder with a copy of it"
         )
     return model.eval(), tokenizer
 
@@ -258,7 +266,7 @@ def _network() -> type[Any]:
             hidden_BTH = self.pretrained_model(ids_BT, attention_mask=mask_BT).last_hidden_state
             config = self.config
             source_BH, first_BH, second_BH = (
-                # Exactly one in each row: `clean` has taken them out of the texts.
+                # Exactly one per row, as `clean` removes them from the texts.
                 hidden_BTH[ids_BT == prefix]
                 for prefix in (
                     config.source_prefix_id,

@@ -31,29 +31,29 @@ class Python(Judge):
 
     def check(self) -> None:
         """Import the function."""
-        self.imported()
+        self.import_function()
 
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
-        """JudgeError where the function is not there."""
-        return _OpenPython(self.function, self.imported())
+        """Import the function. Raises JudgeError."""
+        return _OpenPython(self.function, self.import_function())
 
-    def imported(self) -> Function:
-        """The function; JudgeError where it is not there."""
+    def import_function(self) -> Function:
+        """The function; JudgeError where it cannot be imported."""
         module, _, path = self.function.partition(":")
         try:
-            found: object = importlib.import_module(module)
+            target: object = importlib.import_module(module)
             for name in path.split("."):
-                found = getattr(found, name)
+                target = getattr(target, name)
         except (ImportError, SyntaxError, AttributeError) as error:
             raise JudgeError(
                 f"judge.function {self.function!r} cannot be imported ({error}); "
                 "name it as module:function, from the working directory or an installed package"
             ) from error
-        if not callable(found):
+        if not callable(target):
             raise JudgeError(f"judge.function {self.function!r} is no function; name one")
-        return found
+        return target
 
 
 @dataclass(frozen=True)

@@ -65,18 +65,18 @@ class RewardModel(Judge):
 
     @property
     def sources(self) -> dict[str, str]:
-        """The reward model."""
+        """The reward model's folder or Hub id."""
         return {"model": self.model}
 
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
-        """Load model and tokenizer; JudgeError where that fails or the model gives no single score."""
+        """Load model and tokenizer; JudgeError where that fails or the model has not exactly one output."""
         import torch
 
         head = load_head(self.model)
         if head is not None:
-            return _OpenHead(head, Embedder(head.source))
+            return _OpenEmbeddingHead(head, Embedder(head.source))
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,7 +84,7 @@ class RewardModel(Judge):
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         model = _load_model(self.model, dtype)
-        tokenizer = _part("AutoTokenizer", self.model)
+        tokenizer = _from_pretrained("AutoTokenizer", self.model)
         try:
             model.to(device).eval()
         except (RuntimeError, AssertionError) as error:
@@ -98,9 +98,9 @@ class RewardModel(Judge):
                 "reward model %r has no chat template; question and answer are encoded as a plain pair",
                 self.model,
             )
-        wanted = self.max_length or trained.get("max_length", _MAX_LENGTH)
+        max_length = self.max_length or trained.get("max_length", _MAX_LENGTH)
         cut = bool(trained) if self.too_long == "auto" else self.too_long == "cut"
-        window = window_of(wanted, model.config.get_text_config(), tokenizer)
+        window = window_of(max_length, model.config.get_text_config(), tokenizer)
         return _OpenRewardModel(
             name=self.model,
             model=model,
@@ -140,7 +140,7 @@ class _OpenRewardModel:
         return fitting if len(fitting) == len(rows) else TOO_LONG
 
     def _scores(self, rows: Sequence[Encoded]) -> list[float]:
-        """Scores in the order of `rows`, computed longest batch first: out of memory shows at once."""
+        """Scores in the order of `rows`, computed longest batch first, so that running out of memory shows at once."""
         scores = [math.nan] * len(rows)
         for batch in token_batches([len(row.ids) for row in rows], self.batch_tokens):
             for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
@@ -162,18 +162,18 @@ class _OpenRewardModel:
 
 
 @dataclass(frozen=True)
-class _OpenHead:
-    """A head over embeddings; it reads the beginning of any answer, so none is too long."""
+class _OpenEmbeddingHead:
+    """A linear head over embeddings of an answer's beginning, so no answer is too long."""
 
     head: EmbeddingHead
     embedder: Embedder
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        filled = [all(text.strip() for text in group) for group in groups]
+        nonempty = [all(text.strip() for text in group) for group in groups]
         rows = [
             (prompt.messages, text)
-            for prompt, group, full in zip(prompts, groups, filled, strict=True)
-            if full
+            for prompt, group, has_texts in zip(prompts, groups, nonempty, strict=True)
+            if has_texts
             for text in group
         ]
         scores = iter(
@@ -182,15 +182,15 @@ class _OpenHead:
             else ()
         )
         return [
-            finite([next(scores) for _ in group]) if full else EMPTY
-            for group, full in zip(groups, filled, strict=True)
+            finite([next(scores) for _ in group]) if has_texts else EMPTY
+            for group, has_texts in zip(groups, nonempty, strict=True)
         ]
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices of `lengths` in batches, longest first, with count x longest within `budget` tokens.
 
-    A row that alone exceeds the budget is a batch of its own.
+    A row longer than the budget is a batch of its own.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -202,14 +202,14 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def _load_model(name: str, dtype: str) -> Any:
-    """The classifier, once it is certain that its one output was trained."""
-    config = _part("AutoConfig", name)
+    """Load the classifier, after checking that its one output was trained."""
+    config = _from_pretrained("AutoConfig", name)
     if config.num_labels != 1:
         raise JudgeError(
             f"reward model {name!r} has num_labels = {config.num_labels}, but a score needs "
             "num_labels = 1; name a sequence classifier trained as a reward model"
         )
-    model, info = _part(
+    model, info = _from_pretrained(
         "AutoModelForSequenceClassification",
         name,
         dtype=dtype,
@@ -226,8 +226,8 @@ def _load_model(name: str, dtype: str) -> Any:
     return model
 
 
-def _part(kind: str, name: str, **options: Any) -> Any:
-    """`kind`.from_pretrained(name), its many failures turned into one sentence."""
+def _from_pretrained(kind: str, name: str, **options: Any) -> Any:
+    """transformers' `kind`.from_pretrained(name), with its errors as JudgeError."""
     import transformers
 
     try:

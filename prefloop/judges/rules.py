@@ -1,4 +1,4 @@
-"""Rules that a program can check, in the manner of IFEval; no model is asked."""
+"""Rules in the manner of IFEval that a program checks, without a model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Rules(Judge):
     """Regular expressions that must not be found."""
 
     @model_validator(mode="after")
-    def _there_are_rules(self) -> Rules:
+    def _check_rules(self) -> Rules:
         for pattern in (*self.matches, *self.matches_not):
             try:
                 re.compile(pattern)
@@ -84,14 +84,14 @@ class Rules(Judge):
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
-        """Needs neither the policy nor the prompts."""
+        """Nothing to load; the arguments are not used."""
         return _OpenRules(tuple(self.checks()))
 
     def checks(self) -> Iterator[Check]:
-        """Each rule that is set, as a test of one answer."""
-        yield from self._sizes()
-        yield from (_found(_phrase(phrase), wanted=True) for phrase in self.include)
-        yield from (_found(_phrase(phrase), wanted=False) for phrase in self.exclude)
+        """A test of one answer for each rule that is set."""
+        yield from self._size_checks()
+        yield from (_occurs(_phrase(phrase), expected=True) for phrase in self.include)
+        yield from (_occurs(_phrase(phrase), expected=False) for phrase in self.exclude)
         if (start := self.starts_with) is not None:
             yield lambda text: text.startswith(start)
         if (end := self.ends_with) is not None:
@@ -99,13 +99,13 @@ class Rules(Judge):
         if self.case is not None:
             yield str.islower if self.case == "lower" else str.isupper
         if self.no_commas:
-            yield _found(_COMMA, wanted=False)
+            yield _occurs(_COMMA, expected=False)
         if self.is_json:
             yield _is_json
-        yield from (_found(re.compile(pattern), wanted=True) for pattern in self.matches)
-        yield from (_found(re.compile(pattern), wanted=False) for pattern in self.matches_not)
+        yield from (_occurs(re.compile(pattern), expected=True) for pattern in self.matches)
+        yield from (_occurs(re.compile(pattern), expected=False) for pattern in self.matches_not)
 
-    def _sizes(self) -> Iterator[Check]:
+    def _size_checks(self) -> Iterator[Check]:
         yield from _within(count_words, self.min_words, self.max_words)
         yield from _within(len, self.min_characters, self.max_characters)
         yield from _within(count_sentences, None, self.max_sentences)
@@ -130,24 +130,26 @@ class _OpenRules:
 
 
 def count_words(text: str) -> int:
-    """Runs of letters and digits; an apostrophe inside does not part them."""
+    """Number of runs of letters and digits; an apostrophe inside does not split them."""
     return len(_WORD.findall(text))
 
 
 def count_sentences(text: str) -> int:
-    """Pieces that end marks part; a last piece without one counts as well."""
+    """Number of sentences by their end marks; a last one without a mark counts as well."""
     return sum(1 for piece in _SENTENCE_END.split(text) if _WORD.search(piece))
 
 
-def _within(size: Callable[[str], int], least: int | None, most: int | None) -> Iterator[Check]:
-    if least is not None:
-        yield lambda text: size(text) >= least
-    if most is not None:
-        yield lambda text: size(text) <= most
+def _within(
+    measure: Callable[[str], int], minimum: int | None, maximum: int | None
+) -> Iterator[Check]:
+    if minimum is not None:
+        yield lambda text: measure(text) >= minimum
+    if maximum is not None:
+        yield lambda text: measure(text) <= maximum
 
 
-def _found(pattern: re.Pattern[str], *, wanted: bool) -> Check:
-    return lambda text: (pattern.search(text) is not None) == wanted
+def _occurs(pattern: re.Pattern[str], *, expected: bool) -> Check:
+    return lambda text: (pattern.search(text) is not None) == expected
 
 
 def _count_bullets(text: str) -> int:
@@ -159,7 +161,7 @@ def _count_paragraphs(text: str) -> int:
 
 
 def _phrase(phrase: str) -> re.Pattern[str]:
-    """The phrase between word borders, where it begins and ends with letters: "art" is not in "party"."""
+    """A pattern of the phrase with word boundaries, so that "art" does not occur in "party"."""
     words = r"\s+".join(map(re.escape, phrase.split()))
     left = r"(?<!\w)" if phrase[:1].isalnum() else ""
     right = r"(?!\w)" if phrase[-1:].isalnum() else ""

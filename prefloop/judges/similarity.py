@@ -1,4 +1,4 @@
-"""Likeness of a response to the prompt's target: chrF, or the cosine of two sentence embeddings."""
+"""Similarity of a response to the prompt's target: chrF, or the cosine of sentence embeddings."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ class Similarity(Judge):
 
     @property
     def needs_target(self) -> bool:
-        """There is nothing to be like without one."""
+        """Always: responses are compared with the target."""
         return True
 
     @property
     def sources(self) -> dict[str, str]:
-        """The embedding model, where there is one."""
+        """The embedding model, if any."""
         return {} if self.model is None else {"model": self.model}
 
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
-        """Needs neither the policy nor the prompts; ModelError where the embedding model cannot be loaded."""
+        """Load the embedding model, if any. Raises ModelError."""
         if self.model is None:
             return _OpenChrf(CHRF(word_order=self.word_order))
         from prefloop.models.embedding import Embedder
@@ -61,7 +61,7 @@ class Similarity(Judge):
         return _OpenCosine(Embedder(self.model))
 
 
-def _refusal(prompt: Prompt, group: Sequence[str]) -> NoVerdict | None:
+def _no_verdict(prompt: Prompt, group: Sequence[str]) -> NoVerdict | None:
     if not (prompt.target or "").strip():
         return NO_TARGET
     return None if all(text.strip() for text in group) else EMPTY
@@ -75,9 +75,9 @@ class _OpenChrf:
         return [self._group(p, group) for p, group in zip(prompts, groups, strict=True)]
 
     def _group(self, prompt: Prompt, group: Sequence[str]) -> Verdict:
-        refusal = _refusal(prompt, group)
-        if refusal is not None:
-            return refusal
+        failure = _no_verdict(prompt, group)
+        if failure is not None:
+            return failure
         target = prompt.target or ""
         return tuple(float(self.metric.sentence_score(text, [target]).score) for text in group)
 
@@ -87,22 +87,22 @@ class _OpenCosine:
     embedder: Embedder
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        refusals = [_refusal(p, group) for p, group in zip(prompts, groups, strict=True)]
+        failures = [_no_verdict(p, group) for p, group in zip(prompts, groups, strict=True)]
         texts = [
-            [] if refusal else [prompt.target or "", *group]
-            for prompt, group, refusal in zip(prompts, groups, refusals, strict=True)
+            [] if failure else [prompt.target or "", *group]
+            for prompt, group, failure in zip(prompts, groups, failures, strict=True)
         ]
         vectors = iter(self.embedder.embed([text for group in texts for text in group]))
         return [
-            refusal or _cosines([next(vectors) for _ in group])
-            for refusal, group in zip(refusals, texts, strict=True)
+            failure or _cosines([next(vectors) for _ in group])
+            for failure, group in zip(failures, texts, strict=True)
         ]
 
 
 def _cosines(vectors: Sequence[Sequence[float] | None]) -> Verdict:
-    """Of the first, unit length, with each of the others; None stands for a text that was too long."""
-    known = [vector for vector in vectors if vector is not None]
-    if len(known) < len(vectors):
+    """Cosines of the first unit vector with the others; None stands for a text longer than the model's window."""
+    embedded = [vector for vector in vectors if vector is not None]
+    if len(embedded) < len(vectors):
         return TOO_LONG
-    target, *answers = known
+    target, *answers = embedded
     return finite([sum(a * b for a, b in zip(target, answer, strict=True)) for answer in answers])

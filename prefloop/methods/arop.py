@@ -1,6 +1,6 @@
 """AROP: the policy refines its own answer, plants one subtle flaw in it, and learns the difference by a margin.
 
-Source: "Adversarial Reflection-Optimized Preference". Options 4.2's three phases are `_draft`, `_refine` and
+Source: "Adversarial Reflection-Optimized Preference". Section 4.2's three phases are `_draft`, `_refine` and
 `_flaw`; section 4.3's loss is -log sigma(R - M) against the initial policy; Algorithm 1 generates
 with the current policy, so optimiser and learning-rate schedule run through all rounds.
 """
@@ -32,7 +32,7 @@ class Margin(Options):
     """AROP's M, one number a pair, at least 0 (docs/methods/arop.md, "The margin")."""
 
     kind: Literal["fixed", "confidence", "severity", "edit", "axes"] = "confidence"
-    """How M is found. Options 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
+    """How M is found. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
     m: float = Field(default=1.0, ge=0.0)
     """fixed: M itself; confidence, edit: what the measured difference is multiplied by."""
     m_min: float = Field(default=0.0, ge=0.0)

@@ -58,11 +58,11 @@ class IAL(Method):
     reference: Reference = "round_start"
     """Algorithm 1, line 13: the loss is measured from pi_t, the policy at the round's start."""
     eta: float = Field(default=0.1, gt=0.0)
-    """Inverse temperature of the implicit reward. Options 4.1 writes it as beta = 0.1."""
+    """Inverse temperature of the implicit reward. Section 4.1 writes it as beta = 0.1."""
     gamma: float = Field(default=5.0, ge=0.0)
-    """Weight of the penalty that keeps the target likely; 0 gives SPAC. Options 4.1: 5.0."""
+    """Weight of the penalty that keeps the target likely; 0 gives SPAC. Section 4.1: 5.0."""
     lam: float = Field(default=1.0, ge=0.0)
-    """Weight of the preference term. Options 4.1: lambda = 1.0."""
+    """Weight of the preference term. Section 4.1: lambda = 1.0."""
     objective: Literal["smoothed", "linear", "printed"] = "smoothed"
     """SPACP with both terms inside log-sigmoid (appendix B.6), as eq. 10, or eq. 12 to the letter."""
     penalty: Literal["relative", "nll"] = "relative"

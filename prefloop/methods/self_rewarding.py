@@ -32,13 +32,13 @@ class SelfRewarding(Method):
     }
 
     reference: Reference = "round_start"
-    """Options 2.4: M_t+1 is trained with DPO from M_t."""
+    """Section 2.4: M_t+1 is trained with DPO from M_t."""
     candidates: int = Field(default=4, ge=2)
-    """Answers to each prompt. Options 3.1.2: N = 4."""
+    """Answers to each prompt. Section 3.1.2: N = 4."""
     beta: float = Field(default=0.1, gt=0.0)
-    """Inverse temperature of the implicit reward. Options 3.1.3: 0.1."""
+    """Inverse temperature of the implicit reward. Section 3.1.3: 0.1."""
     sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)
-    """Options 3.1.2: T = 0.7, p = 0.9."""
+    """Section 3.1.2: T = 0.7, p = 0.9."""
     gates: Gates = Gates()
     """When best and worst are not worth training on; equal scores never are (section 2.3)."""
 

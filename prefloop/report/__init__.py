@@ -1,1 +1,1 @@
-"""Numbers and pairs into something to look at."""
+"""Reports for people: console tables, Markdown, LaTeX and the HTML page; nothing is computed here."""

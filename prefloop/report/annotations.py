@@ -1,4 +1,4 @@
-"""What people's votes came to, as tables. Reads the mapping that `annotate --json` prints."""
+"""Console tables of an annotation's results. Reads the mapping that `annotate --json` prints."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from rich.text import Text
 from prefloop.report.formats import show_table
 
 _HEAD = ("", "votes", "A", "tie", "B", "skipped", "A wins", "95 %", "first wins", "median s")
-# Below it a bootstrap interval is too narrow: three votes for A would be certainty.
-_ENOUGH = 10
+# With fewer prompts a bootstrap interval is too narrow: three votes for A would give [1, 1].
+_MIN_PROMPTS = 10
 
 
-def show_annotations(found: Mapping[str, Any], console: Console) -> None:
-    """Who won, by annotator and together, agreement, and what makes the figures doubtful."""
+def show_annotations(results: Mapping[str, Any], console: Console) -> None:
+    """Print A's win rate by annotator and over all, the agreement, and warnings about the votes."""
     lines = [
-        f"A  {found['a']}",
-        f"B  {found['b']}",
-        f"{found['judged']} of {found['prompts']} prompts judged"
-        + f"; {found['identical']} more have identical answers" * bool(found["identical"]),
+        f"A  {results['a']}",
+        f"B  {results['b']}",
+        f"{results['judged']} of {results['prompts']} prompts judged"
+        + f"; {results['identical']} more have identical answers" * bool(results["identical"]),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
     console.print()
-    rows = [_row(name, figures) for name, figures in found["annotators"].items()]
+    rows = [_row(name, figures) for name, figures in results["annotators"].items()]
     if len(rows) != 1:
-        rows.append(_row("together", found["everybody"]))
+        rows.append(_row("together", results["everybody"]))
     show_table(_HEAD, rows, console)
-    console.print(Text("\n" + "\n".join(_sentences(found))), soft_wrap=True)
+    console.print(Text("\n" + "\n".join(_sentences(results))), soft_wrap=True)
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> list[str]:
@@ -44,9 +44,9 @@ def _row(name: str, figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sentences(found: Mapping[str, Any]) -> list[str]:
-    everybody, agreement = found["everybody"], found["agreement"]
-    rate, first = everybody["win_rate"], everybody["first_wins"]
+def _sentences(results: Mapping[str, Any]) -> list[str]:
+    all_votes, agreement = results["everybody"], results["agreement"]
+    rate, first = all_votes["win_rate"], all_votes["first_wins"]
     lines = []
     if rate is None:
         lines.append("A's win rate: no votes yet")
@@ -55,10 +55,10 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
             f"A's win rate over {rate['count']} prompts, ties one half: {rate['value']:.3f}, "
             f"95 % interval {_interval(rate)}{_verdict(rate)}"
         )
-    if (whole := found["with_identical"]) is not None:
+    if (with_identical := results["with_identical"]) is not None:
         lines.append(
-            f"with identical answers as ties, over {whole['count']} prompts: {whole['value']:.3f}, "
-            f"95 % interval {_interval(whole)}"
+            f"with identical answers as ties, over {with_identical['count']} prompts: {with_identical['value']:.3f}, "
+            f"95 % interval {_interval(with_identical)}"
         )
     if agreement is None:
         lines.append("agreement: no prompt has votes of two people")
@@ -69,29 +69,29 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
             f"position: the answer shown first won {first['value']:.3f} of the votes ({_interval(first)}), which chance "
             "hardly gives; the order was drawn by lot, so this adds noise and does not favour A or B"
         )
-    lines += [f"skipped {count}: {reason}" for reason, count in everybody["reasons"].items()]
-    if found["torn_bytes"]:
+    lines += [f"skipped {count}: {reason}" for reason, count in all_votes["reasons"].items()]
+    if results["torn_bytes"]:
         lines.append(
-            f"the last line of the votes was torn ({found['torn_bytes']} bytes); that vote does not count"
+            f"the last line of the votes was torn ({results['torn_bytes']} bytes); that vote does not count"
         )
     return lines
 
 
 def _agreement(agreement: Mapping[str, Any]) -> str:
     estimate = agreement["estimate"]
-    figure = (
+    value_text = (
         "not defined, since all votes are the same"
         if estimate is None
         else f"{estimate['value']:.3f}, 95 % interval {_interval(estimate)}"
     )
     return (
         f"agreement of {agreement['people']} people on {agreement['items']} prompts: {agreement['measure']} "
-        f"{figure}; the same vote in {agreement['same']:.3f} of the cases"
+        f"{value_text}; the same vote in {agreement['same']:.3f} of the cases"
     )
 
 
 def _verdict(rate: Mapping[str, Any]) -> str:
-    if rate["count"] < _ENOUGH:
+    if rate["count"] < _MIN_PROMPTS:
         return "; too few prompts to trust that interval"
     if rate["low"] > 0.5:
         return ": A is better"

@@ -1,6 +1,6 @@
-"""The chain of one prompt: all that was written for it, in the order in which it was written.
+"""The chain of one prompt: every text generated for it, in the order of generation.
 
-A pair, a reject or a held-out prompt becomes one `Chain`, which the page and the terminal both show.
+A pair, a reject or a held-out prompt becomes one `Chain`, which both the page and the terminal show.
 """
 
 from __future__ import annotations
@@ -21,37 +21,46 @@ from prefloop.run_folder import RoundDir, RunDir
 
 Kind = Literal["pair", "reject", "held-out"]
 
-# What each text is a changed copy of, by the names that the methods give; for others nothing is marked
-# but the difference between chosen and rejected.
+# Response -> the response that it is an edited copy of, by the methods' names; for other names only the
+# difference between chosen and rejected is marked.
 BASES = {"rewrite": "draft", "refined": "draft_a", "flawed": "refined", "rejected": "chosen"}
 
-# The records keep the order in which texts were stored; read is the order in which they were written.
-_ROLES = ("chosen", "rejected", "target", "sample")
+# Records hold responses in any order; chains show them in the order of generation.
+_PAIR_ROLES = ("chosen", "rejected", "target", "sample")
 
-_ORDER = ("draft", "advice", "rewrite", "draft_a", "draft_b", "critique", "refined", "flawed")
+_WRITING_ORDER = (
+    "draft",
+    "advice",
+    "rewrite",
+    "draft_a",
+    "draft_b",
+    "critique",
+    "refined",
+    "flawed",
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One text of a chain."""
+    """One text of a chain, with its score and log-probs."""
 
     name: str
     text: str
     base: str = ""
-    """The step that this one is a changed copy of."""
+    """Name of the step that this one is an edited copy of; "": none."""
     roles: tuple[str, ...] = ()
-    """What the pair uses it as: chosen, rejected, target."""
+    """Its roles in the pair: chosen, rejected, target."""
     score: float | None = None
     tokens: int | None = None
     mean_logprob: float | None = None
     unfinished: bool = False
     ratios: dict[str, Any] | None = None
-    """Its tokens with their log-probs under policy and reference, where they were computed."""
+    """Its tokens with their log-probs under policy and reference; None where not computed."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One prompt of one round with all that became of it."""
+    """One prompt of one round with all its responses and what became of them."""
 
     id: str
     kind: Kind
@@ -68,10 +77,12 @@ class Chain:
     detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values, empty ones left out, but of a step's text: an empty answer is an answer."""
-        full = asdict(self)
-        full["steps"] = [{**_without_empty(step), "text": step["text"]} for step in full["steps"]]
-        return _without_empty(full)
+        """The chain as JSON values without empty fields; a step's text stays, as an answer may be empty."""
+        values = asdict(self)
+        values["steps"] = [
+            {**_without_empty(step), "text": step["text"]} for step in values["steps"]
+        ]
+        return _without_empty(values)
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
@@ -84,22 +95,22 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair_chain(pair: Pair, group: Candidates | None, ratios: PairRatios | None = None) -> Chain:
-    """A pair with everything that led to it; `group` is None where only the pair is left."""
-    answers = {role: getattr(pair, role) for role in _ROLES}
-    # Methods that train on single answers leave the others empty.
-    texts = {role: text for role, text in answers.items() if text or role in pair.origin}
-    found = _responses(group)
+    """A pair with the responses behind it; `group` is None where these were not kept."""
+    texts_by_role = {role: getattr(pair, role) for role in _PAIR_ROLES}
+    # Methods that train on single answers leave the other roles empty.
+    texts = {role: text for role, text in texts_by_role.items() if text or role in pair.origin}
+    responses = _responses(group)
     roles: dict[str, tuple[str, ...]] = {}
     for role, text in texts.items():
         origin = pair.origin.get(role, role)
-        if origin not in found or found[origin].text != text:
+        if origin not in responses or responses[origin].text != text:
             origin = role
-            found[role] = Response(text=text)
+            responses[role] = Response(text=text)
         roles[origin] = (*roles.get(origin, ()), role)
     scores = {**(group.scores if group else {}), **_scores_by_step(pair, roles)}
     steps = [
-        _step(name, response, found, roles.get(name, ()), scores.get(name), pair, ratios)
-        for name, response in found.items()
+        _step(name, response, responses, roles.get(name, ()), scores.get(name), pair, ratios)
+        for name, response in responses.items()
     ]
     return Chain(
         id=pair.id,
@@ -114,17 +125,20 @@ def pair_chain(pair: Pair, group: Candidates | None, ratios: PairRatios | None =
 
 
 def reject_chain(reject: Reject, group: Candidates | None, round: int) -> Chain:
-    """A prompt that gave no pair, with what was written for it, as far as that was kept."""
-    found = _responses(group)
+    """A prompt that gave no pair, with its responses, as far as they were kept."""
+    responses = _responses(group)
     if group is not None and group.prompt.target is not None:
-        found["target"] = Response(text=group.prompt.target)
+        responses["target"] = Response(text=group.prompt.target)
     scores = group.scores if group else {}
     return Chain(
         id=f"{round:04d}/{reject.prompt_id}",
         kind="reject",
         round=round,
         prompt=_turns(group.prompt.messages) if group else (),
-        steps=tuple(_step(n, r, found, (), scores.get(n)) for n, r in found.items()),
+        steps=tuple(
+            _step(name, response, responses, (), scores.get(name))
+            for name, response in responses.items()
+        ),
         gap=None,
         ratings=dict(group.ratings) if group else {},
         stage=reject.stage,
@@ -136,8 +150,8 @@ def reject_chain(reject: Reject, group: Candidates | None, round: int) -> Chain:
 def _scores_by_step(pair: Pair, roles: Mapping[str, tuple[str, ...]]) -> dict[str, float]:
     return {
         name: pair.scores[role]
-        for name, played in roles.items()
-        for role in played
+        for name, step_roles in roles.items()
+        for role in step_roles
         if role in pair.scores
     }
 
@@ -149,15 +163,17 @@ def _gap(scores: Mapping[str, float]) -> float | None:
 
 
 def _responses(group: Candidates | None) -> dict[str, Response]:
-    found = dict(group.responses) if group else {}
-    known = [name for name in _ORDER if name in found]
-    return {name: found[name] for name in [*known, *(n for n in found if n not in known)]}
+    responses = dict(group.responses) if group else {}
+    ordered = [name for name in _WRITING_ORDER if name in responses]
+    return {
+        name: responses[name] for name in [*ordered, *(n for n in responses if n not in ordered)]
+    }
 
 
 def _step(
     name: str,
     response: Response,
-    all: Mapping[str, Response],
+    responses: Mapping[str, Response],
     roles: tuple[str, ...],
     score: float | None,
     pair: Pair | None = None,
@@ -171,7 +187,7 @@ def _step(
     return Step(
         name=name,
         text=response.text,
-        base=base if base in all else "",
+        base=base if base in responses else "",
         roles=roles,
         score=score,
         tokens=len(response.token_ids) or None,
@@ -186,44 +202,44 @@ def _turns(messages: tuple[Message, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def round_chains(round_dir: RoundDir, ratios: Mapping[str, PairRatios]) -> Iterator[Chain]:
-    """All chains of a round: its pairs in their order, then its rejects. Reads record by record."""
-    aside: dict[str, Candidates] = {}
+    """All chains of a round: its pairs in order, then its rejects; records are streamed."""
+    waiting: dict[str, Candidates] = {}
     if round_dir.manifest("pairs"):
         groups = (
             round_dir.stream("ranked", Candidates) if round_dir.manifest("ranked") else iter(())
         )
         for pair in round_dir.stream("pairs", Pair):
-            yield pair_chain(pair, _take(groups, pair.prompt_id, aside), ratios.get(pair.id))
-        aside |= {group.prompt.id: group for group in groups}
+            yield pair_chain(pair, _group_of(groups, pair.prompt_id, waiting), ratios.get(pair.id))
+        waiting |= {group.prompt.id: group for group in groups}
     rejects = list(round_dir.rejects())
-    missing = {reject.prompt_id for reject in rejects} - aside.keys()
+    missing = {reject.prompt_id for reject in rejects} - waiting.keys()
     if missing and round_dir.manifest("candidates"):
-        # What the judge gave no verdict on never came to be ranked.
+        # Prompts without a verdict are among the candidates only, not among the ranked.
         for group in round_dir.stream("candidates", Candidates):
             if group.prompt.id in missing:
-                aside[group.prompt.id] = group
+                waiting[group.prompt.id] = group
     for reject in rejects:
-        yield reject_chain(reject, aside.get(reject.prompt_id), round_dir.number)
+        yield reject_chain(reject, waiting.get(reject.prompt_id), round_dir.number)
 
 
-def _take(
-    groups: Iterator[Candidates], wanted: str, aside: dict[str, Candidates]
+def _group_of(
+    groups: Iterator[Candidates], prompt_id: str, waiting: dict[str, Candidates]
 ) -> Candidates | None:
-    """The group of one prompt. Pairs mostly keep the groups' order, so few have to be put aside."""
-    if wanted in aside:
-        return aside.pop(wanted)
+    """The candidates of one prompt; groups read on the way go to `waiting` (few: pairs mostly keep the order)."""
+    if prompt_id in waiting:
+        return waiting.pop(prompt_id)
     for group in groups:
-        if group.prompt.id == wanted:
+        if group.prompt.id == prompt_id:
             return group
-        aside[group.prompt.id] = group
+        waiting[group.prompt.id] = group
     return None
 
 
 def held_out_chains(run: RunDir) -> Iterator[Chain]:
     """The answers to each held-out prompt, round by round: how the policy changed."""
-    places = [run.start, *run.rounds()]
+    rounds = [run.start, *run.rounds()]
     by_prompt: dict[str, list[tuple[int, Candidates]]] = {}
-    for round_dir in places:
+    for round_dir in rounds:
         if round_dir.manifest("answers"):
             for group in round_dir.stream("answers", Candidates):
                 by_prompt.setdefault(group.prompt.id, []).append((round_dir.number, group))
@@ -242,91 +258,97 @@ def held_out_chains(run: RunDir) -> Iterator[Chain]:
                     unfinished=response.finish == "length",
                 )
             )
-        last = answers[-1][1].prompt
-        if last.target is not None:
-            steps.append(Step(name="target", text=last.target, roles=("target",)))
+        last_prompt = answers[-1][1].prompt
+        if last_prompt.target is not None:
+            steps.append(Step(name="target", text=last_prompt.target, roles=("target",)))
         first_score, last_score = steps[0].score, steps[len(answers) - 1].score
         yield Chain(
             id=name,
             kind="held-out",
             round=answers[-1][0],
-            prompt=_turns(last.messages),
+            prompt=_turns(last_prompt.messages),
             steps=tuple(steps),
             gap=None if first_score is None or last_score is None else last_score - first_score,
         )
 
 
-_TOKENS = 6
+_SHOWN_TOKENS = 6
 
 
 def show_chain(chain: Chain, console: Console) -> None:
-    """Print a chain. Red or `[-...-]` is only in a text's base, green or `{+...+}` only in the text itself."""
+    """Print a chain. Red or `[-...-]` is text of the base only, green or `{+...+}` text of the step only."""
     details = [f"margin {chain.margin:.3g}"] if chain.margin else []
     details += [f"score gap {chain.gap:+.3g}"] if chain.gap is not None else []
     details += [f"{name} {value:.3g}" for name, value in chain.ratings.items()]
     show_text(console, Text(printable("  ".join([f"{chain.kind} {chain.id}", *details])), "bold"))
     if chain.reason:
-        why = ": ".join(part for part in (chain.reason, chain.detail) if part)
-        show_text(console, Text(printable(f"rejected by {chain.stage}: {why}"), "red"))
+        reason = ": ".join(part for part in (chain.reason, chain.detail) if part)
+        show_text(console, Text(printable(f"rejected by {chain.stage}: {reason}"), "red"))
     for role, text in chain.prompt:
-        _block(console, role, printable(text))
+        _print_block(console, role, printable(text))
     steps = {step.name: step for step in chain.steps}
     for step in chain.steps:
         base = steps.get(step.base)
-        body = _differing(base, step, console) if base else printable(step.text or "(empty)")
-        _block(console, _head(step), body)
-    _beside(chain, steps, console)
+        body = _difference(base, step, console) if base else printable(step.text or "(empty)")
+        _print_block(console, _step_title(step), body)
+    _print_comparison(chain, steps, console)
     for step in chain.steps:
         if step.ratios:
-            _block(console, f"what training changed in {', '.join(step.roles)}", _learnt(step))
+            _print_block(
+                console, f"what training changed in {', '.join(step.roles)}", _largest_changes(step)
+            )
     show_text(console, "")
 
 
-def _head(step: Step) -> str:
+def _step_title(step: Step) -> str:
     name = step.name.replace("_", " ")
-    facts = [role for role in step.roles if role != step.name]
-    facts += [f"scores {step.score:.3g}"] if step.score is not None else []
-    facts += [f"{step.tokens} tokens"] if step.tokens else []
-    facts += ["cut off"] if step.unfinished else []
-    facts += [f"beside {step.base.replace('_', ' ')}"] if step.base else []
-    return f"{name} ({', '.join(facts)})" if facts else name
+    details = [role for role in step.roles if role != step.name]
+    details += [f"scores {step.score:.3g}"] if step.score is not None else []
+    details += [f"{step.tokens} tokens"] if step.tokens else []
+    details += ["cut off"] if step.unfinished else []
+    details += [f"beside {step.base.replace('_', ' ')}"] if step.base else []
+    return f"{name} ({', '.join(details)})" if details else name
 
 
-def _differing(
+def _difference(
     base: Step, step: Step, console: Console, hide: SpanKind | None = None
 ) -> str | Text:
-    found = [Span(kind, printable(text)) for kind, text in spans(base.text, step.text)]
-    return marked(found, hide) if console.color_system is None else coloured(found, hide)
+    marked_spans = [Span(kind, printable(text)) for kind, text in spans(base.text, step.text)]
+    return (
+        marked(marked_spans, hide) if console.color_system is None else coloured(marked_spans, hide)
+    )
 
 
-def _beside(chain: Chain, steps: dict[str, Step], console: Console) -> None:
-    """Chosen and rejected beside each other, where neither is shown as a copy of the other already."""
+def _print_comparison(chain: Chain, steps: dict[str, Step], console: Console) -> None:
+    """Print chosen and rejected with their differences, unless one is already shown as a copy of the other."""
     by_role = {role: step for step in chain.steps for role in step.roles}
     if not {"chosen", "rejected"} <= by_role.keys():
         return
     chosen, rejected = by_role["chosen"], by_role["rejected"]
     if rejected.base == chosen.name or chosen.base == rejected.name:
         return
-    for role, hide in (("chosen", "old"), ("rejected", "new")):
-        _block(console, f"{role}, the two compared", _differing(rejected, chosen, console, hide))  # type: ignore[arg-type]
+    hidden: tuple[tuple[str, SpanKind], ...] = (("chosen", "old"), ("rejected", "new"))
+    for role, hide in hidden:
+        body = _difference(rejected, chosen, console, hide)
+        _print_block(console, f"{role}, the two compared", body)
 
 
-def _learnt(step: Step) -> str:
-    """The sum of the log-ratio, and the tokens that changed most."""
+def _largest_changes(step: Step) -> str:
+    """The step's summed log-ratio, and the tokens whose log-prob changed most."""
     assert step.ratios is not None
     ratios = [p - r for p, r in zip(step.ratios["policy"], step.ratios["reference"], strict=True)]
-    most = sorted(range(len(ratios)), key=lambda n: -abs(ratios[n]))[:_TOKENS]
+    largest = sorted(range(len(ratios)), key=lambda index: -abs(ratios[index]))[:_SHOWN_TOKENS]
     lines = [f"r = {sum(ratios):+.3g} nats over {len(ratios)} tokens; most in"]
-    for n in sorted(most):
-        piece = step.ratios["pieces"][n]
-        name = repr(printable(piece)) if piece else "end of turn"
+    for index in sorted(largest):
+        token_text = step.ratios["pieces"][index]
+        name = repr(printable(token_text)) if token_text else "end of turn"
         lines.append(
-            f"{ratios[n]:+8.2f}  {name}  ({step.ratios['reference'][n]:.2f} before, "
-            f"{step.ratios['policy'][n]:.2f} after)"
+            f"{ratios[index]:+8.2f}  {name}  ({step.ratios['reference'][index]:.2f} before, "
+            f"{step.ratios['policy'][index]:.2f} after)"
         )
     return "\n".join(lines)
 
 
-def _block(console: Console, name: str, body: str | Text) -> None:
+def _print_block(console: Console, name: str, body: str | Text) -> None:
     show_text(console, Text(printable(name), style="dim"))
     show_text(console, body)

@@ -1,8 +1,8 @@
-"""The report's pictures: matplotlib draws them, and a style sheet colours them.
+"""The report's charts: matplotlib draws them as SVG, a style sheet colours them.
 
-Each becomes an SVG element without style attributes, which the page's security policy would refuse:
-colours are classes, so that the page can be light or dark, and everything that belongs to one run has that
-run's class, so that it can be switched off. No text of a recipe or a model goes into a picture.
+The SVG has no style attributes, which the page's security policy would refuse: colours are classes, so that
+the page can be light or dark, and everything of one run has that run's class, so that it can be hidden. No
+text of a recipe or a model goes into a chart.
 """
 
 from __future__ import annotations
@@ -23,29 +23,33 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from prefloop.report.facts import RunFacts
 from prefloop.report.page_tables import round_meaning, step_meaning
 
-# Colours of the drawing that stand for classes of the style sheet.
-_INK, _GRID = "#010101", "#020202"
-_RUN = "#03{:02x}03"
+# Placeholder colours, replaced by classes of the style sheet.
+_INK_COLOUR, _GRID_COLOUR = "#010101", "#020202"
+_RUN_COLOUR = "#03{:02x}03"
 RUN_COLOURS = 8
 _SIZE = (4.4, 2.5)  # inches, at 72 units each
-# More points than a picture of this width can show only make the page heavy.
+# More points than this width can show would only make the page larger.
 _MOST_POINTS = 300
-_CLASSES = {_INK: "ink", _GRID: "grid", **{_RUN.format(n): f"run-{n}" for n in range(RUN_COLOURS)}}
+_CLASSES = {
+    _INK_COLOUR: "ink",
+    _GRID_COLOUR: "grid",
+    **{_RUN_COLOUR.format(n): f"run-{n}" for n in range(RUN_COLOURS)},
+}
 _SETTINGS: Any = {
     "svg.fonttype": "none",
     "font.size": 11.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": _GRID_COLOUR,
+    "axes.labelcolor": _INK_COLOUR,
     "axes.linewidth": 1,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.color": _GRID_COLOUR,
+    "ytick.color": _GRID_COLOUR,
+    "xtick.labelcolor": _INK_COLOUR,
+    "ytick.labelcolor": _INK_COLOUR,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _GRID,
+    "grid.color": _GRID_COLOUR,
     "grid.linewidth": 0.6,
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-4, 5),
@@ -55,14 +59,14 @@ _SETTINGS: Any = {
 
 @dataclass
 class Line:
-    """One line of a picture. N points."""
+    """One line of a chart. N points."""
 
     run: int
     x: list[float]
     y: list[float]
     dash: str = "-"
     label: str = ""
-    """What tells it from other lines of the same run, such as "chosen"."""
+    """Distinguishes lines of the same run, such as "chosen"."""
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
     """[N] an interval around each point, where there is one."""
@@ -70,7 +74,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture and what the page needs to talk about it."""
+    """A chart with its title, note and the values that can be read off it."""
 
     title: str
     note: str
@@ -79,12 +83,12 @@ class Chart:
     box: tuple[float, float, float, float]
     """Left, top, right and bottom of the plotting area, in units of the SVG."""
     limits: tuple[float, float, float, float]
-    """Values at its left, bottom, right and top."""
+    """Data values at its left, bottom, right and top."""
     rounds: bool
-    """Whether x counts rounds, -1 for the start; otherwise optimiser steps, or nothing to read off."""
+    """Whether x counts rounds (-1: the start); otherwise it counts optimiser steps, or is a histogram's axis."""
 
     def readable(self) -> dict[str, Any] | None:
-        """The numbers for reading values off the picture; None where it has no lines."""
+        """The numbers with which the page shows values under the pointer; None where there are no lines."""
         if not self.lines:
             return None
         return {
@@ -104,13 +108,16 @@ class Chart:
 
     @property
     def labels(self) -> list[tuple[str, str]]:
-        """Dash pattern and name of the lines that one run has several of."""
-        found = {line.label: line.dash for line in self.lines if line.label}
-        return [({"-": "solid", "--": "dashed", ":": "dotted"}[d], n) for n, d in found.items()]
+        """Legend of lines within one run: dash pattern and label."""
+        dash_by_label = {line.label: line.dash for line in self.lines if line.label}
+        return [
+            ({"-": "solid", "--": "dashed", ":": "dotted"}[dash], label)
+            for label, dash in dash_by_label.items()
+        ]
 
 
 def round_charts(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Chart]:
-    """Measures by round, one picture each; those that no run has are left out."""
+    """Measures by round, one chart each; those that no run has are left out."""
     charts = []
     for name in names:
         lines = [line for n, run in enumerate(runs) if (line := _by_round(n, run, name)).x]
@@ -146,12 +153,12 @@ def _by_round(number: int, run: RunFacts, name: str) -> Line:
 
 
 def _speed(number: int, run: RunFacts, what: str, dash: str) -> Line:
-    found = [(facts.number, speed) for facts in run.rounds if (speed := facts.speed[what])]
-    return Line(number, [n for n, _ in found], [speed for _, speed in found], dash, what)
+    speeds = [(facts.number, speed) for facts in run.rounds if (speed := facts.speed[what])]
+    return Line(number, [n for n, _ in speeds], [speed for _, speed in speeds], dash, what)
 
 
 def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
-    """Training by optimiser step: every metric that any run logged, rewards in one picture."""
+    """Training metrics by optimiser step, one chart each; all rewards are in one chart."""
     skip = {"step", "tokens", "round", "at"}
     names = list(dict.fromkeys(key for run in runs for row in run.steps for key in row))
     rewards = {"reward_chosen": "chosen", "reward_rejected": "rejected"}
@@ -159,8 +166,8 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     for name in [key for key in names if key not in skip and key not in rewards]:
         lines = [line for n, run in enumerate(runs) if (line := _by_step(n, run, name)).x]
         if lines:
-            charts.append(_lines(*step_meaning(name), lines, ends=_ends(runs)))
-    both = [
+            charts.append(_lines(*step_meaning(name), lines, ends=_round_ends(runs)))
+    reward_lines = [
         line
         for n, run in enumerate(runs)
         for (name, label), dash in zip(rewards.items(), ("-", ":"), strict=True)
@@ -168,16 +175,19 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     ]
     curves = [line for n, run in enumerate(runs) if (line := _curve(n, run)).x]
     if curves:
-        charts.insert(0, _lines(*step_meaning("win_rate"), curves, ends=_ends(runs)))
-    if both:
-        both += [
+        charts.insert(0, _lines(*step_meaning("win_rate"), curves, ends=_round_ends(runs)))
+    if reward_lines:
+        reward_lines += [
             line
             for n, run in enumerate(runs)
-            # Of most methods it is the chosen answer's reward, which is drawn already.
+            # For most methods it equals the chosen answer's reward, which is drawn already.
             if any(row.get("real_reward") != row.get("reward_chosen") for row in run.steps)
             if (line := _by_step(n, run, "real_reward", "--", "target")).x
         ]
-        charts.insert(min(3, len(charts)), _lines(*step_meaning("rewards"), both, ends=_ends(runs)))
+        charts.insert(
+            min(3, len(charts)),
+            _lines(*step_meaning("rewards"), reward_lines, ends=_round_ends(runs)),
+        )
     return charts
 
 
@@ -185,11 +195,11 @@ def _by_step(number: int, run: RunFacts, name: str, dash: str = "-", label: str 
     rows = [(row["at"], row[name]) for row in run.steps if isinstance(row.get(name), int | float)]
     rows = [(at, value) for at, value in rows if np.isfinite(value)]
     size = max(1, -(-len(rows) // _MOST_POINTS))
-    parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
     return Line(
         number,
-        [float(np.mean([at for at, _ in part])) for part in parts],
-        [float(np.mean([value for _, value in part])) for part in parts],
+        [float(np.mean([at for at, _ in group])) for group in groups],
+        [float(np.mean([value for _, value in group])) for group in groups],
         dash,
         label,
     )
@@ -202,8 +212,8 @@ def _curve(number: int, run: RunFacts) -> Line:
     return line
 
 
-def _ends(runs: Sequence[RunFacts]) -> list[tuple[int, float]]:
-    """(run, step) where a round ended and another began."""
+def _round_ends(runs: Sequence[RunFacts]) -> list[tuple[int, float]]:
+    """(run, step) of each boundary between two rounds."""
     return [
         (n, after["at"] - 0.5)
         for n, run in enumerate(runs)
@@ -215,24 +225,27 @@ def _ends(runs: Sequence[RunFacts]) -> list[tuple[int, float]]:
 def distribution_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     """Margin M and the judge's score gap over the pairs: the first round dotted, the last one solid."""
     note = "Pairs of the first round (dotted) and of the last one (solid)."
-    found = []
+    charts = []
     for title, what in (("Margin M of the pairs", "margins"), ("Score gap of the pairs", "gaps")):
-        parts = [(n, [getattr(r, what) for r in run.rounds]) for n, run in enumerate(runs)]
-        parts = [(n, [v for v in rounds if v]) for n, rounds in parts]
-        everything = [value for _, rounds in parts for values in rounds for value in values]
-        if any(everything):
+        values_by_run = [(n, [getattr(r, what) for r in run.rounds]) for n, run in enumerate(runs)]
+        values_by_run = [(n, [v for v in rounds if v]) for n, rounds in values_by_run]
+        all_values = [value for _, rounds in values_by_run for values in rounds for value in values]
+        if any(all_values):
             text = note if what == "margins" else f"Judge's score of chosen minus rejected. {note}"
-            found.append(_histogram(title, text, parts, everything))
-    return found
+            charts.append(_histogram(title, text, values_by_run, all_values))
+    return charts
 
 
 def _histogram(
-    title: str, note: str, parts: list[tuple[int, list[list[float]]]], everything: list[float]
+    title: str,
+    note: str,
+    values_by_run: list[tuple[int, list[list[float]]]],
+    all_values: list[float],
 ) -> Chart:
-    edges = np.histogram_bin_edges(everything, bins=24)
+    edges = np.histogram_bin_edges(all_values, bins=24)
 
     def draw(axes: Axes) -> None:
-        for number, rounds in parts:
+        for number, rounds in values_by_run:
             for values, dash in zip(rounds[-1:] + rounds[:1], ("-", ":"), strict=False):
                 if dash == ":" and len(rounds) < 2:
                     continue
@@ -240,7 +253,7 @@ def _histogram(
                 axes.stairs(
                     counts / counts.sum(),
                     edges,
-                    color=_RUN.format(number % RUN_COLOURS),
+                    color=_RUN_COLOUR.format(number % RUN_COLOURS),
                     linestyle=dash,
                     linewidth=1.6,
                     gid=f"r{number}-{dash}",
@@ -259,8 +272,8 @@ def _lines(
     ends: Sequence[tuple[int, float]] = (),
 ) -> Chart:
     def draw(axes: Axes) -> None:
-        for place, line in enumerate(lines):
-            colour, group = _RUN.format(line.run % RUN_COLOURS), f"r{line.run}-{place}"
+        for index, line in enumerate(lines):
+            colour, group = _RUN_COLOUR.format(line.run % RUN_COLOURS), f"r{line.run}-{index}"
             if line.low:
                 errors = [
                     [y - low for y, low in zip(line.y, line.low, strict=True)],
@@ -284,11 +297,15 @@ def _lines(
                 gid=group,
             )
         drawn = {line.run for line in lines}
-        for place, (run, step) in enumerate(end for end in ends if end[0] in drawn):
+        for index, (run, step) in enumerate(end for end in ends if end[0] in drawn):
             axes.axvline(
-                step, color=_GRID, linewidth=1, linestyle=(0, (4, 3)), gid=f"r{run}-end{place}"
+                step,
+                color=_GRID_COLOUR,
+                linewidth=1,
+                linestyle=(0, (4, 3)),
+                gid=f"r{run}-end{index}",
             )
-        # Whole numbers below, and no axis that makes noise look like news.
+        # Whole numbers on the x axis.
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if rounds:
             axes.xaxis.set_major_formatter(
@@ -296,7 +313,7 @@ def _lines(
             )
         axes.margins(x=0.04, y=0.12)
         if not any(value for line in lines for value in line.y):
-            # Alone on its axis a row of zeros would be magnified until rounding shows.
+            # A line of zeros would otherwise get an axis that magnifies rounding errors.
             axes.set_ylim(-0.04, 1)
 
     return _draw(title, note, draw, lines, rounds=rounds)
@@ -308,7 +325,7 @@ def _draw(
     settings: Any = {**_SETTINGS, "svg.hashsalt": title}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=_SIZE)
-        # The same for all: pictures below each other line up, and nothing has to be laid out twice.
+        # Equal margins, so that charts below each other line up.
         figure.subplots_adjust(left=0.15, right=0.985, bottom=0.12, top=0.92)
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
@@ -317,10 +334,10 @@ def _draw(
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
         height = figure.get_figheight() * 72
-        place, width = axes.get_position(), figure.get_figwidth() * 72
-        box = (place.x0 * width, (1 - place.y1) * height, place.x1 * width, (1 - place.y0) * height)
+        area, width = axes.get_position(), figure.get_figwidth() * 72
+        box = (area.x0 * width, (1 - area.y1) * height, area.x1 * width, (1 - area.y0) * height)
         (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
-    svg = _restyled(file.getvalue(), title)
+    svg = _restyle(file.getvalue(), title)
     numbers = [round(float(value), 2) for value in box]
     return Chart(
         title,
@@ -333,25 +350,25 @@ def _draw(
     )
 
 
-def _restyled(text: str, title: str) -> str:
-    """Matplotlib's SVG as an element of the page: attributes and classes in place of styles."""
+def _restyle(text: str, title: str) -> str:
+    """Matplotlib's SVG as an element of the page: styles become attributes and classes."""
     root = ElementTree.fromstring(text)
-    space = "{http://www.w3.org/2000/svg}"
+    namespace = "{http://www.w3.org/2000/svg}"
     for part in [
-        child for child in root if child.tag != f"{space}g" and child.tag != f"{space}defs"
+        child for child in root if child.tag != f"{namespace}g" and child.tag != f"{namespace}defs"
     ]:
         root.remove(part)
-    for definitions in root.findall(f"{space}defs"):
-        for style in definitions.findall(f"{space}style"):
+    for definitions in root.findall(f"{namespace}defs"):
+        for style in definitions.findall(f"{namespace}style"):
             definitions.remove(style)
     for element in root.iter():
-        element.tag = element.tag.removeprefix(space)
+        element.tag = element.tag.removeprefix(namespace)
         _unstyle(element)
         if match := re.match(r"r(\d+)-", element.get("id", "")):
             _add_class(element, f"of-run of-{match[1]}")
             del element.attrib["id"]
         elif not element.get("id", "").startswith(("m", "p")) or element.tag == "g":
-            # Markers and clip paths are referred to; all other names say nothing here.
+            # Markers and clip paths are referred to by id; all other ids are useless here.
             element.attrib.pop("id", None)
         if link := element.attrib.pop("{http://www.w3.org/1999/xlink}href", None):
             element.set("href", link)

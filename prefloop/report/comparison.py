@@ -1,4 +1,4 @@
-"""A comparison's tables, for a console, Markdown and LaTeX. Reads the mapping that comparison.json holds."""
+"""Tables of `prefloop compare`, for the console, Markdown and LaTeX. Reads the mapping of comparison.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STAGES = ("generate", "rank", "pair", "train", "evaluate")
 
 @dataclass(frozen=True)
 class Table:
-    """One table with what is said about it."""
+    """One table with its title and notes."""
 
     title: str
     head: tuple[str, ...]
@@ -27,14 +27,14 @@ class Table:
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Measures, ranking and cost; without a finished cell, none."""
+    """Measures, ranking and cost; [] while no cell is finished."""
     if not report["variants"]:
         return []
     return [_measures(report), _ranking(report), _cost(report)]
 
 
 def show_comparison(report: Mapping[str, Any], console: Console) -> None:
-    """Print all tables, then what is missing."""
+    """Print all tables, then the missing cells with their reasons."""
     if report["note"]:
         console.print(Text(printable(report["note"])), soft_wrap=True)
     for table in tables(report):
@@ -84,16 +84,18 @@ def latex(report: Mapping[str, Any]) -> str:
 
 def _measures(report: Mapping[str, Any]) -> Table:
     rows = []
-    for variant, found in report["variants"].items():
-        cells = [variant, str(len(found["cells"]))]
+    for variant, result in report["variants"].items():
+        cells = [variant, str(len(result["cells"]))]
         for name in report["measures"]:
             difference = report["differences"].get(name, {}).get(variant)
             star = " *" if difference and difference["real"] else ""
-            cells.append(_estimate(found["measures"][name]) + star)
+            cells.append(_estimate(result["measures"][name]) + star)
         rows.append(cells)
     notes = ["± : half of the 95 % t-interval of the mean over seeds"]
     if any(report["differences"].values()):
-        notes += [f"* : differs from {report['control']} (5 %, {_how(report)}, Holm over variants)"]
+        notes += [
+            f"* : differs from {report['control']} (5 %, {_how_paired(report)}, Holm over variants)"
+        ]
     return Table(
         "Measures after the last round",
         ("variant", "seeds", *report["measures"]),
@@ -102,7 +104,7 @@ def _measures(report: Mapping[str, Any]) -> Table:
     )
 
 
-def _how(report: Mapping[str, Any]) -> str:
+def _how_paired(report: Mapping[str, Any]) -> str:
     pairs = report["ranking"]["pairs"]
     by_prompt = any(pair["prompts"] for pair in pairs)
     return (
@@ -115,21 +117,23 @@ def _how(report: Mapping[str, Any]) -> str:
 def _ranking(report: Mapping[str, Any]) -> Table:
     ranking = report["ranking"]
     order, groups = ranking["order"], ranking["groups"]
-    apart = {(pair["first"], pair["second"]): pair for pair in ranking["pairs"]}
+    contrasts = {(pair["first"], pair["second"]): pair for pair in ranking["pairs"]}
     rows = []
     for entry in order:
         letters = "".join(
-            _LETTERS[place % 26] for place, group in enumerate(groups) if entry["variant"] in group
+            _LETTERS[index % 26] for index, group in enumerate(groups) if entry["variant"] in group
         )
-        best = apart.get((order[0]["variant"], entry["variant"]))
+        contrast = contrasts.get((order[0]["variant"], entry["variant"]))
         rows.append(
             [
                 entry["variant"],
                 _number(entry["mean"]),
                 letters,
-                "-" if best is None else _number(best["difference"]),
-                "-" if best is None else f"{_number(best['low'])} to {_number(best['high'])}",
-                "-" if best is None else f"{best['p_holm']:.3f}",
+                "-" if contrast is None else _number(contrast["difference"]),
+                "-"
+                if contrast is None
+                else f"{_number(contrast['low'])} to {_number(contrast['high'])}",
+                "-" if contrast is None else f"{contrast['p_holm']:.3f}",
             ]
         )
     head = ("variant", report["rank_by"], "group", "behind the first", "95 %", "p (Holm)")
@@ -137,18 +141,18 @@ def _ranking(report: Mapping[str, Any]) -> Table:
 
 
 def _verdict(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the ranking may be read as, in sentences."""
+    """Sentences on how far the ranking is more than noise."""
     ranking = report["ranking"]
     groups, seeds = ranking["groups"], [len(v["cells"]) for v in report["variants"].values()]
     if len(ranking["order"]) < 2:
         return ()
     if not ranking["pairs"]:
         return ("One seed: the order may be luck, and nothing here can tell.",)
-    notes = [f"{_how(report)}; Holm over all pairs".capitalize()]
+    notes = [f"{_how_paired(report)}; Holm over all pairs".capitalize()]
     if len(groups) == 1:
         return ("No difference is larger than noise: the order means nothing.", *notes)
-    shared = [group for group in groups if len(group) > 1]
-    lines = [f"Not distinguishable: {', '.join(group)}." for group in shared]
+    overlapping = [group for group in groups if len(group) > 1]
+    lines = [f"Not distinguishable: {', '.join(group)}." for group in overlapping]
     if min(seeds) < 5:
         notes.append(f"{min(seeds)} seeds: only large differences can be told from noise")
     return (*lines, *notes)
@@ -159,10 +163,10 @@ def _cost(report: Mapping[str, Any]) -> Table:
     stages = [
         stage
         for stage in _STAGES
-        if any(stage in found["cost"]["seconds"] for found in report["variants"].values())
+        if any(stage in result["cost"]["seconds"] for result in report["variants"].values())
     ]
-    for variant, found in report["variants"].items():
-        cost = found["cost"]
+    for variant, result in report["variants"].items():
+        cost = result["cost"]
         cells = [variant, f"{cost['rounds']:g}", f"{cost['generated_tokens']:,.0f}"]
         cells += [f"{cost['trained_tokens']:,.0f}", _number(cost["flops"] / 1e12)]
         cells += [duration(cost["seconds"].get(stage, 0.0)) for stage in stages]
@@ -180,12 +184,15 @@ def _cost(report: Mapping[str, Any]) -> Table:
         "budget",
     )
     budget = report["budget"]
-    said = (
+    budget_note = (
         "Budget: " + ", ".join(f"{value:,g} {name}" for name, value in budget.items())
         if budget
         else "No common budget: each variant played all its rounds"
     )
-    notes = ("Means over seeds, of memory the most; shared work counts for each that uses it", said)
+    notes = (
+        "Means over seeds, of memory the most; shared work counts for each that uses it",
+        budget_note,
+    )
     return Table("Cost", head, rows, notes)
 
 
@@ -199,7 +206,7 @@ def _estimate(estimate: Mapping[str, Any] | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that mean something, never in powers of ten."""
+    """About three significant digits, never in scientific notation."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

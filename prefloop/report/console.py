@@ -1,7 +1,7 @@
-"""What a run shows on a console: stage lines, the table of rounds, pairs with their differences.
+"""Console output of a run: stage lines, the table of rounds, pairs with their differences.
 
-On a terminal with colour and arrows; into a pipe or file as plain lines, never cut or wrapped. Text that
-a model wrote is shown as text: no markup, no control sequences.
+Coloured on a terminal; in a pipe or file plain lines, never cut or wrapped. A model's text is shown
+literally: no markup, no control sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefloop.data.text_distance import Span, spans
 from prefloop.records import Pair, RoundResult
 from prefloop.report.formats import _CONTROLS, coloured, marked, printable
 
-# Most telling first. A key that only begins with one of these ("win_rate_low") follows it.
+# Order of the table, most important first. A key that starts with one of these ("win_rate_low") follows it.
 MEASURES = (
     "score",
     "win_rate",
@@ -36,7 +36,7 @@ MEASURES = (
     "stop_rate",
 )
 
-_COLUMNS = 8
+_MAX_COLUMNS = 8
 
 _TINY = 5e-4
 
@@ -44,22 +44,22 @@ _CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def measure_names(results: Sequence[RoundResult]) -> list[str]:
-    """Every measure that any round has: the known in their order, then the others by name."""
+    """Every measure that any round has: those of MEASURES in that order, then the others by name."""
 
-    def place(name: str) -> tuple[int, str]:
+    def sort_key(name: str) -> tuple[int, str]:
         known = [i for i, key in enumerate(MEASURES) if name == key or name.startswith(f"{key}_")]
         return (min(known) if known else len(MEASURES), name)
 
-    return sorted({name for result in results for name in result.measures}, key=place)
+    return sorted({name for result in results for name in result.measures}, key=sort_key)
 
 
 def round_name(number: int) -> str:
-    """A round as people call it: "start" for the policy before the first."""
+    """The round's number as text; "start" for the initial policy (-1)."""
     return "start" if number < 0 else str(number)
 
 
 def format_values(values: Sequence[float | None]) -> list[str]:
-    """One measure's values, all with as many digits; "-" where there is none."""
+    """One measure's values as text with equal decimals; "-" for None."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     largest = max(map(abs, finite), default=0.0)
     if 0 < largest < _TINY:
@@ -72,9 +72,9 @@ def format_values(values: Sequence[float | None]) -> list[str]:
 
 
 def visible_rounds(
-    results: Sequence[RoundResult], limit: int = _COLUMNS
+    results: Sequence[RoundResult], limit: int = _MAX_COLUMNS
 ) -> list[RoundResult | None]:
-    """The rounds that fit a table: all, or the first two and the latest with None where rounds are left out."""
+    """The rounds that fit a table: all, or the first two, None for those left out, and the latest."""
     if len(results) <= limit:
         return list(results)
     return [*results[:2], None, *results[3 - limit :]]
@@ -83,8 +83,7 @@ def visible_rounds(
 def round_table(results: Sequence[RoundResult], *, arrows: bool = True) -> Table:
     """One row a measure, one column a round, then the change from the first column to the last.
 
-    `arrows` shows beside each value whether it rose or fell since the round before; an arrow says which
-    way, not whether that is good.
+    `arrows` adds to each value whether it rose or fell since the round before; it does not say whether that is good.
     """
     shown, gap = visible_rounds(results), "…" if arrows else "..."
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -113,9 +112,10 @@ def show_rounds(results: Sequence[RoundResult], console: Console) -> None:
         console.print(round_table(results))
         return
     table = round_table(results, arrows=False)
-    wide = console.options.update(width=10_000, max_width=10_000)
+    options = console.options.update(width=10_000, max_width=10_000)
     lines = [
-        "".join(piece.text for piece in line).rstrip() for line in console.render_lines(table, wide)
+        "".join(piece.text for piece in line).rstrip()
+        for line in console.render_lines(table, options)
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
 
@@ -125,7 +125,7 @@ def show_pair(pair: Pair, console: Console) -> None:
 
     Red or `[-...-]` is only in the rejected answer, green or `{+...+}` only in the chosen one.
     """
-    found = [Span(kind, printable(text)) for kind, text in spans(pair.rejected, pair.chosen)]
+    marked_spans = [Span(kind, printable(text)) for kind, text in spans(pair.rejected, pair.chosen)]
     colour = console.color_system is not None
     details = [f"margin {pair.margin:.3g}"] if pair.margin else []
     details += [f"{role}: {name}" for role, name in pair.origin.items()]
@@ -135,8 +135,12 @@ def show_pair(pair: Pair, console: Console) -> None:
     ]
     if pair.target is not None:
         blocks.append(("target", printable(pair.target)))
-    blocks.append(("chosen", coloured(found, "old") if colour else marked(found, "old")))
-    blocks.append(("rejected", coloured(found, "new") if colour else marked(found, "new")))
+    blocks.append(
+        ("chosen", coloured(marked_spans, "old") if colour else marked(marked_spans, "old"))
+    )
+    blocks.append(
+        ("rejected", coloured(marked_spans, "new") if colour else marked(marked_spans, "new"))
+    )
     show_text(console, Text(printable("  ".join([f"pair {pair.id}", *details])), style="bold"))
     for name, body in blocks:
         show_text(console, Text(name, style="dim"))
@@ -148,30 +152,37 @@ def stage_line(
     round: int, stage: str, counts: Mapping[str, int], seconds: float, about: str = ""
 ) -> str:
     """One finished stage in one line; `counts` by plural noun: "round 0  pairs  31 pairs, 1 reject  4.0 s"."""
-    things = ", ".join(
-        f"{n:,} {noun.removesuffix('s') if n == 1 else noun}" for noun, n in counts.items()
+    counts_text = ", ".join(
+        f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
+        for noun, count in counts.items()
     )
-    place = "start  " if round < 0 else f"round {round}"
-    parts = (place, f"{stage:<10}", things, duration(seconds), about)
+    round_text = "start  " if round < 0 else f"round {round}"
+    parts = (round_text, f"{stage:<10}", counts_text, duration(seconds), about)
     return "  ".join(part for part in parts if part)
 
 
-# What a round comes to, for one line.
-_GLANCE = {"score": "score", "win_rate": "win rate", "R_i": "R_i", "kl": "KL", "stop_rate": "stops"}
+# Measures of a round's one-line summary, and their names there.
+_GLANCE_NAMES = {
+    "score": "score",
+    "win_rate": "win rate",
+    "R_i": "R_i",
+    "kl": "KL",
+    "stop_rate": "stops",
+}
 
 
 def glance(measures: Mapping[str, float | None]) -> str:
-    """A round's most telling measures in a few words: "score 24.0, win rate 0.38, KL 0.14, stops 0.81"."""
-    found = [(name, measures.get(key)) for key, name in _GLANCE.items()]
+    """A round's main measures in one line: "score 24.0, win rate 0.38, KL 0.14, stops 0.81"."""
+    values = [(name, measures.get(key)) for key, name in _GLANCE_NAMES.items()]
     return ", ".join(
         f"{name} {value:z.{1 if abs(value) >= 10 else 2}f}"
-        for name, value in found
+        for name, value in values
         if value is not None and math.isfinite(value)
     )
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: "4.0 s", "41 s", "3 min 20 s", "2 h 05 min"."""
+    """A time as text: "4.0 s", "41 s", "3 min 20 s", "2 h 05 min"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -183,14 +194,14 @@ def duration(seconds: float) -> str:
 
 
 def arrow(before: float | None, after: float | None) -> str:
-    """Which way a value went, as one character; nothing where there is no value before."""
+    """The direction of a value's change as one character; "" where a value is missing."""
     if before is None or after is None:
         return ""
     return "→" if before == after else "↑" if after > before else "↓"
 
 
 def total_change(history: Sequence[float | None]) -> str:
-    """The last value less the first, signed, or nothing where either is missing."""
+    """The last value minus the first, with its sign; "" where either is missing."""
     first, last = history[0], history[-1]
     if len(history) < 2 or first is None or last is None:
         return ""
@@ -199,7 +210,7 @@ def total_change(history: Sequence[float | None]) -> str:
 
 
 def show_text(console: Console, body: str | Text) -> None:
-    """Print a text as it is: no markup, no wrapping, no emoji codes."""
-    # As a Text a string is taken as it is; rich reads emoji codes and markup in anything else.
+    """Print a text literally: no markup, no wrapping, no emoji codes."""
+    # Rich interprets markup and emoji codes in a str, but not in a Text.
     body = Text(body) if isinstance(body, str) else body
     console.print(body, soft_wrap=not console.is_terminal)

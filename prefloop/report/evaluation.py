@@ -1,4 +1,4 @@
-"""Tables of an evaluation: on a console, as Markdown, and as rows for LaTeX.
+"""Tables of `prefloop evaluate`: for the console, Markdown, and rows for LaTeX.
 
 Reads the mapping that `prefloop evaluate --json` prints.
 """
@@ -49,35 +49,35 @@ def write_tables(report: Report, folder: Path) -> None:
 
 
 def measure_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: a row a metric; of each subject value and interval; items, and seconds over all."""
+    """Header and rows: one row per metric with each subject's value and interval, items, and total seconds."""
     subjects = report["subjects"]
     head = ["measure", "metric", *subjects, "items", "seconds"]
     rows = []
     for measure, metric in _metrics(report):
-        found = [_estimate(subjects[name], measure, metric) for name in subjects]
-        counts = [estimate["count"] for estimate in found if estimate]
+        estimates = [_estimate(subjects[name], measure, metric) for name in subjects]
+        counts = [estimate["count"] for estimate in estimates if estimate]
         better = next(
             part["measures"][measure]["better"].get(metric, "higher")
             for part in subjects.values()
             if measure in part["measures"]
         )
-        taken = [
+        measured = [
             part["measures"][measure] for part in subjects.values() if measure in part["measures"]
         ]
         rows.append(
             [
                 measure,
                 f"{metric} {_ARROWS[better]}".rstrip(),
-                *map(with_interval, found),
+                *map(with_interval, estimates),
                 " / ".join(map(str, sorted(set(counts)))),
-                f"{sum(row['seconds'] for row in taken):.1f}",
+                f"{sum(row['seconds'] for row in measured):.1f}",
             ]
         )
-    return head, _once(rows)
+    return head, _first_row_only(rows)
 
 
 def difference_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: each subject minus the first, on the items that both have."""
+    """Header and rows: each subject minus the first, on the items that both have."""
     first = next(iter(report["subjects"]))
     head = ["difference", "metric", f"minus {first}", "items", "p (Holm)", ""]
     rows = [
@@ -95,7 +95,7 @@ def difference_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(report: Report) -> str:
-    """The tables as GitHub reads them."""
+    """The tables as GitHub Markdown."""
     blocks = ["# Evaluation", _subtitle(report), markdown_table(*measure_table(report), texts=2)]
     if report["comparisons"]:
         blocks += [markdown_table(*difference_table(report), texts=2), CAVEAT]
@@ -104,7 +104,7 @@ def markdown(report: Report) -> str:
 
 
 def latex(report: Report) -> str:
-    """Rows of a booktabs table: a metric a row, a subject a column, intervals small beside the values."""
+    """Rows of a booktabs table: one row per metric, one column per subject, values with small intervals."""
     subjects = report["subjects"]
     lines = [
         f"% prefloop {report['prefloop']}; {_subtitle(report)}",
@@ -114,13 +114,13 @@ def latex(report: Report) -> str:
     for measure, metric in _metrics(report):
         cells = []
         for name in subjects:
-            found = _estimate(subjects[name], measure, metric)
+            estimate = _estimate(subjects[name], measure, metric)
             mark = "" if _significant(report, name, measure, metric) else r"$^{\mathrm{n.s.}}$"
             cells.append(
                 "--"
-                if found is None
-                else f"{_number(found['value'], found)}{mark} {{\\footnotesize "
-                f"[{_number(found['low'], found)}, {_number(found['high'], found)}]}}"
+                if estimate is None
+                else f"{_number(estimate['value'], estimate)}{mark} {{\\footnotesize "
+                f"[{_number(estimate['low'], estimate)}, {_number(estimate['high'], estimate)}]}}"
             )
         lines.append(" & ".join([latex_text(metric), *cells]) + r" \\")
     return "\n".join(lines) + "\n"
@@ -137,20 +137,20 @@ def with_interval(estimate: Mapping[str, Any] | None, *, signed: bool = False) -
 
 
 def _number(value: float, estimate: Mapping[str, Any], *, signed: bool = False) -> str:
-    """With as many digits as suit the estimate's size."""
+    """The value with 1 to 3 decimals, by the estimate's size."""
     size = max(abs(estimate["low"]), abs(estimate["high"]))
     digits = 1 if size >= 100 else 2 if size >= 10 else 3
     return format(value, f"{'+' if signed else ''}.{digits}f")
 
 
 def _metrics(report: Report) -> Iterator[tuple[str, str]]:
-    """Measure and metric of every row, in the order in which they were taken."""
-    found: dict[tuple[str, str], None] = {}
+    """Measure and metric of every row, in the order of measuring."""
+    metrics: dict[tuple[str, str], None] = {}
     for part in report["subjects"].values():
         for measure, row in part["measures"].items():
-            found |= dict.fromkeys((measure, metric) for metric in row["estimates"])
-    order = list(dict.fromkeys(measure for measure, _ in found))
-    return iter(sorted(found, key=lambda pair: order.index(pair[0])))
+            metrics |= dict.fromkeys((measure, metric) for metric in row["estimates"])
+    order = list(dict.fromkeys(measure for measure, _ in metrics))
+    return iter(sorted(metrics, key=lambda pair: order.index(pair[0])))
 
 
 def _estimate(part: Report, measure: str, metric: str) -> Mapping[str, Any] | None:
@@ -159,7 +159,7 @@ def _estimate(part: Report, measure: str, metric: str) -> Mapping[str, Any] | No
 
 
 def _significant(report: Report, name: str, measure: str, metric: str) -> bool:
-    """False only where the subject was compared in it and the difference may be chance."""
+    """False only where the subject's difference in this metric was tested and is not significant."""
     return all(
         row["significant"]
         for row in report["comparisons"]
@@ -188,11 +188,11 @@ def _skipped(report: Report) -> list[str]:
     ]
 
 
-def _once(rows: Sequence[list[str]]) -> list[list[str]]:
-    """A measure's name and seconds stand in its first row only."""
+def _first_row_only(rows: Sequence[list[str]]) -> list[list[str]]:
+    """The rows with a measure's name and seconds in its first row only."""
     seen: set[str] = set()
-    found = []
+    shortened = []
     for row in rows:
-        found.append(["", *row[1:-1], ""] if row[0] in seen else row)
+        shortened.append(["", *row[1:-1], ""] if row[0] in seen else row)
         seen.add(row[0])
-    return found
+    return shortened

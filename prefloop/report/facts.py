@@ -1,4 +1,4 @@
-"""What a report says about one run, read from its folder: numbers and texts, nothing laid out yet."""
+"""The contents of a report on one run, read from its folder: numbers and texts without layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prefloop.report.chain import Chain, held_out_chains, round_chains
 from prefloop.run_folder import RoundDir, RunDir, read_run
 
 LOGRATIOS = "logratios.jsonl"
-# Stages as people think of them, by the names of their manifests.
+# Name of a manifest -> the stage under which its time is reported.
 _STAGES = {
     "candidates": "generate",
     "ranked": "rank",
@@ -39,7 +39,7 @@ _STAGES = {
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """One round in numbers."""
+    """The figures of one round."""
 
     number: int
     pairs: int
@@ -57,17 +57,19 @@ class RoundFacts:
     @property
     def speed(self) -> dict[str, float | None]:
         """Tokens a second, generated and trained on."""
-        made = self.seconds.get("generate", 0.0)
-        trained = self.seconds.get("train", 0.0)
+        generating = self.seconds.get("generate", 0.0)
+        training = self.seconds.get("train", 0.0)
         return {
-            "generated": self.generated_tokens / made if made and self.generated_tokens else None,
-            "trained": self.trained_tokens / trained if trained and self.trained_tokens else None,
+            "generated": self.generated_tokens / generating
+            if generating and self.generated_tokens
+            else None,
+            "trained": self.trained_tokens / training if training and self.trained_tokens else None,
         }
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run in numbers, with a way to its chains."""
+    """The figures of one run; `chains` streams its texts."""
 
     run: RunDir
     name: str
@@ -80,23 +82,23 @@ class RunFacts:
     steps: list[dict[str, Any]]
     """Metrics of each optimiser step, with "round", and "at": the step counted over the whole run."""
     start_seconds: dict[str, float] = field(default_factory=dict)
-    """What came before the first round took, by stage."""
+    """Seconds before the first round, by stage."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """The win rate during training, where it was measured: step, win_rate, low, high."""
 
     def chains(self) -> Iterator[Chain]:
         """Every pair, reject and held-out prompt, newest round last."""
-        ratios = {found.pair: found for found in read_ratios(self.run)}
+        ratios = {pair_ratios.pair: pair_ratios for pair_ratios in read_ratios(self.run)}
         for round_dir in self.run.rounds():
             yield from round_chains(round_dir, ratios)
         yield from held_out_chains(self.run)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage, over all rounds and what came before."""
+        """Seconds by stage, over the start and all rounds."""
         total: Counter[str] = Counter()
-        for part in (self.start_seconds, *(found.seconds for found in self.rounds)):
-            for stage, seconds in part.items():
+        for by_stage in (self.start_seconds, *(round_facts.seconds for round_facts in self.rounds)):
+            for stage, seconds in by_stage.items():
                 total[stage] += seconds  # type: ignore[assignment]
         return dict(total)
 
@@ -112,7 +114,7 @@ class RunFacts:
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
+        """Whether the run ended by itself."""
         return any(event["event"] == "end" for event in self.events)
 
 
@@ -123,7 +125,7 @@ def read_ratios(run: RunDir) -> Iterator[PairRatios]:
 
 
 def read_recipe(run: RunDir) -> tuple[str, dict[str, Any]]:
-    """The run's recipe, as its file says it and as values. Raises RunFolderError."""
+    """The run's recipe as text and as values. Raises RunFolderError."""
     path = run.path / "recipe.yaml"
     try:
         text = path.read_text(encoding="utf-8")
@@ -136,16 +138,16 @@ def read_recipe(run: RunDir) -> tuple[str, dict[str, Any]]:
 
 
 def read_facts(folder: Path) -> RunFacts:
-    """Everything but the chains. Reads runs that are still going on. Raises RunFolderError."""
+    """Read everything but the chains; the run may still be going on. Raises RunFolderError."""
     run = read_run(folder)
     text, recipe = read_recipe(run)
-    around = folder / "environment.json"
+    environment_path = folder / "environment.json"
     return RunFacts(
         run=run,
         name=folder.resolve().name,
         recipe=recipe,
         recipe_text=text,
-        environment=read_json(around) if around.exists() else {},
+        environment=read_json(environment_path) if environment_path.exists() else {},
         events=run.events(),
         results=run.results(),
         rounds=[_round(round_dir) for round_dir in run.rounds()],
@@ -167,7 +169,7 @@ def _round(round_dir: RoundDir) -> RoundFacts:
             margins.append(pair.margin)
             if {"chosen", "rejected"} <= pair.scores.keys():
                 gaps.append(pair.scores["chosen"] - pair.scores["rejected"])
-    trained = round_dir.manifest("train") or {}
+    train_manifest = round_dir.manifest("train") or {}
     return RoundFacts(
         number=round_dir.number,
         pairs=pairs,
@@ -175,24 +177,24 @@ def _round(round_dir: RoundDir) -> RoundFacts:
         margins=margins,
         gaps=gaps,
         generated_tokens=_generated(round_dir),
-        trained_tokens=int(trained.get("tokens", 0)),
+        trained_tokens=int(train_manifest.get("tokens", 0)),
         seconds=_seconds(round_dir),
     )
 
 
 def _reasons(round_dir: RoundDir) -> Counter[str]:
-    return Counter(f"{reject.stage}: {reject.reason}" for reject in _kept_rejects(round_dir))
+    return Counter(f"{reject.stage}: {reject.reason}" for reject in _finished_rejects(round_dir))
 
 
-def _kept_rejects(round_dir: RoundDir) -> Iterator[Reject]:
-    # A line of a chunk that is being written right now is no record yet.
+def _finished_rejects(round_dir: RoundDir) -> Iterator[Reject]:
+    # Before the manifest is there, the last line may be half written.
     return round_dir.rejects() if round_dir.manifest("candidates") else iter(())
 
 
 def _generated(round_dir: RoundDir) -> int:
     if not round_dir.manifest("candidates"):
         return 0
-    # An ablation may use one response under two names; its tokens were made once.
+    # An ablation may use one response under two names; its tokens were generated once.
     return sum(
         len(ids)
         for group in round_dir.stream("candidates", Candidates)
@@ -203,22 +205,22 @@ def _generated(round_dir: RoundDir) -> int:
 def _seconds(round_dir: RoundDir) -> dict[str, float]:
     total: dict[str, float] = {}
     for name, stage in _STAGES.items():
-        facts = round_dir.manifest(name)
-        if facts and "seconds" in facts:
-            total[stage] = total.get(stage, 0.0) + float(facts["seconds"])
+        manifest = round_dir.manifest(name)
+        if manifest and "seconds" in manifest:
+            total[stage] = total.get(stage, 0.0) + float(manifest["seconds"])
     return total
 
 
 def _steps(run: RunDir) -> Iterator[dict[str, Any]]:
-    at = 0
+    step = 0
     for round_dir in run.rounds():
         for row in _rows(round_dir, round_dir.train / "metrics.jsonl"):
-            at += 1
-            yield {**row, "round": round_dir.number, "at": at}
+            step += 1
+            yield {**row, "round": round_dir.number, "at": step}
 
 
 def _rows(round_dir: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file that may be growing; a last one that is half written is left out."""
+    """The lines of a file that may be growing; a half-written last line is left out."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
@@ -231,17 +233,17 @@ def _rows(round_dir: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation says of one subject."""
+    """An evaluation's estimates for one subject."""
 
     subject: str
     run: int | None
-    """Which of the page's runs it is a policy of; None for another model."""
+    """Index of the page's run that the subject belongs to; None for another model."""
     estimates: dict[str, dict[str, float]]
-    """By "measure: metric": value, low, high, count."""
+    """Value, low, high and count, by "measure: metric"."""
 
 
 def read_evaluation(path: Path, runs: Sequence[RunFacts]) -> list[Evaluated]:
-    """The subjects of an evaluation.json, or of the folder it lies in. Raises RunFolderError."""
+    """The subjects of an evaluation.json, given by its path or folder. Raises RunFolderError."""
     file = path / "evaluation.json" if path.is_dir() else path
     if not file.is_file():
         raise RunFolderError(f"{path} holds no evaluation.json; name what an evaluation wrote")
@@ -271,6 +273,6 @@ def _numbers(estimate: dict[str, Any]) -> dict[str, float]:
 
 
 def _run_of(source: str, runs: Sequence[RunFacts]) -> int | None:
-    """A source is a run's folder, perhaps with "@ROUND" behind it."""
+    """Index of the run that a source names by its folder, with or without "@ROUND"; None for others."""
     folders = {Path(source).resolve(), Path(source.rpartition("@")[0] or source).resolve()}
     return next((n for n, run in enumerate(runs) if run.run.path.resolve() in folders), None)

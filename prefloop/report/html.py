@@ -1,8 +1,8 @@
-"""The report as one file that a browser opens from disk: nothing is loaded, nothing a model wrote is run.
+"""`prefloop report`: one HTML file that works from disk; it loads nothing and runs nothing that a model wrote.
 
-A hash-based Content-Security-Policy allows this page's own style and script and nothing else. Chains of
-pairs are JSON, packed, and reach the page through `textContent`. Where there are more of them than a page should carry,
-a sample is in the page and all of them lie beside it, for the page to open.
+A hash-based Content-Security-Policy allows this page's own style and script only. Chains are gzipped JSON and
+reach the page through `textContent`. Where there are too many for one page, it holds a sample, and all of them
+are in a file beside it that the page can open.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from prefloop.run_folder import write_atomically
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("text.js", "charts.js", "detail.js", "pairs.js")
-# What the packed chains may take of a page, in bytes; the rest of a page is less than 1 MB.
-_BUDGET = 2_000_000
-# Of one text; whole texts lie beside the page.
-_LONGEST = 20_000
+# Limit of the packed chains in bytes; the rest of a page is less than 1 MB.
+_MAX_PACKED_BYTES = 2_000_000
+# Characters of one text in the page; whole texts are in the file beside it.
+_MAX_TEXT_LENGTH = 20_000
 _HTML_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-_FLOOR = 20
+_MIN_SAMPLE = 20
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a report consists of."""
+    """The files of a report, and how many chains the page shows."""
 
     page: Path
-    beside: Path | None
+    chains_file: Path | None
     """All chains, gzipped JSON lines, where the page holds only some of them or cut some short."""
     shown: int
     total: int
@@ -68,30 +68,32 @@ def write_report(
     if out.is_dir():
         raise RunFolderError(f"{out} is a folder; name a file with --out")
     runs = [read_facts(folder) for folder in folders]
-    evaluated = [found for path in evaluations for found in read_evaluation(path, runs)]
-    beside = out.with_name(f"{out.stem}.pairs.jsonl.gz")
-    # An older report and the file beside it stay as they are until the new ones are whole.
-    temporary = beside.with_name(f".{beside.name}.part")
+    evaluated = [subject for path in evaluations for subject in read_evaluation(path, runs)]
+    chains_file = out.with_name(f"{out.stem}.pairs.jsonl.gz")
+    # An older report and the file beside it stay until the new ones are complete.
+    temporary = chains_file.with_name(f".{chains_file.name}.part")
     try:
         total, cut = _write_all(runs, temporary)
         sample, packed = _sample(temporary, total, limit)
-        whole = sample == total and not cut
+        complete = sample == total and not cut
         title = ", ".join(run.name for run in runs)
-        about = _about_sample(sample, total, cut)
-        text = _render(runs, evaluated, title, packed, about, None if whole else beside)
-        if whole:
-            beside.unlink(missing_ok=True)
+        sample_note = _sample_note(sample, total, cut)
+        text = _render(
+            runs, evaluated, title, packed, sample_note, None if complete else chains_file
+        )
+        if complete:
+            chains_file.unlink(missing_ok=True)
         else:
-            temporary.replace(beside)
+            temporary.replace(chains_file)
         write_atomically(out, text)
     finally:
         temporary.unlink(missing_ok=True)
-    return Written(out, None if whole else beside, sample, total)
+    return Written(out, None if complete else chains_file, sample, total)
 
 
 def _write_all(runs: Sequence[RunFacts], path: Path) -> tuple[int, int]:
-    """Write every chain to `path`; how many there are, and how many have a text too long for the page."""
-    total = cut = 0
+    """Write every chain to `path`; returns the number of chains, and of those with a text too long for the page."""
+    total = cut_count = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     # A fixed time in the header: the same run gives the same bytes.
     with path.open("wb") as raw, gzip.GzipFile("", "wb", 4, raw, mtime=0) as file:
@@ -102,42 +104,48 @@ def _write_all(runs: Sequence[RunFacts], path: Path) -> tuple[int, int]:
                 file.write(json.dumps(values).encode() + b"\n")
                 total += 1
                 texts = (*(step.text for step in chain.steps), *(text for _, text in chain.prompt))
-                cut += any(len(text) > _LONGEST for text in texts)
-    return total, cut
+                cut_count += any(len(text) > _MAX_TEXT_LENGTH for text in texts)
+    return total, cut_count
 
 
 def _sample(path: Path, total: int, limit: int) -> tuple[int, str]:
-    """As many evenly spaced chains as the page can carry, packed; how many they are."""
-    wanted = min(limit, total)
+    """At most `limit` evenly spaced chains that fit the page: their number, and them packed."""
+    count = min(limit, total)
     while True:
-        lines = list(_every(path, total, wanted))
+        lines = list(_evenly_spaced(path, total, count))
         chains = f"[{','.join(lines)}]".encode()
         packed = base64.b64encode(gzip.compress(chains, 9, mtime=0)).decode()
-        if len(packed) <= _BUDGET or wanted <= _FLOOR:
+        if len(packed) <= _MAX_PACKED_BYTES or count <= _MIN_SAMPLE:
             return len(lines), packed
-        wanted = max(_FLOOR, int(0.95 * wanted * _BUDGET / len(packed)))
+        count = max(_MIN_SAMPLE, int(0.95 * count * _MAX_PACKED_BYTES / len(packed)))
 
 
-def _every(path: Path, total: int, wanted: int) -> Iterator[str]:
+def _evenly_spaced(path: Path, total: int, count: int) -> Iterator[str]:
     with gzip.open(path, "rt", encoding="ascii") as file:
-        for n, line in enumerate(file):
-            if (n + 1) * wanted // total > n * wanted // total:
-                yield line if len(line) <= _LONGEST else json.dumps(_shortened(json.loads(line)))
+        for index, line in enumerate(file):
+            if (index + 1) * count // total > index * count // total:
+                yield (
+                    line
+                    if len(line) <= _MAX_TEXT_LENGTH
+                    else json.dumps(_shortened(json.loads(line)))
+                )
 
 
 def _shortened(chain: dict[str, Any]) -> dict[str, Any]:
     for step in chain.get("steps", []):
-        if len(step.get("text", "")) > _LONGEST:
+        if len(step.get("text", "")) > _MAX_TEXT_LENGTH:
             step["cut"] = len(step["text"])
-            step["text"] = step["text"][:_LONGEST]
+            step["text"] = step["text"][:_MAX_TEXT_LENGTH]
     chain["prompt"] = [
-        [role, text] if len(text) <= _LONGEST else [role, text[:_LONGEST], len(text)]
+        [role, text]
+        if len(text) <= _MAX_TEXT_LENGTH
+        else [role, text[:_MAX_TEXT_LENGTH], len(text)]
         for role, text in chain.get("prompt", [])
     ]
     return chain
 
 
-def _about_sample(shown: int, total: int, cut: int) -> str:
+def _sample_note(shown: int, total: int, cut: int) -> str:
     if shown < total:
         return f"{shown:,} of {total:,} pairs, rejects and held-out prompts are in this page, evenly picked."
     parts = f"All {total:,} pairs, rejects and held-out prompts are in this page."
@@ -150,7 +158,7 @@ def _render(
     title: str,
     packed: str,
     sample: str,
-    beside: Path | None,
+    chains_file: Path | None,
 ) -> str:
     css = _read("style.css")
     js = '(() => {\n"use strict";\n' + "\n".join(map(_read, _SCRIPTS)) + "})();\n"
@@ -165,11 +173,17 @@ def _render(
         "pair_charts": distribution_charts(runs),
     }
     charts = {
-        f"{group}-{n}": chart for group, found in groups.items() for n, chart in enumerate(found)
+        f"{group}-{n}": chart
+        for group, charts_of_group in groups.items()
+        for n, chart in enumerate(charts_of_group)
     }
     facts = {
         "runs": [run.name for run in runs],
-        "charts": {key: found for key, chart in charts.items() if (found := chart.readable())},
+        "charts": {
+            key: charts_of_group
+            for key, chart in charts.items()
+            if (charts_of_group := chart.readable())
+        },
     }
     return (
         _environment()
@@ -178,7 +192,7 @@ def _render(
             title=title,
             css=Markup(css),
             js=Markup(js),
-            policy=_policy(css, js),
+            policy=_security_policy(css, js),
             sections=_sections(bool(evaluated), bool(groups["step_charts"])),
             runs=[_run(n, run) for n, run in enumerate(runs)],
             about=tables.about(runs),
@@ -189,7 +203,7 @@ def _render(
                 for name, g in groups.items()
             },
             sample=sample,
-            beside=beside.name if beside else None,
+            beside=chains_file.name if chains_file else None,
             version=version("prefloop"),
             written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
             facts=Markup(json.dumps(facts).translate(_HTML_ESCAPES)),
@@ -215,7 +229,7 @@ def _environment() -> Environment:
     )
 
 
-def _policy(css: str, js: str) -> str:
+def _security_policy(css: str, js: str) -> str:
     hashes = {
         kind: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for kind, text in (("style", css), ("script", js))
@@ -231,10 +245,10 @@ def _policy(css: str, js: str) -> str:
 
 
 def _sections(evaluations: bool, steps: bool) -> list[tuple[str, str]]:
-    found = [("overview", "What was run"), ("rounds", "Rounds")]
-    found += [("evaluations", "Evaluations")] * evaluations
-    found += [("training", "Training")] * steps
-    return [*found, ("rejects", "Rejects"), ("pairs", "Pairs")]
+    sections = [("overview", "What was run"), ("rounds", "Rounds")]
+    sections += [("evaluations", "Evaluations")] * evaluations
+    sections += [("training", "Training")] * steps
+    return [*sections, ("rejects", "Rejects"), ("pairs", "Pairs")]
 
 
 def _run(number: int, run: RunFacts) -> dict[str, Any]:

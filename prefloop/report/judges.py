@@ -1,6 +1,6 @@
-"""Tables of judges beside people's choices, and of how well a reward model knows its own mistakes.
+"""Tables of judges against human choices, and of a reward model's calibration.
 
-Reads the mappings that `judge check --json` and a reward model's report.json hold.
+Reads the mappings of `judge check --json` and of a reward model's report.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Measures = Mapping[str, Any]
 
 
 def show_judges(report: Mapping[str, Mapping[str, Measures]], console: Console) -> None:
-    """A table for each data set: a row a judge. `report` is by judge, then by data set."""
+    """Print one table per data set with one row per judge. `report` maps judge -> data set -> measures."""
     for source in dict.fromkeys(name for rows in report.values() for name in rows):
         first = next(iter(report.values()))[source]
         ties = f", {first['human_ties']} of them ties to people" * bool(first["human_ties"])
@@ -48,7 +48,7 @@ _HEAD = (
 
 
 def judge_cells(row: Measures) -> list[str]:
-    """One judge on one data set, as the table's cells after its name."""
+    """The table's cells after the judge's name, for one data set."""
     position = row.get("position") or {}
     return [
         *_with_interval(row["agreement"]),
@@ -65,7 +65,7 @@ def judge_cells(row: Measures) -> list[str]:
 
 
 def show_calibration(held_out: Mapping[str, Measures], console: Console) -> None:
-    """Calibration by data set, then the reliability curve over all of them."""
+    """Print calibration by data set, then the reliability curve over all of them."""
     head = ("calibration", "pairs", "log loss", "Brier", "ECE")
     curves = {name: row["calibration"] for name, row in held_out.items() if row["calibration"]}
     rows = [

@@ -1,7 +1,7 @@
-"""README.md of a trained policy: a Hugging Face model card that says only what the run knows.
+"""README.md of a trained policy: a Hugging Face model card with facts of the run only.
 
-Nothing is guessed: a base model, data set or licence that is not known as a Hub id or name is left out
-of the header. Absolute paths become bare names, so that a published card tells nothing of a machine.
+A base model, data set or licence that is not known as a Hub id or name is left out of the header. Absolute
+paths become bare names, so that a published card reveals nothing about the machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet"}
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is made of."""
+    """The contents of a model card."""
 
     recipe: Mapping[str, Any]
     """The resolved recipe, as a plain dict."""
@@ -49,14 +49,14 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card's text: YAML header, then what was trained, on what, measured how, and with what."""
+    """The card's text: YAML header, summary, training data, measures, use, and the recipe."""
     header = yaml.safe_dump(_header(facts), sort_keys=False, allow_unicode=True)
     sections = [_summary(facts), _data(facts), _measures(facts), _use(facts), _origin(facts)]
     return f"---\n{header}---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or data set name can be one on the Hub, and is not a file or folder here."""
+    """Whether a name can be a Hub id, and is no local file or folder."""
     local = Path(name).exists() or Path(name).suffix in _DATA_FILES
     return _HUB_ID.fullmatch(name) is not None and not local
 
@@ -80,12 +80,12 @@ def _header(facts: CardFacts) -> dict[str, Any]:
 
 
 def _summary(facts: CardFacts) -> str:
-    base = _code(facts.base_model or _shown(_source(facts)))
-    what = "A LoRA adapter for" if _library(facts) == "peft" else "A full fine-tune of"
+    base = _code(facts.base_model or _without_path(_source(facts)))
+    kind = "A LoRA adapter for" if _library(facts) == "peft" else "A full fine-tune of"
     rounds = sum(result.round >= 0 for result in facts.results)
     return (
-        f"# {_shown(str(facts.recipe.get('name', 'policy')))}\n\n"
-        f"{what} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
+        f"# {_without_path(str(facts.recipe.get('name', 'policy')))}\n\n"
+        f"{kind} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
         "policy generates answers to prompts, they are made into preference pairs, and the policy is "
         f"trained on them. {rounds} {'round was' if rounds == 1 else 'rounds were'} measured."
     )
@@ -94,7 +94,7 @@ def _summary(facts: CardFacts) -> str:
 def _data(facts: CardFacts) -> str:
     judge = _section(facts, "judge").get("name")
     train = _data_name(facts, "train")
-    source = _code(_shown(train)) if train else "not recorded"
+    source = _code(_without_path(train)) if train else "not recorded"
     lines = [
         "## Training data",
         "",
@@ -121,12 +121,12 @@ def _measures(facts: CardFacts) -> str:
         by_round = dict(zip((result.round for result in facts.results), values, strict=True))
         lines.append(_row([_cell(name), *("…" if r is None else by_round[r.round] for r in shown)]))
     size = _section(facts, "evaluate").get("prompts")
-    on = f"at most {size} held-out prompts" if size else "held-out prompts"
+    data_text = f"at most {size} held-out prompts" if size else "held-out prompts"
     held_out = _data_name(facts, "eval")
-    on += f" of {_code(_shown(held_out))}" if held_out else ""
+    data_text += f" of {_code(_without_path(held_out))}" if held_out else ""
     lines += [
         "",
-        f"Measured automatically by the training program itself on {on} with seed "
+        f"Measured automatically by the training program itself on {data_text} with seed "
         f"{facts.recipe.get('seed', 'unknown')}, from one run: differences between rounds may be chance. "
         "`start` is the policy before training. Truthfulness, safety and bias were not assessed beyond "
         "what the table names.",
@@ -147,11 +147,11 @@ def _use(facts: CardFacts) -> str:
 
 
 def _origin(facts: CardFacts) -> str:
-    recipe = yaml.safe_dump(_published(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(_without_paths(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
     # A fence longer than any run of backquotes inside cannot be closed from inside.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     lines = ["## How it was made", "", f"{fence}yaml\n{recipe}{fence}"]
-    versions = list(_flat(_published(dict(facts.environment))))
+    versions = list(_flat(_without_paths(dict(facts.environment))))
     if versions:
         lines += ["", _row(["environment", ""]), _row(["---", "---"])]
         lines += [_row([_cell(name), _cell(value)]) for name, value in versions]
@@ -179,8 +179,8 @@ def _data_name(facts: CardFacts, which: str) -> str | None:
     return str(name) if name else None
 
 
-def _shown(name: str) -> str:
-    """The last part of an absolute path; anything else as it stands."""
+def _without_path(name: str) -> str:
+    """The last part of an absolute path; other names unchanged."""
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(name)
         if path.is_absolute() or name.startswith("~"):
@@ -188,20 +188,20 @@ def _shown(name: str) -> str:
     return name
 
 
-def _published(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _published(item) for key, item in value.items()}
+        return {str(key): _without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_published(item) for item in value]
-    return _shown(value) if isinstance(value, str) else value
+        return [_without_paths(item) for item in value]
+    return _without_path(value) if isinstance(value, str) else value
 
 
-def _flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, item in value.items():
         if isinstance(item, Mapping):
-            yield from _flat(item, f"{before}{key}.")
+            yield from _flat(item, f"{prefix}{key}.")
         else:
-            yield f"{before}{key}", str(item)
+            yield f"{prefix}{key}", str(item)
 
 
 def _code(text: str) -> str:

@@ -20,7 +20,7 @@ from prefloop.report.facts import Evaluated, RunFacts
 
 
 class Meaning(NamedTuple):
-    """A measure's name on the page, and one sentence for somebody who meets it for the first time."""
+    """A measure's title on the page, and one sentence of explanation."""
 
     title: str
     note: str
@@ -92,21 +92,21 @@ STEP_MEASURES: dict[str, Meaning] = {
 
 
 def step_meaning(name: str) -> Meaning:
-    """What a training metric means; a method's own metric is called by its name."""
+    """Title and explanation of a training metric; a method's own metric has its name as title."""
     return STEP_MEASURES.get(name, Meaning(name, "The method's own measure of training."))
 
 
 def round_meaning(name: str) -> Meaning:
-    """What a round's measure means; an unknown one is called by its name."""
+    """Title and explanation of a round's measure; an unknown one has its name as title."""
     return ROUND_MEASURES.get(name, Meaning(name, ""))
 
 
-# A share of rejects that a reader should know before anything else.
+# Fraction of rejects from which the page's top warns of them.
 _MANY_REJECTS = 0.3
 
 
 def about(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """What was run: a label and one value for each run; rows that no run has are left out."""
+    """Rows of the overview: a label and one value per run; rows that no run has are left out."""
     rows = {
         "method": [_get(run, "method", "name") for run in runs],
         "model": [_model(run) for run in runs],
@@ -126,7 +126,7 @@ def about(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
 
 
 def recipe_differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """Every option in which the runs' recipes differ, with its value in each."""
+    """The options in which the runs' recipes differ, with each run's value."""
     first, *others = [_flat(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in (first, *others) for key in recipe)
     return [
@@ -137,8 +137,8 @@ def recipe_differences(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
 
 
 def notices(run: RunFacts) -> list[dict[str, str]]:
-    """What somebody should know before reading on: guards, rejects, a run that did not end."""
-    found = [
+    """Warnings at the page's top: guards, many rejects, a run that has not ended."""
+    entries = [
         {"kind": "bad", "head": f"Guard, round {number}:", "text": sentence}
         for number, sentence in run.guards
     ]
@@ -146,19 +146,19 @@ def notices(run: RunFacts) -> list[dict[str, str]]:
     rejects = sum(round_dir.reasons.total() for round_dir in run.rounds)
     if rejects and rejects / (pairs + rejects) > _MANY_REJECTS:
         text = f"{rejects:,} of {pairs + rejects:,} prompts gave no pair; see the reasons below."
-        found.append({"kind": "warn", "head": "Many rejects:", "text": text})
+        entries.append({"kind": "warn", "head": "Many rejects:", "text": text})
     if not run.finished:
         text = "what is shown is what it has made so far."
-        found.append({"kind": "warn", "head": "This run has not ended:", "text": text})
+        entries.append({"kind": "warn", "head": "This run has not ended:", "text": text})
     if not run.guards and run.results:
-        found.append({"kind": "", "head": "", "text": "no guard tripped."})
-    return found
+        entries.append({"kind": "", "head": "", "text": "no guard tripped."})
+    return entries
 
 
 def measures(run: RunFacts, *, training: bool) -> dict[str, Any]:
     """Measures by round with the change from the first to the last, as on the console.
 
-    Those of training, or all others; an interval stands in the row of what it belongs to.
+    `training` chooses those of training, or all others; intervals are in their measure's row.
     """
     shown = visible_rounds(run.results)
     head = ["", *("…" if result is None else round_name(result.round) for result in shown)]
@@ -185,7 +185,7 @@ def _interval(result: RoundResult, name: str) -> str:
 
 
 def rejects(run: RunFacts) -> list[dict[str, Any]]:
-    """Pairs and rejects by reason: a row each, with counts by round and the share of all prompts."""
+    """One row for pairs and one per reason of rejection: counts by round and the share of all prompts."""
     reasons = dict.fromkeys(
         reason for round_dir in run.rounds for reason in sorted(round_dir.reasons)
     )
@@ -193,22 +193,22 @@ def rejects(run: RunFacts) -> list[dict[str, Any]]:
     counts |= {
         reason: [round_dir.reasons[reason] for round_dir in run.rounds] for reason in reasons
     }
-    everything = max(1, sum(sum(row) for row in counts.values()))
+    total = max(1, sum(sum(row) for row in counts.values()))
     return [
-        {"name": name, "cells": row, "total": sum(row), "share": round(sum(row) / everything, 4)}
+        {"name": name, "cells": row, "total": sum(row), "share": round(sum(row) / total, 4)}
         for name, row in counts.items()
     ]
 
 
-def evaluations(found: Sequence[Evaluated]) -> dict[str, Any] | None:
-    """What evaluations say, a column for each subject; None where there is none."""
-    if not found:
+def evaluations(subjects: Sequence[Evaluated]) -> dict[str, Any] | None:
+    """The table of evaluations, one column per subject; None without any."""
+    if not subjects:
         return None
-    names = dict.fromkeys(name for subject in found for name in subject.estimates)
+    names = dict.fromkeys(name for subject in subjects for name in subject.estimates)
     return {
-        "subjects": found,
+        "subjects": subjects,
         "rows": [
-            {"name": name, "cells": [_estimate(subject, name) for subject in found]}
+            {"name": name, "cells": [_estimate(subject, name) for subject in subjects]}
             for name in names
         ],
     }
@@ -238,9 +238,9 @@ def _model(run: RunFacts) -> str:
 def _rounds(run: RunFacts) -> str:
     planned = _get(run, "loop", "rounds")
     played = sum("train" in round_dir.seconds for round_dir in run.rounds)
-    of = f"{played} of {planned}" if planned and planned != str(played) else str(played)
+    count = f"{played} of {planned}" if planned and planned != str(played) else str(played)
     size = _get(run, "loop", "prompts_per_round")
-    return f"{of}, {size} prompts each" if size else of
+    return f"{count}, {size} prompts each" if size else count
 
 
 def _training(run: RunFacts) -> str:
@@ -268,9 +268,9 @@ def _time(run: RunFacts) -> str:
 
 
 def _tokens(run: RunFacts) -> str:
-    made = sum(round_dir.generated_tokens for round_dir in run.rounds)
+    generated = sum(round_dir.generated_tokens for round_dir in run.rounds)
     trained = sum(round_dir.trained_tokens for round_dir in run.rounds)
-    return f"{made:,} generated, {trained:,} trained on" if made or trained else ""
+    return f"{generated:,} generated, {trained:,} trained on" if generated or trained else ""
 
 
 def _machine(run: RunFacts) -> str:
@@ -285,11 +285,11 @@ def _versions(run: RunFacts) -> str:
     return ", ".join(f"{name} {versions[name]}" for name in versions)
 
 
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
-        return {place: value}
+        return {prefix: value}
     return {
         name: leaf
         for key, inner in value.items()
-        for name, leaf in _flat(inner, f"{place}.{key}".lstrip(".")).items()
+        for name, leaf in _flat(inner, f"{prefix}.{key}".lstrip(".")).items()
     }

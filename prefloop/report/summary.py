@@ -1,4 +1,4 @@
-"""The end of a run, and a look back at one: the table of rounds, some pairs, and what to do next."""
+"""Output at the end of a run and of `prefloop show`: the table of rounds, some pairs, next commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prefloop.errors import RunFolderError
-from prefloop.evaluate.curves import SHARE, steps_to_share, win_rate_curve
+from prefloop.evaluate.curves import FRACTION_OF_BEST, steps_to_fraction, win_rate_curve
 from prefloop.records import CurvePoint, Pair, RoundResult
 from prefloop.report.chain import Chain, round_chains, show_chain
 from prefloop.report.console import MEASURES, show_pair, show_rounds
@@ -28,7 +28,7 @@ _SHOWN_POINTS = 12
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:
-    """The table, three pairs of the last round, where the policy lies, and what can be done with it."""
+    """Print the table of rounds, three pairs of the last round, the policy's folder and next commands."""
     run = RunDir(outcome.folder)
     _show_results(outcome.results, console)
     show_curve(win_rate_curve(run), console)
@@ -48,22 +48,22 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def outcome_json(outcome: Outcome) -> str:
-    """The same for programs: where things lie, and the measures by round."""
+    """The outcome as JSON: paths of policy and report, and the measures by round."""
     page = outcome.folder / "report.html"
-    found = {
+    values = {
         "folder": str(outcome.folder),
         "policy": str(outcome.policy),
         "report": str(page) if page.exists() else None,
         "results": [result.model_dump() for result in outcome.results],
     }
-    return json.dumps(found, indent=1)
+    return json.dumps(values, indent=1)
 
 
 def show_run(folder: Path, console: Console, *, pair: str | None, count: int) -> None:
-    """The table and `count` pairs, or all there is about the one pair asked for. Raises RunFolderError."""
+    """Print the table and the newest `count` pairs, or the chains of one pair or prompt. Raises RunFolderError."""
     run = read_run(folder)
     if pair is not None:
-        for chain in _found(run, pair):
+        for chain in _chains_of(run, pair):
             console.print()
             show_chain(chain, console)
         return
@@ -73,41 +73,43 @@ def show_run(folder: Path, console: Console, *, pair: str | None, count: int) ->
 
 
 def run_json(folder: Path, *, pair: str | None, count: int) -> str:
-    """The same as one JSON object. Raises RunFolderError."""
+    """The contents of `show_run` as one JSON object. Raises RunFolderError."""
     run = read_run(folder)
     if pair is not None:
-        return json.dumps({"chains": [chain.to_json() for chain in _found(run, pair)]}, indent=1)
-    found = {
+        return json.dumps(
+            {"chains": [chain.to_json() for chain in _chains_of(run, pair)]}, indent=1
+        )
+    values = {
         "folder": str(folder),
         "results": [result.model_dump() for result in run.results()],
         "win_rate_curve": [point.model_dump() for point in win_rate_curve(run)],
         "rejects": {round_dir.number: dict(round_dir.reasons()) for round_dir in run.rounds()},
-        "pairs": [
-            {"id": found.id, **found.model_dump(mode="json")} for found in _newest(run, count)
-        ],
+        "pairs": [{"id": one.id, **one.model_dump(mode="json")} for one in _newest(run, count)],
     }
-    return json.dumps(found, indent=1)
+    return json.dumps(values, indent=1)
 
 
 def _newest(run: RunDir, count: int) -> list[Pair]:
-    """The newest pairs first: they tell most about where the policy is."""
-    pairs = [found for _, round_pairs in run.pairs() for found in round_pairs]
+    """The last `count` pairs, newest first."""
+    pairs = [pair for _, round_pairs in run.pairs() for pair in round_pairs]
     return list(reversed(pairs))[:count]
 
 
-def _found(run: RunDir, wanted: str) -> list[Chain]:
-    """The chains of one pair, or of all rounds' pairs and rejects of one prompt."""
-    chosen = [c for c in _chains(run) if wanted in (c.id, c.id.partition("/")[2])]
-    if not chosen:
+def _chains_of(run: RunDir, pair_id: str) -> list[Chain]:
+    """The chains of a pair's id, or of a prompt's id over all rounds."""
+    matching = [
+        chain for chain in _chains(run) if pair_id in (chain.id, chain.id.partition("/")[2])
+    ]
+    if not matching:
         first = next((chain.id for chain in islice(_chains(run), 1)), "0000/prompt-id")
         raise RunFolderError(
-            f"{run.path} has no pair {wanted!r}; ids look like {first!r}, see rounds/*/pairs.jsonl"
+            f"{run.path} has no pair {pair_id!r}; ids look like {first!r}, see rounds/*/pairs.jsonl"
         )
-    return chosen
+    return matching
 
 
 def _chains(run: RunDir) -> Iterator[Chain]:
-    ratios = {found.pair: found for found in read_ratios(run)}
+    ratios = {pair_ratios.pair: pair_ratios for pair_ratios in read_ratios(run)}
     for round_dir in run.rounds():
         yield from round_chains(round_dir, ratios)
 
@@ -125,12 +127,12 @@ def _show_results(results: list[RoundResult], console: Console) -> None:
 
 
 def show_curve(points: list[CurvePoint], console: Console) -> None:
-    """Print the win rate during training, at most twelve points of it, and when it reached 90 % of its highest."""
+    """Print at most twelve points of the win rate during training, and the step of 90 % of its highest."""
     if not points:
         return
-    # The last one always, the others as evenly as they can lie.
-    gap = -(-len(points) // _SHOWN_POINTS)
-    shown = list(reversed(points[::-1][::gap]))
+    # Evenly spaced points, counted back from the last one, which is always shown.
+    stride = -(-len(points) // _SHOWN_POINTS)
+    shown = list(reversed(points[::-1][::stride]))
     rows = [
         [
             str(point.step),
@@ -144,8 +146,8 @@ def show_curve(points: list[CurvePoint], console: Console) -> None:
     ]
     console.print()
     show_table(("step", "round", "win_rate", "95 % from", "to", "score"), rows, console)
-    if (step := steps_to_share(points)) is not None:
-        console.print(Text(f"steps to {SHARE:.0%} of the highest win rate: {step}"))
+    if (step := steps_to_fraction(points)) is not None:
+        console.print(Text(f"steps to {FRACTION_OF_BEST:.0%} of the highest win rate: {step}"))
 
 
 def _three_digits(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""A run that is going on, followed from another terminal: what it said so far, and where it is now."""
+"""`prefloop watch`: follow a run from another terminal: its finished stages, and its progress now."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from prefloop.report.formats import printable
 from prefloop.run_folder import RoundDir, RunDir, read_run
 
 _SECONDS = 1.0
-_NO_COUNTS = ("time", "event", "round", "stage", "seconds")
+_NOT_COUNTS = ("time", "event", "round", "stage", "seconds")
 
 
 def watch_run(folder: Path, console: Console, *, seconds: float = _SECONDS) -> None:
-    """Print stages as they end, and on a terminal a line about the one that is on, until the run ends.
+    """Print stages as they end, and on a terminal the progress of the current one, until the run ends.
 
     Raises RunFolderError if `folder` is no run.
     """
     run = read_run(folder)
-    now = _Now(run)
-    said = 0
+    progress = _Progress(run)
+    printed = 0
     with Status("", console=console) as status:
         while True:
-            # Asked before the diary is read, so that a run's last words are not missed.
-            going = is_running(folder)
+            # Checked before the events are read, so that the last ones are not missed.
+            running = is_running(folder)
             events = run.events()
-            for event in events[said:]:
+            for event in events[printed:]:
                 for line in _lines(run, event):
                     console.print(Text(printable(line)), soft_wrap=True)
-            said = len(events)
-            if not going:
+            printed = len(events)
+            if not running:
                 break
-            status.update(Text(printable(now.line())))
+            status.update(Text(printable(progress.line())))
             time.sleep(seconds)
     console.print()
     show_rounds(run.results(), console)
     if not events or events[-1]["event"] != "end":
-        end = f"\n{folder} is not running; the command that began it goes on with it"
-        console.print(Text(end), soft_wrap=True)
+        message = f"\n{folder} is not running; the command that began it goes on with it"
+        console.print(Text(message), soft_wrap=True)
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process plays this run: it holds the folder's lock."""
+    """Whether a process is playing this run, that is, holds the folder's lock."""
     try:
         lock = (folder / ".lock").open("rb")
     except FileNotFoundError:
         return False
     with lock:
         try:
-            # Held for no longer than this, so that a run that begins right now finds it free.
+            # Released at once, so that a run that starts now gets it.
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
@@ -72,11 +72,11 @@ def _lines(run: RunDir, event: dict[str, Any]) -> Iterator[str]:
         case "begin":
             yield f"begun    {event['time']}"
         case "stage":
-            counts = {key: value for key, value in event.items() if key not in _NO_COUNTS}
+            counts = {key: value for key, value in event.items() if key not in _NOT_COUNTS}
             about = ""
             if event["stage"] == "evaluate":
-                found = {result.round: result.measures for result in run.results()}
-                about = glance(found.get(event["round"], {}))
+                measures_by_round = {result.round: result.measures for result in run.results()}
+                about = glance(measures_by_round.get(event["round"], {}))
             yield stage_line(event["round"], event["stage"], counts, event["seconds"], about)
         case "guard":
             yield f"round {event['round']}  guard       {event['sentence']}"
@@ -84,53 +84,61 @@ def _lines(run: RunDir, event: dict[str, Any]) -> Iterator[str]:
             yield f"ended    {event['time']}"
 
 
-class _Now:
-    """What a run is doing at this moment, read from what it has written so far."""
+class _Progress:
+    """A run's current progress, read from the files it has written so far."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
         _, self._recipe = read_recipe(run)
-        self._seen: tuple[str, int, float] | None = None
-        """The stage in progress, how far it was when it was first seen, and when that was."""
+        self._first_seen: tuple[str, int, float] | None = None
+        """The current stage, its progress when first seen, and the time of that."""
 
     def line(self) -> str:
         """One line: "round 1  train  step 7 of 12, loss 0.94, 40 s left"."""
-        places = [self._run.start, *self._run.rounds()]
-        round_dir = next((place for place in reversed(places) if place.path.is_dir()), None)
+        round_dirs = [self._run.start, *self._run.rounds()]
+        round_dir = next(
+            (candidate for candidate in reversed(round_dirs) if candidate.path.is_dir()), None
+        )
         if round_dir is None:
             return "loading"
         for note in round_dir.path.glob("*.progress.json"):
             stage = note.name.removesuffix(".progress.json")
-            # A run that was killed at a stage's very end leaves a note beside the manifest.
+            # A run killed at the very end of a stage leaves its progress file beside the manifest.
             if not round_dir.manifest(stage):
-                return self._say(round_dir, stage, "chunk", _chunks(note), self._all_chunks(stage))
+                return self._stage_progress(
+                    round_dir, stage, "chunk", _chunks(note), self._chunk_count(stage)
+                )
         if round_dir.manifest("pairs") and not round_dir.manifest("train"):
             loss = _last_loss(round_dir)
-            line = self._say(
-                round_dir, "train", "step", round_dir.steps(), self._all_steps(round_dir)
+            line = self._stage_progress(
+                round_dir, "train", "step", round_dir.steps(), self._step_count(round_dir)
             )
             return f"{line}, loss {loss:.3f}" if loss is not None else line
         return f"round {round_name(round_dir.number)}"
 
-    def _say(self, round_dir: RoundDir, stage: str, unit: str, done: int, total: int | None) -> str:
+    def _stage_progress(
+        self, round_dir: RoundDir, stage: str, unit: str, done: int, total: int | None
+    ) -> str:
         name = f"{round_dir.number}/{stage}"
-        if self._seen is None or self._seen[0] != name:
-            self._seen = (name, done, time.monotonic())
-        of = f" of {total}" if total else ""
-        line = f"round {round_name(round_dir.number)}  {stage}  {unit} {done}{of}"
-        _, before, since = self._seen
+        if self._first_seen is None or self._first_seen[0] != name:
+            self._first_seen = (name, done, time.monotonic())
+        of_total = f" of {total}" if total else ""
+        line = f"round {round_name(round_dir.number)}  {stage}  {unit} {done}{of_total}"
+        _, before, since = self._first_seen
         if total and done > before:
-            left = (time.monotonic() - since) / (done - before) * max(0, total - done)
-            line += f", {duration(left)} left"
+            seconds_left = (time.monotonic() - since) / (done - before) * max(0, total - done)
+            line += f", {duration(seconds_left)} left"
         return line
 
-    def _all_chunks(self, stage: str) -> int | None:
-        section = ("evaluate", "prompts") if stage in _HELD_OUT else ("loop", "prompts_per_round")
+    def _chunk_count(self, stage: str) -> int | None:
+        section = (
+            ("evaluate", "prompts") if stage in _HELD_OUT_STAGES else ("loop", "prompts_per_round")
+        )
         prompts = self._recipe.get(section[0], {}).get(section[1])
         size = self._recipe.get("generate", {}).get("chunk_size")
         return math.ceil(prompts / size) if prompts and size else None
 
-    def _all_steps(self, round_dir: RoundDir) -> int | None:
+    def _step_count(self, round_dir: RoundDir) -> int | None:
         train = self._recipe.get("train", {})
         size, epochs = int(train.get("batch_size") or 0), int(train.get("epochs", 1))
         if not size:
@@ -142,14 +150,14 @@ class _Now:
         return math.ceil(pairs / size) * epochs
 
 
-_HELD_OUT = ("answers", "introspection")
+_HELD_OUT_STAGES = ("answers", "introspection")
 
 
 def _chunks(note: Path) -> int:
     try:
         return int(json.loads(note.read_text(encoding="utf-8"))["chunks"])
     except (OSError, ValueError, KeyError):
-        # It is gone when the stage ends, which may be now.
+        # The file is deleted when the stage ends, which may be now.
         return 0
 
 

@@ -1,1 +1,1 @@
-"""Pairs into weights: pure losses and log-probabilities, models, and a method-blind trainer."""
+"""Training: losses and log-probabilities as pure functions, weight placement, and trainers that know no method."""

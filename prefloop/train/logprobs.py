@@ -1,10 +1,10 @@
-"""Log-probs of completions under a causal LM: padded, or packed as prefix trees; the numbers are the same.
+"""Log-probs of completions under a causal LM, padded or packed as prefix trees, with equal results.
 
-Both ways are exact: each token gets the log-prob that one plain forward pass over its own sequence would
-give it. Logits exist only where a token is scored, some positions at a time, and are computed again in the
-backward pass. Whatever the model's dtype, logits are normalised in float32.
+Both ways are exact: each token gets the log-prob of a plain forward pass over its own sequence. Logits are
+computed only where a token is scored, some positions at a time, and again in the backward pass. They are
+normalised in float32, whatever the model's dtype.
 
-Mixed precision is the caller's: these functions call parts of the model, so call them inside autocast.
+For mixed precision, call these functions inside autocast: they call parts of the model.
 
 Shapes: B sequences, T tokens of a sequence or row, N scored tokens, C of them at a time, L tokens of one
 completion, H hidden size, V vocabulary.
@@ -73,26 +73,26 @@ def frozen_head_logps(
 
 
 GroupLogprobs = list[list[Tensor]]
-"""By group, by completion: (L,) float32 token log-probs in nats; with a value head (L, 2), values beside them."""
+"""[group][completion]: (L,) float32 token log-probs in nats; with a value head (L, 2), log-probs and values."""
 
-KNOWN = frozenset(
+CHECKED_MODEL_TYPES = frozenset(
     {
         "cohere", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "gpt2", "gpt_neox",
         "granite", "helium", "llama", "mistral", "mixtral", "olmo2", "olmo3", "phi", "phi3", "qwen2",
         "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
     }
 )  # fmt: skip
-"""Model types whose treatment of our masks, and whose head, the tests compare with plain forward passes."""
+"""Model types whose handling of our masks, and whose head, are tested against plain forward passes."""
 
 HEAD_SCALES = {
     "final_logit_softcapping": None,  # Gemma 2, 3
     "logit_scale": 1.0,  # Cohere
     "logits_scaling": 1.0,  # Granite
 }
-"""What known models do to the head's output, and the setting that does nothing; absent does nothing too."""
+"""Config fields by which checked models change the head's output, with the value that has no effect."""
 
 LOGITS_AT_ONCE = 2**24
-"""Floats (64 MiB) of logits that may exist at a time; it sets C."""
+"""Limit of logits that exist at a time (64 MiB of float32); it sets C."""
 
 
 def group_logprobs(
@@ -105,9 +105,9 @@ def group_logprobs(
 ) -> GroupLogprobs:
     """Differentiable log-probs of every completion of every group.
 
-    `packing` is a wish: a model that cannot be packed exactly (`supports_packing` says why) is padded.
+    `packing` is a preference: a model that cannot be packed exactly (`supports_packing` says why) is padded.
     `token_budget` bounds a packed row, in tokens; each row is one forward pass.
-    `value_head`, from (N, H) float32 states to (N,), is asked about the states that predict the tokens.
+    `value_head` maps the (N, H) float32 states that predict the tokens to (N,) values.
     """
     longest = max((group.longest for group in groups), default=0)
     if packing and supports_packing(model, longest=longest) is None:
@@ -118,7 +118,7 @@ def group_logprobs(
 def padded_logprobs(
     model: nn.Module, groups: Sequence[TokenGroup], value_head: nn.Module | None = None
 ) -> GroupLogprobs:
-    """Log-probs with each completion a sequence of its own, all in one right-padded batch."""
+    """Log-probs by one right-padded batch in which each completion is a sequence of its own."""
     sequences = [(g.prompt, completion) for g in groups for completion in g.completions]
     if not groups:
         return []
@@ -149,14 +149,14 @@ def padded_logprobs(
 def packed_logprobs(
     model: nn.Module, rows: Sequence[Row], value_head: nn.Module | None = None
 ) -> GroupLogprobs:
-    """Log-probs of the groups that `pack` laid out, in the order in which it got them.
+    """Log-probs of the groups in `pack`'s rows, in the order in which `pack` got them.
 
-    Raises ModelError where the model has no known way to attend along a tree. Call `supports_packing`
-    first, with the longest sequence: what it finds wrong with windows is not looked for here.
+    Raises ModelError where the model cannot attend along a tree. Call `supports_packing` first, with the
+    longest sequence: sliding windows are not checked here.
     """
     if (reason := _cannot_pack(model)) is not None:
         raise ModelError(f"the model cannot be packed: {reason}; set packing to false")
-    found: dict[int, dict[int, Tensor]] = {}
+    logps_by_group: dict[int, dict[int, Tensor]] = {}
     for row in rows:
         logps_N = _target_logps(
             model,
@@ -171,15 +171,17 @@ def packed_logprobs(
         )
         for slot in row.slots:
             logps_L = logps_N[slot.scored.to(logps_N.device)]
-            found.setdefault(slot.group, {})[slot.completion] = logps_L
-    return [[found[g][c] for c in sorted(found[g])] for g in sorted(found)]
+            logps_by_group.setdefault(slot.group, {})[slot.completion] = logps_L
+    return [
+        [logps_by_group[g][c] for c in sorted(logps_by_group[g])] for g in sorted(logps_by_group)
+    ]
 
 
 def supports_packing(model: nn.Module, *, longest: int | None = None) -> str | None:
-    """Why the model's log-probs cannot be packed exactly, as half a sentence; None when they can.
+    """Why the model's log-probs cannot be packed exactly, as part of a sentence; None where they can.
 
-    `longest` is the longest sequence to come, in tokens, prompt included: a sliding window that is no
-    shorter never slides. Without it, any window is a reason.
+    `longest` is the length of the longest sequence in tokens, prompt included: a sliding window of at least
+    that length has no effect. Without it, any sliding window is a reason.
     """
     if (reason := _cannot_pack(model)) is not None:
         return reason
@@ -193,7 +195,7 @@ def supports_packing(model: nn.Module, *, longest: int | None = None) -> str | N
 
 def _cannot_pack(model: nn.Module) -> str | None:
     config = _config(model)
-    if config.model_type not in KNOWN:
+    if config.model_type not in CHECKED_MODEL_TYPES:
         return f"models of type {config.model_type!r} have not been checked"
     if isinstance(_unwrapped(model), FSDPModule) or (
         _is_wrapped(model) and not isinstance(model, DistributedDataParallel)
@@ -202,11 +204,11 @@ def _cannot_pack(model: nn.Module) -> str | None:
     attention = config._attn_implementation
     if attention not in _MASKS:
         return f"its attention {attention!r} takes no mask per token; load it with 'sdpa'"
-    if odd := set(getattr(config, "layer_types", None) or ()) - {
+    if unknown_layers := set(getattr(config, "layer_types", None) or ()) - {
         "full_attention",
         "sliding_attention",
     }:
-        return f"it has layers of type {', '.join(sorted(odd))}"
+        return f"it has layers of type {', '.join(sorted(unknown_layers))}"
     if getattr(config, "use_bidirectional_attention", None):
         return "its attention is not causal"
     return None
@@ -223,23 +225,23 @@ def _additive_mask(row: Row, weight: Tensor) -> Tensor:
     )
 
 
-def _for_sdpa(row: Row, weight: Tensor) -> Tensor:
+def _sdpa_mask(row: Row, weight: Tensor) -> Tensor:
     return subtree_ends(row.ends) if weight.device.type == "cpu" else _bool_mask(row, weight)
 
 
 def _block_mask(row: Row, weight: Tensor) -> BlockMask:
     ends_T, size = row.ends.to(weight.device), len(row.ends)
 
-    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < ends_T[key])
 
-    return create_block_mask(sees, 1, None, size, size, device=str(weight.device))
+    return create_block_mask(attends, 1, None, size, size, device=str(weight.device))
 
 
-# All four-dimensional, so that transformers passes them on unchanged.
-# SDPA is as fast with either kind of mask, and the bool one is right under autocast too.
+# All masks are four-dimensional, so that transformers passes them on unchanged.
+# SDPA is equally fast with a bool mask, which is correct under autocast too.
 _MASKS: dict[str, Callable[[Row, Tensor], Tensor | BlockMask]] = {
-    "sdpa": _for_sdpa,
+    "sdpa": _sdpa_mask,
     "eager": _additive_mask,
     "flex_attention": _block_mask,
 }
@@ -256,7 +258,7 @@ def _target_logps(
     targets_N: Tensor,
     value_head: nn.Module | None,
 ) -> Tensor:
-    """(N,) log-prob of each target from the hidden state at its predictor, a (batch, time) index pair.
+    """(N,) log-prob of each target, from the hidden state at its predictor, a (batch, time) index.
 
     With a value head (N, 2): log-probs, and the head's values of those states.
     """
@@ -268,39 +270,41 @@ def _target_logps(
     if _has_plain_head(model):
         base = _unwrapped(model)
         hidden_BTH = base.get_decoder()(**on_device).last_hidden_state
-        logps_N = _in_chunks(base.get_output_embeddings(), _at(hidden_BTH, predictors), targets_N)
+        logps_N = _chunked_logps(
+            base.get_output_embeddings(), _gather(hidden_BTH, predictors), targets_N
+        )
     else:
         on_device["output_hidden_states"] = value_head is not None
-        logits_NV, hidden_BTH = _whole_logits(model, on_device, predictors)
-        logps_N = _in_chunks(nn.Identity(), logits_NV, targets_N)
+        logits_NV, hidden_BTH = _forward_logits(model, on_device, predictors)
+        logps_N = _chunked_logps(nn.Identity(), logits_NV, targets_N)
     if value_head is None:
         return logps_N
-    return torch.stack([logps_N, value_head(_at(hidden_BTH, predictors).float())], dim=-1)
+    return torch.stack([logps_N, value_head(_gather(hidden_BTH, predictors).float())], dim=-1)
 
 
-def _at(values_BTX: Tensor, places: tuple[Tensor, Tensor]) -> Tensor:
-    batch_N, time_N = (axis.to(values_BTX.device) for axis in places)
+def _gather(values_BTX: Tensor, indices: tuple[Tensor, Tensor]) -> Tensor:
+    batch_N, time_N = (axis.to(values_BTX.device) for axis in indices)
     return values_BTX[batch_N, time_N]
 
 
-def _whole_logits(
+def _forward_logits(
     model: nn.Module, inputs: dict[str, Any], predictors: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(N, V) logits by the model's own forward, which knows its head and its wrapper's hooks.
+    """(N, V) logits by the model's own forward, with its head and its wrapper's hooks.
 
-    And, where they are asked for, the last layer's (B, T, H) states; else nothing of use.
+    The second value is the last layer's (B, T, H) states where `inputs` asks for them, else meaningless.
     """
     batch_N, time_N = predictors
-    kept = torch.unique(time_N)
+    kept_times = torch.unique(time_N)
     if "logits_to_keep" in inspect.signature(type(_unwrapped(model)).forward).parameters:
-        inputs = inputs | {"logits_to_keep": kept.to(inputs["input_ids"].device)}
-        time_N = torch.searchsorted(kept, time_N)
+        inputs = inputs | {"logits_to_keep": kept_times.to(inputs["input_ids"].device)}
+        time_N = torch.searchsorted(kept_times, time_N)
     output = model(**inputs)
-    logits_NV: Tensor = _at(output.logits, (batch_N, time_N))
+    logits_NV: Tensor = _gather(output.logits, (batch_N, time_N))
     return logits_NV, output.hidden_states[-1] if output.hidden_states else logits_NV
 
 
-def _in_chunks(head: nn.Module, states_NX: Tensor, targets_N: Tensor) -> Tensor:
+def _chunked_logps(head: nn.Module, states_NX: Tensor, targets_N: Tensor) -> Tensor:
     vocabulary = getattr(head, "out_features", states_NX.shape[-1])
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     if _is_frozen(head):
@@ -308,14 +312,16 @@ def _in_chunks(head: nn.Module, states_NX: Tensor, targets_N: Tensor) -> Tensor:
             states_NX, head.weight, head.bias, targets_N.to(states_NX.device), size=size
         )
     chunks = zip(torch.split(states_NX, size), torch.split(targets_N, size), strict=True)
-    return torch.cat([_recomputed(head, states_CX, targets_C) for states_CX, targets_C in chunks])
+    return torch.cat(
+        [_checkpointed_logps(head, states_CX, targets_C) for states_CX, targets_C in chunks]
+    )
 
 
 def _is_frozen(head: nn.Module) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and not any(w.requires_grad for w in head.parameters())
 
 
-def _recomputed(head: nn.Module, states_CX: Tensor, targets_C: Tensor) -> Tensor:
+def _checkpointed_logps(head: nn.Module, states_CX: Tensor, targets_C: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return _chunk_logps(head, states_CX, targets_C)
     return cast(Tensor, checkpoint(_chunk_logps, head, states_CX, targets_C, use_reentrant=False))
@@ -327,10 +333,10 @@ def _chunk_logps(head: nn.Module, states_CX: Tensor, targets_C: Tensor) -> Tenso
 
 
 def _has_plain_head(model: nn.Module) -> bool:
-    """Whether logits are known to be the head of the decoder's states, and both may be called apart."""
+    """Whether logits are the head of the decoder's states and nothing else, so that both can be called apart."""
     config = _config(model)
     return (
-        config.model_type in KNOWN
+        config.model_type in CHECKED_MODEL_TYPES
         and not _is_wrapped(model)
         and not isinstance(_unwrapped(model), FSDPModule)
         and all(getattr(config, name, off) in (None, off) for name, off in HEAD_SCALES.items())

@@ -1,4 +1,4 @@
-"""Every preference loss as a pure function of log-ratios; per-example losses out, no mean taken.
+"""Preference losses as pure functions of log-ratios; they return per-example losses, not their mean.
 
 Shape suffix: B groups (one prompt with its chosen, rejected and perhaps target response).
 
@@ -9,7 +9,7 @@ log-ratios are named by the response's role: `target_B` is r(y_t), `chosen_B` r(
 
 All functions take tensors of shape (B,) and raise ValueError for any other; they compute in float32
 (float64 if given float64) and stay finite for log-ratios of any size met in training. Options such
-as `beta` are not checked here: their bounds belong to the fields in which users set them.
+as `beta` are not checked here; the methods' options check them.
 
 SPIN (Chen et al. 2024) needs no function: it is `dpo` with chosen = the target response, rejected =
 the policy's own sample, and the reference = the policy at the round's start.
@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid, relu
 
 @dataclass(frozen=True)
 class GroupLogps:
-    """What a method's loss sees of B groups; the same roles are in all three mappings."""
+    """The input of a method's loss for B groups; all three mappings have the same roles."""
 
     policy: Mapping[str, Tensor]
     """Role ("chosen", "rejected", perhaps "target") to (B,) summed log-probs (nats), with grad."""
@@ -62,11 +62,11 @@ class GroupLogps:
 
 
 class LossOutput(NamedTuple):
-    """What a method's loss gives the trainer, which takes the mean."""
+    """The output of a method's loss; the trainer takes the mean."""
 
     loss_B: Tensor
     metrics: dict[str, Tensor]
-    """Name to (B,) numbers for the log, detached."""
+    """Name -> (B,) values for the log, detached."""
 
 
 def _check_shapes(**tensors: Tensor) -> None:

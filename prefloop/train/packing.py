@@ -1,9 +1,8 @@
-"""Groups of sequences that share their beginnings, laid out so that no token is computed twice.
+"""Packing of sequences with common prefixes into rows, so that no shared token is computed twice.
 
-A group's sequences form a prefix tree: a token that several sequences share at the same place, after
-the same tokens, is one node. Each node attends to its ancestors alone and stands at its depth, so a
-causal transformer computes for it exactly what it would in each sequence by itself. Several trees
-share a row. Pure: knows tokens, not models.
+A group's sequences form a prefix tree: a token at the same position after the same tokens is one node. Each
+node attends to its ancestors only and has its depth as position, so a causal transformer computes for it
+exactly what it would in each sequence by itself. Several trees share a row. Independent of the model.
 
 Shapes: T tokens (nodes) of a row, N tokens of it that are scored, L tokens of one completion.
 """
@@ -22,9 +21,9 @@ class TokenGroup(NamedTuple):
     """A prompt and the completions to be scored after it, as token ids."""
 
     prompt: tuple[int, ...]
-    """At least one token: the first token of a sequence has nothing to be predicted from."""
+    """At least one token, as a sequence's first token cannot be scored."""
     completions: tuple[tuple[int, ...], ...]
-    """At least one; they may be equal, or begin alike."""
+    """At least one; they may be equal, or share prefixes."""
 
     @property
     def longest(self) -> int:
@@ -92,7 +91,7 @@ def _subtree_ends(parents: Sequence[int]) -> tuple[int, ...]:
 
 
 class Slot(NamedTuple):
-    """Where a completion's log-probs lie in its row."""
+    """The position of a completion's log-probs in its row."""
 
     group: int
     completion: int
@@ -111,13 +110,13 @@ class Row:
     ends: Tensor
     """(T,) one past the last node of each node's subtree."""
     predictors: Tensor
-    """(N,) the node whose hidden state predicts each scored token; a fork stands here once a branch."""
+    """(N,) the node whose hidden state predicts each scored token; a fork occurs once for each branch."""
     targets: Tensor
     """(N,) the scored tokens: every distinct token of every completion, once."""
     slots: tuple[Slot, ...]
 
     def mask(self) -> Tensor:
-        """(T, T) bool: whether the node of each line sees that of each column: its ancestors and itself."""
+        """(T, T) bool attention mask: node i (row) attends to node j (column) if j is i or its ancestor."""
         index_T = torch.arange(len(self.input_ids))
         return (index_T <= index_T[:, None]) & (index_T[:, None] < self.ends)
 
@@ -125,14 +124,14 @@ class Row:
 def pack(groups: Sequence[TokenGroup], token_budget: int) -> list[Row]:
     """Rows of at most `token_budget` tokens that hold every group once, by first-fit-decreasing.
 
-    A group is never divided: one that is larger than the budget has a row of its own. The rows' tokens
-    depend on what the groups are, not on their order.
+    A group is never divided: one larger than the budget gets a row of its own. The rows do not depend on the
+    order of the groups.
     """
     assert token_budget > 0, "a row needs room for a token"
     trees = [build_tree(group) for group in groups]
     bins: list[list[int]] = []
     filled: list[int] = []
-    # Ties are broken by content, so that the rows do not depend on the order of the groups.
+    # Ties are broken by content, for independence of the groups' order.
     by_size = sorted(
         enumerate(trees), key=lambda item: (-item[1].size, item[1].tokens, item[1].ends)
     )
@@ -157,9 +156,9 @@ def _row(members: Sequence[int], trees: Sequence[Tree]) -> Row:
     for g in members:
         tree, start = trees[g], len(tokens)
         # Every node after the prompt is scored once, so node n is scored token n + shift.
-        shift = len(targets) - tree.prompt_length
+        offset = len(targets) - tree.prompt_length
         slots += [
-            Slot(g, c, torch.tensor([node + shift for node in path], dtype=torch.long))
+            Slot(g, c, torch.tensor([node + offset for node in path], dtype=torch.long))
             for c, path in enumerate(tree.paths)
         ]
         tokens += tree.tokens

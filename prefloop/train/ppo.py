@@ -1,4 +1,4 @@
-"""PPO on tokens as pure functions: rewards, advantages, clipped losses, and what is carried between rounds.
+"""PPO on tokens as pure functions: rewards, advantages, clipped losses, and the state carried between rounds.
 
 Sources: Schulman et al. 2017 (arXiv:1707.06347) for the losses, Schulman et al. 2015 (arXiv:1506.02438) for GAE,
 Ziegler et al. 2019 (arXiv:1909.08593) for PPO on language models, whose details Huang et al. 2024
@@ -6,7 +6,7 @@ Ziegler et al. 2019 (arXiv:1909.08593) for PPO on language models, whose details
 
 A token is an action: position t holds the log-prob of the answer's token t, and the value of the state before
 it. Answers are right-padded; `mask` is True on their tokens, end-of-turn included, and never on a prompt.
-What stands under False, as long as it is finite, reaches neither a result nor a gradient.
+Values where it is False have no influence on results and gradients, as long as they are finite.
 
 Shapes: B answers of a micro-batch, N answers of a round, T tokens of an answer.
 """
@@ -23,38 +23,41 @@ from torch import Tensor
 
 from prefloop.train.losses import LossOutput
 
-# exp(20) is far beyond any clip, and finite: one wild token must not make the whole batch infinite.
+# exp(20) is finite and far beyond any clip: one outlier token must not make the whole batch infinite.
 _MAX_LOG_RATIO = 20.0
 _EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A round's answers under the policies that stand before its first step."""
+    """A round's answers with their log-probs and values before the round's first step."""
 
     logps_NT: Tensor
-    """Nats, under the policy that drew them."""
+    """Log-probs in nats under the policy that sampled the answers."""
     reference_NT: Tensor
-    """Nats, under the reference."""
+    """Log-probs in nats under the reference."""
     values_NT: Tensor
     mask_NT: Tensor
     scores_N: Tensor
-    """In the judge's units: what it gave, less what the method takes off."""
+    """The judge's scores, minus the method's penalties."""
 
 
 class Targets(NamedTuple):
-    """What a round's answers teach, fixed before its first step."""
+    """Advantages and returns of a round's answers, fixed before its first step."""
 
     advantages_NT: Tensor
     returns_NT: Tensor
-    """What the values are to be."""
+    """Targets of the value head."""
     facts: Mapping[str, float]
-    """Numbers of the whole round for the log."""
+    """Values of the whole round for the log."""
 
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What a method's loss sees of B answers: now with gradient, and as they were before the first step."""
+    """The input of a method's token loss for B answers; `policy_BT` and `values_BT` have gradients.
+
+    The others are fixed before the round's first step.
+    """
 
     policy_BT: Tensor
     values_BT: Tensor
@@ -66,12 +69,12 @@ class TokenLogps:
     mask_BT: Tensor
     scores_B: Tensor
     mean_length: float
-    """Tokens of an answer, mean over the round: sums over tokens are divided by it, so each token weighs the same."""
+    """Mean tokens of the round's answers: losses are sums over tokens divided by it, so tokens weigh equally."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What is carried from round to round beside weights."""
+    """State carried from round to round beside the weights: KL coefficient and running moments of the scores."""
 
     kl_coef: float
     count: float = 0.0
@@ -81,33 +84,33 @@ class Memory:
     """Sum of the squared distances of these scores from their mean."""
 
     def seeing(self, scores_N: Tensor) -> Memory:
-        """The same with N more scores (Chan et al. 1979's update of mean and variance)."""
-        new = scores_N.double()
-        count = self.count + len(new)
-        shift = new.mean().item() - self.mean
-        own = (new - new.mean()).square().sum().item()
+        """The state updated by N more scores (mean and variance as in Chan et al. 1979)."""
+        new_scores_N = scores_N.double()
+        count = self.count + len(new_scores_N)
+        shift = new_scores_N.mean().item() - self.mean
+        new_square = (new_scores_N - new_scores_N.mean()).square().sum().item()
         return Memory(
             kl_coef=self.kl_coef,
             count=count,
-            mean=self.mean + shift * len(new) / count,
-            square=self.square + own + shift**2 * self.count * len(new) / count,
+            mean=self.mean + shift * len(new_scores_N) / count,
+            square=self.square + new_square + shift**2 * self.count * len(new_scores_N) / count,
         )
 
     def normalised(self, scores_N: Tensor) -> Tensor:
-        """The scores less the mean of all seen ones, over their standard deviation."""
+        """The scores minus the running mean, divided by the running standard deviation."""
         spread = math.sqrt(self.square / max(self.count, 1.0))
         return (scores_N - self.mean) / (spread + _EPSILON)
 
 
 class TokenMethod(Protocol):
-    """What a method owes that trains on tokens."""
+    """The interface of a method that trains on tokens."""
 
     def first_memory(self) -> Memory:
-        """Before the first round."""
+        """The state before the first round."""
         ...
 
     def targets(self, rollout: Rollout, memory: Memory) -> tuple[Targets, Memory]:
-        """What a round's answers teach, and what the next round is to remember; pure."""
+        """The targets of a round's answers, and the state for the next round; pure."""
         ...
 
     def token_loss(self, tokens: TokenLogps, progress: float) -> LossOutput:
@@ -129,7 +132,7 @@ def gae(
 ) -> Tensor:
     """(N, T) generalised advantages: A_t = δ_t + γλ·A_(t+1), δ_t = r_t + γ·V_(t+1) − V_t; the answer's end is worth 0.
 
-    Schulman et al. 2015, eq. 16. What the values are to be is A + V.
+    Schulman et al. 2015, eq. 16. The values' targets are A + V.
     """
     values_NT = torch.where(mask_NT, values_NT, 0.0)
     advantages_NT = torch.zeros_like(values_NT)
@@ -143,22 +146,22 @@ def gae(
 
 
 def whiten(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all tokens of the round; 0 elsewhere."""
+    """The values scaled to mean 0 and variance 1 over all tokens of the round; 0 elsewhere."""
     tokens = values_NT[mask_NT].double()
-    # Over the spread of equal values, which rounding alone makes, even the rounding of their mean would count.
+    # Epsilon: for equal values the spread is rounding error only, and would magnify that of the mean.
     spread = tokens.var(correction=0).sqrt() + _EPSILON
     return torch.where(mask_NT, (values_NT - tokens.mean()) / spread, 0.0)
 
 
 def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns): 1 is perfect, 0 no better than a constant; 0 if nothing varies."""
-    returns, rest = returns_NT[mask_NT], (returns_NT - values_NT)[mask_NT]
+    returns, residuals = returns_NT[mask_NT], (returns_NT - values_NT)[mask_NT]
     spread = returns.var(correction=0).item()
-    return 1 - rest.var(correction=0).item() / spread if spread else 0.0
+    return 1 - residuals.var(correction=0).item() / spread if spread else 0.0
 
 
 def log_ratio(logps_BT: Tensor, old_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """log π − log π_old at the answer's tokens, held within ±20; 0 elsewhere."""
+    """log π − log π_old at the answer's tokens, clamped to ±20; 0 elsewhere."""
     difference_BT = torch.where(mask_BT, logps_BT - old_BT, 0.0)
     return difference_BT.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
 
@@ -168,8 +171,8 @@ def policy_loss(
 ) -> Tensor:
     """(B, T): −min(ρ·A, clip(ρ, 1 ± clip)·A) with ρ = π / π_old (Schulman et al. 2017, eq. 7)."""
     ratio_BT = log_ratio(logps_BT, old_BT, mask_BT).exp()
-    held_BT = ratio_BT.clamp(1 - clip, 1 + clip)
-    loss_BT = -torch.minimum(ratio_BT * advantages_BT, held_BT * advantages_BT)
+    clipped_BT = ratio_BT.clamp(1 - clip, 1 + clip)
+    loss_BT = -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
     return torch.where(mask_BT, loss_BT, 0.0)
 
 
@@ -187,34 +190,34 @@ def value_loss(
     """
     error_BT = (values_BT - returns_BT).square()
     if clip is not None:
-        held_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
-        error_BT = torch.maximum(error_BT, (held_BT - returns_BT).square())
+        clipped_BT = old_values_BT + (values_BT - old_values_BT).clamp(-clip, clip)
+        error_BT = torch.maximum(error_BT, (clipped_BT - returns_BT).square())
     return torch.where(mask_BT, error_BT / 2, 0.0)
 
 
 def next_kl_coef(coef: float, kl: float, answers: int, *, target: float, horizon: float) -> float:
     """The adaptive coefficient: β·(1 + clip(KL/target − 1, ±0.2)·answers/horizon) (Ziegler et al., section 2.2).
 
-    `kl` is that of whole answers: nats an answer, mean over the round's. More answers than the horizon count as
-    the horizon: their factor could be negative, and divergence be paid for.
+    `kl` is the mean over the round's answers, in nats per answer. More answers than the horizon count as the
+    horizon: else the factor could become negative, and reward divergence.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coef * (1 + error * min(answers / horizon, 1.0))
 
 
 def token_metrics(tokens: TokenLogps, *, clip: float) -> dict[str, Tensor]:
-    """(B,) numbers for the log, detached: means over each answer's tokens, and its score."""
+    """(B,) values for the log, detached: means over each answer's tokens, and its score."""
     mask_BT, policy_BT = tokens.mask_BT, tokens.policy_BT.detach()
-    change_BT = log_ratio(policy_BT, tokens.old_policy_BT, mask_BT)
-    apart_BT = log_ratio(policy_BT, tokens.reference_BT, mask_BT)
-    clipped_BT = (change_BT.exp() - 1).abs() > clip
+    old_ratio_BT = log_ratio(policy_BT, tokens.old_policy_BT, mask_BT)
+    reference_ratio_BT = log_ratio(policy_BT, tokens.reference_BT, mask_BT)
+    clipped_BT = (old_ratio_BT.exp() - 1).abs() > clip
     means = {
         # Never negative, and of less variance than −change (Schulman 2020, "Approximating KL Divergence").
-        "approx_kl": change_BT.exp() - 1 - change_BT,
+        "approx_kl": old_ratio_BT.exp() - 1 - old_ratio_BT,
         "clip_fraction": clipped_BT.float(),
-        # Minus the log-prob of a drawn token is an estimate of the entropy of what it was drawn from.
+        # Minus the log-prob of a sampled token estimates the entropy of its distribution.
         "entropy": torch.where(mask_BT, -policy_BT, 0.0),
-        "kl_reference": apart_BT,
+        "kl_reference": reference_ratio_BT,
     }
-    found = {name: each_BT.sum(dim=1) / mask_BT.sum(dim=1) for name, each_BT in means.items()}
-    return {**found, "reward": tokens.scores_B}
+    metrics = {name: values_BT.sum(dim=1) / mask_BT.sum(dim=1) for name, values_BT in means.items()}
+    return {**metrics, "reward": tokens.scores_B}

@@ -1,9 +1,9 @@
-"""The trainer of tokens: PPO on a round's answers, with a value head beside the policy.
+"""The trainer of token losses: PPO on a round's answers, with a value head beside the policy.
 
-Before the first step every answer's tokens get their log-probs under policy and reference, and their values,
-kept in rollout.safetensors; the method makes advantages and returns of them. Steps, schedule, micro-batches and
-resume are those of every trainer. The value head is one more trainable weight, so checkpoints and optimiser
-hold it; critic.safetensors hands it, with what the method remembers, to the next round.
+Before the first step, log-probs under policy and reference and values of all tokens are computed and stored in
+rollout.safetensors; the method derives advantages and returns. Steps, schedule, micro-batches and resuming are
+those of every trainer. The value head is one more trainable weight, in checkpoints and optimiser;
+critic.safetensors passes it, with the method's `Memory`, to the next round.
 
 Shapes: N answers of the round, B of a micro-batch, T tokens of an answer (right-padded), S scored tokens, H hidden.
 """
@@ -37,7 +37,7 @@ ROLLOUT = "rollout.safetensors"
 
 
 class ValueHead(nn.Module):
-    """A linear map from a hidden state to the value of being there; 0 everywhere at first."""
+    """A linear map from a hidden state to its value; initialised to 0."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states_SH: Tensor) -> Tensor:
-        """(S,) values, in float32 under any autocast."""
+        """(S,) values, in float32 also under autocast."""
         with torch.autocast(states_SH.device.type, enabled=False):
             values_S: Tensor = self.linear(states_SH.float())[:, 0]
         return values_S
@@ -62,7 +62,7 @@ class ActorCritic(nn.Module):
 
 
 class PPOTrainer(Trainer):
-    """Trains a policy and its value head on the tokens of a round's answers."""
+    """Trains the policy and its value head on the tokens of a round's answers."""
 
     def _trained(self) -> nn.Module:
         if is_sharded():
@@ -75,48 +75,48 @@ class PPOTrainer(Trainer):
         return ActorCritic(self.policy.model, self.value_head)
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Train on the job's answers; what the next round goes on with is left in the job's folder."""
-        self._memory = self._recall(job)
+        """Train on the job's answers; value head and memory for the next round are saved in the job's folder."""
+        self._memory = self._load_memory(job)
         facts = super().run(job)
         if self.ranks.first:
             fields = dataclasses.asdict(self._memory).items()
             numbers = {name: torch.tensor(number, dtype=torch.float64) for name, number in fields}
             head = {f"value_head.{k}": v.cpu() for k, v in self.value_head.state_dict().items()}
             checkpoint.save_tensors(job.folder / CRITIC, numbers | head)
-            facts["reference_tokens"] *= 2  # its rollout asks the policy as well
+            facts["reference_tokens"] *= 2  # the rollout computes the policy's log-probs too
         return facts
 
-    def _recall(self, job: Job) -> Memory:
-        """The memory, and the value head's weights, as the previous round left them; new ones in the first."""
+    def _load_memory(self, job: Job) -> Memory:
+        """Load value head and memory of the previous round; initialise both in the first round."""
         if job.before is None:
             for weight in self.value_head.parameters():
                 nn.init.zeros_(weight)
-            return _asked(job).first_memory()
+            return _token_method(job).first_memory()
         path = job.before / CRITIC
         if not path.is_file():
             raise RunFolderError(
                 f"{path} is missing, which holds the value head after that round; delete that round's folder and "
                 "all later ones to play them again"
             )
-        found = load_file(path)
+        tensors = load_file(path)
         self.value_head.load_state_dict(
-            {name: found[f"value_head.{name}"] for name in self.value_head.state_dict()}
+            {name: tensors[f"value_head.{name}"] for name in self.value_head.state_dict()}
         )
         names = [field.name for field in dataclasses.fields(Memory)]
-        return Memory(**{name: found[name].item() for name in names})
+        return Memory(**{name: tensors[name].item() for name in names})
 
     def _reference(self, job: Job) -> dict[str, Tensor]:
-        """What holds for all N answers before the first step, (N, T) each; scores are (N,)."""
+        """The inputs of the loss that are fixed before the first step: (N, T) each; scores are (N,)."""
         path = job.folder / ROLLOUT
-        # Asked by all before any of them can have written it: they meet in between.
-        found = load_file(path) if path.exists() else self._roll_out(job, path)
+        # All ranks check before any can have written the file: computing it synchronises them.
+        rollout_tensors = load_file(path) if path.exists() else self._compute_rollout(job, path)
         sizes_N = torch.tensor([len(example.group.completions[0]) for example in job.examples])
         rollout = Rollout(
-            **found,
+            **rollout_tensors,
             mask_NT=torch.arange(int(sizes_N.max())) < sizes_N[:, None],
             scores_N=torch.tensor([example.score for example in job.examples]),
         )
-        targets, self._memory = _asked(job).targets(rollout, self._memory)
+        targets, self._memory = _token_method(job).targets(rollout, self._memory)
         self._facts = targets.facts
         self._mean_length = sizes_N.double().mean().item()
         return {
@@ -129,28 +129,30 @@ class PPOTrainer(Trainer):
             "scores_B": rollout.scores_N,
         }
 
-    def _roll_out(self, job: Job, path: Path) -> dict[str, Tensor]:
-        """Log-probs under policy and reference, and values, of every token; kept on disk."""
+    def _compute_rollout(self, job: Job, path: Path) -> dict[str, Tensor]:
+        """Log-probs under policy and reference, and values, of every token; stored in `path`."""
         self._say_how_it_packs(job)
         passes = self._passes(job, range(len(job.examples)))
         longest = max(len(example.group.completions[0]) for example in job.examples)
         names, device = ("logps_NT", "values_NT", "reference_NT"), self.policy.device
-        found = {name: torch.zeros(len(job.examples), longest, device=device) for name in names}
+        tensors = {name: torch.zeros(len(job.examples), longest, device=device) for name in names}
         with torch.inference_mode(), Bar("rollout", 2 * len(job.examples)) as bar:
 
-            def read(*wanted: str) -> None:
-                """Keep every token's log-probs, and values where they are wanted too."""
+            def fill(*names_to_fill: str) -> None:
+                """Compute all tokens' log-probs, and values where a second name is given, into `tensors`."""
                 for indices, _ in passes:
-                    for name, tensor_BT in zip(wanted, self._tokens(job, indices), strict=False):
-                        found[name][indices, : tensor_BT.shape[1]] = tensor_BT
+                    for name, tensor_BT in zip(
+                        names_to_fill, self._token_logps(job, indices), strict=False
+                    ):
+                        tensors[name][indices, : tensor_BT.shape[1]] = tensor_BT
                     bar.advance(len(indices))
 
-            read("logps_NT", "values_NT")
+            fill("logps_NT", "values_NT")
             with self._at_start():
-                read("reference_NT")
-        return self._kept(path, found)
+                fill("reference_NT")
+        return self._kept(path, tensors)
 
-    def _tokens(self, job: Job, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _token_logps(self, job: Job, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Log-probs and values of these answers' tokens, (B, T) each."""
 
         def compute(model: nn.Module) -> GroupLogprobs:
@@ -169,52 +171,52 @@ class PPOTrainer(Trainer):
         return logps_BT, values_BT
 
     def _losses(
-        self, job: Job, indices: Sequence[int], reference: dict[str, Tensor], place: float
+        self, job: Job, indices: Sequence[int], reference: dict[str, Tensor], progress: float
     ) -> LossOutput:
-        """The method's loss of one micro-batch at `place` of the round, all of it finite."""
-        policy_BT, values_BT = self._tokens(job, indices)
-        before = self._before(indices, reference)
-        tokens = dataclasses.replace(before, policy_BT=policy_BT, values_BT=values_BT)
-        output = _asked(job).token_loss(tokens, place)
+        """The method's loss of one micro-batch, checked to be finite; `progress` in [0, 1] is the position in the round."""
+        policy_BT, values_BT = self._token_logps(job, indices)
+        at_start = self._at_round_start(indices, reference)
+        tokens = dataclasses.replace(at_start, policy_BT=policy_BT, values_BT=values_BT)
+        output = _token_method(job).token_loss(tokens, progress)
         sums_B = {"log_prob": policy_BT.sum(dim=1), "value": values_BT.sum(dim=1)}
         ids = [job.examples[index].id for index in indices]
         check_finite(job.folder, ids, output.loss_B, {"sum": sums_B})
         facts = {name: torch.full((len(ids),), fact) for name, fact in self._facts.items()}
         return LossOutput(output.loss_B, {**output.metrics, **facts})
 
-    def _before(self, indices: Sequence[int], reference: dict[str, Tensor]) -> TokenLogps:
-        """These answers as they were before the first step."""
-        old = {
+    def _at_round_start(self, indices: Sequence[int], reference: dict[str, Tensor]) -> TokenLogps:
+        """The loss's inputs of these answers with log-probs and values as before the first step."""
+        tensors = {
             name: tensor_N[list(indices)].to(self.policy.device)
             for name, tensor_N in reference.items()
         }
-        longest = int(old["mask_BT"].sum(dim=1).max())
-        old |= {name: old[name][:, :longest] for name in old if name.endswith("_BT")}
+        longest = int(tensors["mask_BT"].sum(dim=1).max())
+        tensors |= {name: tensors[name][:, :longest] for name in tensors if name.endswith("_BT")}
         return TokenLogps(
-            policy_BT=old["old_policy_BT"],
-            values_BT=old["old_values_BT"],
+            policy_BT=tensors["old_policy_BT"],
+            values_BT=tensors["old_values_BT"],
             mean_length=self._mean_length,
-            **old,
+            **tensors,
         )
 
     def _loss_at_start(
         self, job: Job, chosen: Sequence[int], reference: dict[str, Tensor]
     ) -> float | None:
-        """With the log-probs and values kept: every ratio is 1."""
-        output = _asked(job).token_loss(self._before(chosen, reference), 0.0)
+        """The loss with the stored log-probs and values, where every ratio is 1."""
+        output = _token_method(job).token_loss(self._at_round_start(chosen, reference), 0.0)
         return output.loss_B.mean().item()
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Without dropout: its noise in the ratio would look like a change of the policy."""
+        """Training mode without dropout, whose noise in the ratio would look like a change of the policy."""
         with super()._training():
             for module in self.policy.model.modules():
-                # Attention drops weights by its own flag, without a module for it. Of these layers the flag
-                # says only whether activations are computed again; dropout is in their parts.
+                # Attention applies dropout by its own training flag. For GradientCheckpointingLayer the flag
+                # only switches checkpointing; dropout is in its submodules.
                 module.training = isinstance(module, GradientCheckpointingLayer)
             yield
 
 
-def _asked(job: Job) -> TokenMethod:
+def _token_method(job: Job) -> TokenMethod:
     assert job.tokens is not None, "a trainer of tokens needs to be told of a method's"
     return job.tokens

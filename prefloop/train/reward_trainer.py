@@ -1,4 +1,4 @@
-"""A Bradley-Terry reward model: a sequence classifier with one output, trained on pairs of conversations.
+"""Training of a Bradley-Terry reward model: a sequence classifier with one output, on pairs of conversations.
 
 Shapes: B pairs of a micro-batch; scores of the chosen, then of the rejected ones are (2B,).
 """
@@ -42,7 +42,7 @@ def fit_head(
 ) -> tuple[NDArray[np.float32], dict[str, float]]:
     """Weights (F,) that minimise mean Bradley-Terry loss + l2 |w|^2, and the loss before and after.
 
-    Raises TrainingError where the loss is no number.
+    Raises TrainingError where the loss is not finite.
     """
     chosen, rejected, margin = map(torch.from_numpy, (chosen_NF, rejected_NF, margin_N))
     weights_F = torch.zeros(chosen_NF.shape[1], requires_grad=True)
@@ -57,21 +57,21 @@ def fit_head(
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
-    first = float(mean_loss().detach())
+    first_loss = float(mean_loss().detach())
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    last = float(mean_loss().detach())
-    if not np.isfinite(last):
+    last_loss = float(mean_loss().detach())
+    if not np.isfinite(last_loss):
         raise TrainingError("the head's loss is not finite; raise train.l2 or look at the pairs")
-    return weights_F.detach().numpy(), {"first_loss": first, "last_loss": last}
+    return weights_F.detach().numpy(), {"first_loss": first_loss, "last_loss": last_loss}
 
 
-# Batches hold conversations of like length, found among so many batches' worth of shuffled pairs.
-_SORTED_TOGETHER = 20
+# Number of batches whose shuffled pairs are sorted by length together, so that a batch's lengths are similar.
+_BATCHES_SORTED_TOGETHER = 20
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """Both answers with their conversation, in tokens."""
+    """A pair as token ids: the conversation with either answer."""
 
     id: str
     chosen: Encoded
@@ -85,37 +85,37 @@ class EncodedPair:
 
 
 @dataclass(frozen=True)
-class Base:
-    """A classifier that is ready to be trained, and its tokenizer."""
+class RewardBase:
+    """A classifier ready for training, and its tokenizer."""
 
     model: Any
-    """Under LoRA a PeftModel."""
+    """A PeftModel with LoRA, else a transformers model."""
     tokenizer: Any
 
 
-def load_base(options: RewardModelOptions, seed: int) -> Base:
-    """The base with a fresh scalar head, whose weights depend on `seed` alone. Raises ModelError."""
-    place = _folder(options.source)
-    changes: dict[str, Any] = {"num_labels": 1}
+def load_base(options: RewardModelOptions, seed: int) -> RewardBase:
+    """Load the base model with a new scalar head, whose weights depend on `seed` only. Raises ModelError."""
+    folder = _base_folder(options.source)
+    config_changes: dict[str, Any] = {"num_labels": 1}
     if options.dropout is not None:
-        changes |= {
+        config_changes |= {
             "hidden_dropout_prob": options.dropout,
             "attention_probs_dropout_prob": options.dropout,
         }
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, "head"))
-            config = AutoConfig.from_pretrained(place, local_files_only=True)
-            for name, value in changes.items():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            for name, value in config_changes.items():
                 setattr(config, name, value)
             model: Any = AutoModelForSequenceClassification.from_pretrained(
-                place,
+                folder,
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             if options.tuning == "lora":
                 model = _with_adapter(model, options)
             else:
@@ -134,10 +134,10 @@ def load_base(options: RewardModelOptions, seed: int) -> Base:
         raise ModelError(
             f'model.device {device!r} cannot be used here ({reason(error)}); "auto" chooses'
         ) from error
-    return Base(model, tokenizer)
+    return RewardBase(model, tokenizer)
 
 
-def _folder(source: str) -> str:
+def _base_folder(source: str) -> str:
     encoder = encoder_place(source)
     if encoder is not None:
         return encoder
@@ -181,10 +181,10 @@ def train_reward_model(
     folder: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Train in place; metrics and checkpoints go to `folder`, where a killed training goes on.
+    """Train in place; metrics and checkpoints are written to `folder`, from which a killed training resumes.
 
-    Returns counts and the mean loss of the first and of the last tenth of the steps. Raises
-    TrainingError where the loss is no number.
+    Returns counts and the mean loss of the first and of the last tenth of the steps. Raises TrainingError
+    where the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     steps = batches([pair.longest for pair in pairs], options, seed)
@@ -226,11 +226,11 @@ def train_reward_model(
 
 
 def _resume(folder: Path, placement: Replicated) -> int:
-    """Go on from the newest checkpoint; the steps it has behind it."""
-    found = checkpoint.load_checkpoint(folder, ranks=1)
-    if found is None:
+    """Load the newest checkpoint; returns its number of steps, 0 without one."""
+    newest = checkpoint.load_checkpoint(folder, ranks=1)
+    if newest is None:
         return 0
-    state, position = found
+    state, position = newest
     placement.set_weights(state.weights)
     placement.set_optimizer_state(state.optimizer)
     checkpoint.set_random_state(state.random[0])
@@ -240,22 +240,22 @@ def _resume(folder: Path, placement: Replicated) -> int:
 def batches(lengths: Sequence[int], options: RewardTrainOptions, seed: int) -> list[list[int]]:
     """Indices of the pairs of every optimiser step of all epochs; each pair once an epoch.
 
-    Pairs of like length stand together, for padding costs what words cost; which ones, and the order of
-    the steps, is drawn anew each epoch.
+    Pairs of similar length share a step, to save padding; their grouping and the order of the steps are drawn
+    for each epoch.
     """
     steps = []
     for epoch in range(options.epochs):
-        draw = Random(derive_seed(seed, "order", epoch))
+        random = Random(derive_seed(seed, "order", epoch))
         order = list(range(len(lengths)))
-        draw.shuffle(order)
-        span = options.batch_size * _SORTED_TOGETHER
+        random.shuffle(order)
+        span = options.batch_size * _BATCHES_SORTED_TOGETHER
         for start in range(0, len(order), span):
             order[start : start + span] = sorted(
                 order[start : start + span], key=lambda i: lengths[i]
             )
         size = options.batch_size
         epoch_steps = [order[start : start + size] for start in range(0, len(order), size)]
-        draw.shuffle(epoch_steps)
+        random.shuffle(epoch_steps)
         steps += epoch_steps
     return steps
 
@@ -267,30 +267,31 @@ def _step(
     options: RewardTrainOptions,
     progress: float,
 ) -> dict[str, float]:
-    rising, falling = options.warmup, 1 - options.warmup
-    rate = options.lr * min(progress / rising if rising else 1.0, (1 - progress) / falling)
-    loss = right = 0.0
+    warmup, decay = options.warmup, 1 - options.warmup
+    rate = options.lr * min(progress / warmup if warmup else 1.0, (1 - progress) / decay)
+    loss = correct = 0.0
     for start in range(0, len(pairs), options.micro_batch_size):
-        part = pairs[start : start + options.micro_batch_size]
+        micro_batch = pairs[start : start + options.micro_batch_size]
         scores_2B = score_rows(
-            model, [*(pair.chosen for pair in part), *(pair.rejected for pair in part)]
+            model,
+            [*(pair.chosen for pair in micro_batch), *(pair.rejected for pair in micro_batch)],
         )
         chosen_B, rejected_B = scores_2B.chunk(2)
-        margin_B = torch.tensor([pair.margin for pair in part], device=scores_2B.device)
+        margin_B = torch.tensor([pair.margin for pair in micro_batch], device=scores_2B.device)
         loss_B = bradley_terry(chosen_B, rejected_B, margin_B, centering=options.centering)
         if not torch.isfinite(loss_B).all():
             raise TrainingError(
-                f"the loss of {', '.join(pair.id for pair in part)} is not finite; "
+                f"the loss of {', '.join(pair.id for pair in micro_batch)} is not finite; "
                 "lower train.lr or remove these pairs"
             )
         last = start + options.micro_batch_size >= len(pairs)
         placement.backward(loss_B.sum() / len(pairs), last=last)
         loss += float(loss_B.detach().sum()) / len(pairs)
-        right += float((chosen_B > rejected_B).sum()) / len(pairs)
+        correct += float((chosen_B > rejected_B).sum()) / len(pairs)
     norm = placement.update(rate, options.max_grad_norm)
     if not math.isfinite(norm):
         raise TrainingError("the gradient is not finite; lower train.lr")
-    return {"loss": loss, "accuracy": right, "lr": rate, "grad_norm": norm}
+    return {"loss": loss, "accuracy": correct, "lr": rate, "grad_norm": norm}
 
 
 def score_rows(model: Any, rows: Sequence[Encoded]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 as a placement: its engine owns weights, gradients and optimiser; we give and take whole tensors."""
+"""Sharded placements: DeepSpeed ZeRO-3 and FSDP2. Trainer and files read and write whole tensors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from prefloop.train.placement import (
     Ranks,
     Replicated,
     T,
-    _asked,
+    _is_set,
     is_sharded,
 )
 
 
 class Zero3(Replicated):
-    """Each process holds a part of every weight, as `accelerate launch` was told by its DeepSpeed section."""
+    """DeepSpeed ZeRO-3, as in the DeepSpeed section of `accelerate launch`'s config: each process holds a shard."""
 
     sharded = True
 
@@ -47,31 +47,31 @@ class Zero3(Replicated):
             config=_config(),
             dist_init_required=False,
         )
-        # accelerate has set it, and transformers would cut up every model that is loaded from now on.
+        # accelerate has set it; transformers would shard every model that is loaded from now on.
         unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-        self._api = deepspeed.utils
-        self._gathered = deepspeed.zero.GatheredParameters
+        self._utils = deepspeed.utils
+        self._gather_parameters = deepspeed.zero.GatheredParameters
         super().__init__(model, ranks, make_optimizer)
 
     def renew_optimizer(self) -> None:
-        """Forget the optimiser's state. DeepSpeed keeps the optimiser, so its state goes back to zero."""
+        """Reset the optimiser's state to zero, as DeepSpeed keeps the optimiser itself."""
         self.optimizer = self._zero.optimizer
         for state in self._states():
             for value in state.values():
                 value.zero_()
 
     def forward(self, compute: Callable[[nn.Module], T]) -> T:
-        """What `compute` makes of the model, its weights gathered as it goes."""
-        found: T = self._engine(compute)
-        return found
+        """The result of `compute(model)`; weights are gathered as they are used."""
+        result: T = self._engine(compute)
+        return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; DeepSpeed takes means over processes, and a step's loss is a sum."""
+        """Accumulate the gradient, times the number of processes: DeepSpeed averages, and a step's loss is a sum."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.ranks.count)
 
     def update(self, rate: float, limit: float) -> float:
-        """One optimiser step; here it is taken whatever the norm, which the trainer then refuses."""
+        """One optimiser step, also where the norm is not finite: the trainer stops then."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self._zero.clip_grad = limit
@@ -80,88 +80,88 @@ class Zero3(Replicated):
         return float(norm) if norm is not None else math.nan
 
     def release(self) -> None:
-        """Nothing stays gathered."""
+        """Nothing to free: no weights stay gathered."""
 
     def weights(self) -> dict[str, Tensor]:
-        """All trainable weights by name. All must call."""
+        """All trainable weights by name. All ranks must call."""
         return {
-            name: self._kept(self._api.safe_get_full_fp32_param(weight).view(weight.ds_shape))
-            for name, weight in self._named()
+            name: self._to_cpu(self._utils.safe_get_full_fp32_param(weight).view(weight.ds_shape))
+            for name, weight in self._trainable_weights()
         }
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over what `weights` gave, in the computing copy and in the optimiser's."""
-        for name, weight in self._named():
+        """Load what `weights` returned, into the model's weights and the optimiser's float32 copies."""
+        for name, weight in self._trainable_weights():
             whole = weights[name]
-            with self._gathered([weight], modifier_rank=0), torch.no_grad():
+            with self._gather_parameters([weight], modifier_rank=0), torch.no_grad():
                 if self.ranks.first:
                     weight.copy_(whole)
-            mine = self._api.safe_get_local_fp32_param(weight)
-            self._api.safe_set_local_fp32_param(weight, self._part(whole, mine))
+            shard = self._utils.safe_get_local_fp32_param(weight)
+            self._utils.safe_set_local_fp32_param(weight, self._local_shard(whole, shard))
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Weights to come back to, whole and in main memory: DeepSpeed takes them in no other way."""
+        """A copy of the weights, to restore by `set_weights`: whole and on the CPU, as DeepSpeed requires."""
         return {
-            name: self._api.safe_get_full_fp32_param(weight).view(weight.ds_shape).cpu()
-            for name, weight in self._named()
+            name: self._utils.safe_get_full_fp32_param(weight).view(weight.ds_shape).cpu()
+            for name, weight in self._trainable_weights()
         }
 
     def optimizer_state(self) -> OptimizerState:
-        """The optimiser's state. All must call."""
-        found = {}
-        steps = next(self._states())["step"] if self._steps() else None
-        for number, (_, weight) in enumerate(self._named()):
-            for key in self._keys():
-                whole = self._api.safe_get_full_optimizer_state(weight, key)
-                found[f"{number}/{key}"] = self._kept(whole.view(weight.ds_shape))
+        """The optimiser's state. All ranks must call."""
+        tensors = {}
+        steps = next(self._states())["step"] if self._has_step_counts() else None
+        for number, (_, weight) in enumerate(self._trainable_weights()):
+            for key in self._state_names():
+                whole = self._utils.safe_get_full_optimizer_state(weight, key)
+                tensors[f"{number}/{key}"] = self._to_cpu(whole.view(weight.ds_shape))
             if steps is not None:
-                found[f"{number}/step"] = self._kept(steps)
-        return found
+                tensors[f"{number}/step"] = self._to_cpu(steps)
+        return tensors
 
     def set_optimizer_state(self, tensors: OptimizerState) -> None:
-        """Take over what `optimizer_state` gave."""
+        """Load what `optimizer_state` returned."""
         if not self.optimizer.state:
-            self._prepare_states({path.split("/")[1]: value for path, value in tensors.items()})
-        for number, (_, weight) in enumerate(self._named()):
-            for key in self._keys():
-                mine = self._api.safe_get_local_optimizer_state(weight, key)
-                part = self._part(tensors[f"{number}/{key}"], mine)
-                self._api.safe_set_local_optimizer_state(weight, part, key)
-        if self._steps():
+            self._create_states({path.split("/")[1]: value for path, value in tensors.items()})
+        for number, (_, weight) in enumerate(self._trainable_weights()):
+            for key in self._state_names():
+                shard = self._utils.safe_get_local_optimizer_state(weight, key)
+                new_shard = self._local_shard(tensors[f"{number}/{key}"], shard)
+                self._utils.safe_set_local_optimizer_state(weight, new_shard, key)
+        if self._has_step_counts():
             for state in self._states():
                 state["step"].copy_(tensors["0/step"])
 
-    def _prepare_states(self, examples: dict[str, Tensor]) -> None:
-        """States of zero, which the optimiser would make in its first step."""
+    def _create_states(self, examples: dict[str, Tensor]) -> None:
+        """Create the optimiser's states as zeros, as its first step would."""
         for flat in self._zero.fp32_partitioned_groups_flat:
             self.optimizer.state[flat] = {
                 key: torch.zeros_like(value if key == "step" else flat.detach())
                 for key, value in examples.items()
             }
 
-    def _part(self, whole: Tensor, mine: Tensor) -> Tensor:
-        """This process's piece of a tensor, which DeepSpeed cuts flat and fills up with zeros."""
-        flat = whole.flatten().to(mine)
-        room = mine.numel() * self.ranks.count
-        filled = torch.cat([flat, flat.new_zeros(room - flat.numel())])
-        return filled.narrow(0, mine.numel() * self.ranks.number, mine.numel())
+    def _local_shard(self, whole: Tensor, shard_like: Tensor) -> Tensor:
+        """This process's shard of a tensor, which DeepSpeed flattens and pads with zeros."""
+        flat = whole.flatten().to(shard_like)
+        padded_size = shard_like.numel() * self.ranks.count
+        padded = torch.cat([flat, flat.new_zeros(padded_size - flat.numel())])
+        return padded.narrow(0, shard_like.numel() * self.ranks.number, shard_like.numel())
 
-    def _named(self) -> Iterator[tuple[str, Any]]:
+    def _trainable_weights(self) -> Iterator[tuple[str, Any]]:
         return ((n, weight) for n, weight in self.model.named_parameters() if weight.requires_grad)
 
     def _states(self) -> Iterator[dict[str, Tensor]]:
         return iter(self.optimizer.state.values())
 
-    def _steps(self) -> bool:
+    def _has_step_counts(self) -> bool:
         return any("step" in state for state in self._states())
 
-    def _keys(self) -> list[str]:
-        """Names of the optimiser's states that are as large as the weights."""
+    def _state_names(self) -> list[str]:
+        """Names of the optimiser's states that have the weights' size."""
         return [key for key in next(self._states()) if key != "step"]
 
 
 def _config() -> dict[str, Any]:
-    """The launcher's ZeRO section; batches, precision and clipping are the recipe's."""
+    """DeepSpeed's config: the launcher's ZeRO section; batches, precision and clipping come from the recipe."""
     from accelerate import DeepSpeedPlugin
 
     zero: dict[str, Any] = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
@@ -180,9 +180,9 @@ def _config() -> dict[str, Any]:
 
 
 class FullySharded(Replicated):
-    """FSDP2: each process holds a part of every weight, gathered a layer at a time when it is used.
+    """FSDP2: each process holds a shard of every weight; layers are gathered one at a time when used.
 
-    Set up as `accelerate launch` was told (reshard_after_forward, offload_params), on CPUs as well.
+    Configured by `accelerate launch` (reshard_after_forward, offload_params); works on CPUs too.
     """
 
     sharded = True
@@ -197,31 +197,31 @@ class FullySharded(Replicated):
             reshard_after_forward=plugin.reshard_after_forward,
             offload_policy=plugin.cpu_offload or OffloadPolicy(),
         )
-        layers = set(model._no_split_modules or ())
-        for module in [m for m in model.modules() if type(m).__name__ in layers]:
+        layer_classes = set(model._no_split_modules or ())
+        for module in [m for m in model.modules() if type(m).__name__ in layer_classes]:
             shard(module)
         self._wrapper: Any = shard(ForwardWrapper(model))
         super().__init__(model, ranks, make_optimizer)
 
     def forward(self, compute: Callable[[nn.Module], T]) -> T:
-        """What `compute` makes of the model, its weights gathered as it goes."""
-        found: T = self._wrapper(compute)
-        return found
+        """The result of `compute(model)`; weights are gathered as they are used."""
+        result: T = self._wrapper(compute)
+        return result
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient; FSDP2 takes means over processes, and a step's loss is a sum."""
+        """Accumulate the gradient, times the number of processes: FSDP2 averages, and a step's loss is a sum."""
         super().backward(loss * self.ranks.count, last=last)
 
     def release(self) -> None:
-        """The outermost weights stay gathered until a backward pass, which may never come."""
+        """Reshard the outermost weights, which else stay gathered until a backward pass."""
         self._wrapper.reshard()
 
 
 def distribute_model(
     model: nn.Module, ranks: Ranks, make_optimizer: MakeOptimizer, device: torch.device
 ) -> Replicated:
-    """Lay the model out as the launcher's environment says. Raises TrainingError for what is not supported."""
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
+    """Place the model as the launcher's environment variables say. Raises TrainingError for unsupported settings."""
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
         from prefloop.train.sharded import Zero3
 
         return Zero3(model, ranks, make_optimizer)

@@ -1,10 +1,10 @@
 """Attention along prefix trees on CPUs, without computing what a mask would hide.
 
-A mask over a whole row makes attention compute every pair of tokens and throw most away: those of other
-trees, of other branches, and half of the rest. Here each run of first children attends by itself, causally,
-to the ancestors before it. In transformers' registry of attention functions this file takes the place of
-"sdpa": where the mask is not one but the ends of the nodes' subtrees, integers, which SDPA knows not, it
-attends by chains; any mask that SDPA does know goes to it unchanged.
+With a mask over a whole row, attention computes every pair of tokens and discards most: those of other trees,
+of other branches, and half of the rest. Here each chain (a run of first children) attends causally to itself
+and its ancestors. This file replaces "sdpa" in transformers' registry of attention functions: where the "mask"
+holds the integer ends of the nodes' subtrees, attention is computed chain by chain; a real mask is passed on to
+SDPA unchanged.
 
 Shapes: T tokens of a row, L of one chain, P ancestors before it; H query heads, K key/value heads, D head
 dimension.
@@ -30,25 +30,26 @@ class Chain(NamedTuple):
     start: int
     end: int
     ancestors: tuple[tuple[int, int], ...]
-    """Intervals of the nodes above the first, in order of depth."""
+    """Intervals of the ancestors of the chain's first node, in order of depth."""
 
 
-class Plan(NamedTuple):
-    """A row cut so that every chain and its ancestors are whole pieces."""
+class RowPlan(NamedTuple):
+    """A division of a row into pieces, such that every chain and its ancestors are whole pieces."""
 
     sizes: tuple[int, ...]
-    """Of the pieces."""
+    """Length of each piece."""
     chains: tuple[tuple[int, tuple[int, ...], Tensor | None], ...]
-    """By chain: how many pieces it has; the pieces it attends to, its own last; (L, P + L) mask, or causal."""
+    """For each chain: its number of pieces; indices of the pieces it attends to, its own last; the (L, P + L)
+    mask, None for a causal one."""
 
 
 def subtree_ends(ends: Tensor) -> Tensor:
-    """What the attention gets as its mask: (1, 1, 1, T), four-dimensional so that models pass it on."""
+    """The ends as the attention's "mask": (1, 1, 1, T), four-dimensional so that models pass it on."""
     return ends[None, None, None]
 
 
 def chains(ends: tuple[int, ...]) -> list[Chain]:
-    """A row's chains from its subtrees' ends, nodes being in depth-first order."""
+    """A row's chains, from the ends of its nodes' subtrees; nodes are in depth-first order."""
     starts: list[tuple[int, tuple[tuple[int, int], ...]]] = []
     path: list[tuple[int, tuple[tuple[int, int], ...]]] = []
     for node in range(len(ends)):
@@ -59,7 +60,7 @@ def chains(ends: tuple[int, ...]) -> list[Chain]:
         ancestors: tuple[tuple[int, int], ...] = ()
         if path:
             start, above = path[-1]
-            # Subtrees along a chain end ever earlier: the parent is the last that reaches this node.
+            # Subtrees along a chain end earlier and earlier: the parent is the last one that contains this node.
             parent = max(n for n in range(start, node) if ends[n] > node)
             ancestors = (*above, (start, parent + 1))
         path.append((node, ancestors))
@@ -70,25 +71,25 @@ def chains(ends: tuple[int, ...]) -> list[Chain]:
     ]
 
 
-@lru_cache(maxsize=8)  # every layer asks for the same few rows
-def _plan(ends: tuple[int, ...]) -> Plan:
-    found = chains(ends)
+@lru_cache(maxsize=8)  # all layers need the same few rows
+def _plan(ends: tuple[int, ...]) -> RowPlan:
+    row_chains = chains(ends)
     cuts = {0, len(ends)}
-    for chain in found:
+    for chain in row_chains:
         cuts.update((chain.start, *(bound for span in chain.ancestors for bound in span)))
     bounds = sorted(cuts)
-    places = {bound: place for place, bound in enumerate(bounds)}
-    planned = []
-    for chain in found:
+    piece_index = {bound: index for index, bound in enumerate(bounds)}
+    chain_plans = []
+    for chain in row_chains:
         spans = (*chain.ancestors, (chain.start, chain.end))
-        pieces = tuple(n for a, b in spans for n in range(places[a], places[b]))
-        own = places[chain.end] - places[chain.start]
+        pieces = tuple(n for a, b in spans for n in range(piece_index[a], piece_index[b]))
+        own = piece_index[chain.end] - piece_index[chain.start]
         mask_LP = None
         if chain.ancestors:
             length, before = chain.end - chain.start, sum(b - a for a, b in chain.ancestors)
             mask_LP = torch.ones(length, before + length, dtype=torch.bool).tril(before)
-        planned.append((own, pieces, mask_LP))
-    return Plan(tuple(b - a for a, b in pairwise(bounds)), tuple(planned))
+        chain_plans.append((own, pieces, mask_LP))
+    return RowPlan(tuple(b - a for a, b in pairwise(bounds)), tuple(chain_plans))
 
 
 def tree_attention(
@@ -107,13 +108,13 @@ def tree_attention(
     """
     plan = _plan(tuple(ends.tolist()))
     queries, keys, values = (torch.split(x, list(plan.sizes), dim=2) for x in (query, key, value))
-    found, first = [], 0
+    outputs, first = [], 0
     for own, pieces, mask_LP in plan.chains:
-        found.append(
+        outputs.append(
             scaled_dot_product_attention(
-                _joined(queries[first : first + own]),
-                _joined([keys[n] for n in pieces]),
-                _joined([values[n] for n in pieces]),
+                _concat(queries[first : first + own]),
+                _concat([keys[n] for n in pieces]),
+                _concat([values[n] for n in pieces]),
                 attn_mask=None if mask_LP is None else mask_LP.to(query.device),
                 dropout_p=dropout,
                 is_causal=mask_LP is None,
@@ -122,14 +123,14 @@ def tree_attention(
             )
         )
         first += own
-    return _joined(found)
+    return _concat(outputs)
 
 
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
+def _concat(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
 
 
-def _attend(
+def _tree_or_sdpa_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -139,17 +140,17 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: (1, H, T, D) in, (1, T, H, D) out."""
+    """The attention function in transformers' interface: inputs (1, H, T, D), output (1, T, H, D)."""
     if attention_mask is None or attention_mask.dtype != torch.long:
-        usual: tuple[Tensor, None] = sdpa_attention_forward(
+        output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-        return usual
+        return output
     ends = attention_mask[0, 0, 0]
     states = tree_attention(query, key, value, ends, dropout=dropout, scaling=scaling)
     return states.transpose(1, 2).contiguous(), None
 
 
-# Not under a name of its own, set on the model around a forward pass: gradient checkpointing computes
-# attention again in the backward pass, when that name would be gone.
-AttentionInterface.register("sdpa", _attend)
+# Registered as "sdpa", not under its own name set around a forward pass: gradient checkpointing computes
+# attention again in the backward pass, when that setting would be gone.
+AttentionInterface.register("sdpa", _tree_or_sdpa_attention)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.annotate.items import Comparison, Plan, read_comparison
+from prefloop.annotate.items import AnnotationPlan, Comparison, read_comparison
 from prefloop.annotate.server import AnnotationServer
 from prefloop.annotate.service import AnnotationService
 from prefloop.annotate.votes import VoteFile
@@ -45,17 +45,19 @@ def comparison(folder: Path) -> Comparison:
 
 
 @pytest.fixture
-def desk(comparison: Comparison, folder: Path) -> Iterator[AnnotationService]:
-    plan = Plan()
-    desk = AnnotationService(comparison, plan, VoteFile(folder / "votes.jsonl", comparison, plan))
-    yield desk
-    desk.close()
+def service(comparison: Comparison, folder: Path) -> Iterator[AnnotationService]:
+    plan = AnnotationPlan()
+    service = AnnotationService(
+        comparison, plan, VoteFile(folder / "votes.jsonl", comparison, plan)
+    )
+    yield service
+    service.close()
 
 
 @pytest.fixture
-def server(desk: AnnotationService) -> Iterator[AnnotationServer]:
+def server(service: AnnotationService) -> Iterator[AnnotationServer]:
     """A server in this process, on a free port."""
-    with AnnotationServer(desk) as server:
+    with AnnotationServer(service) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server

@@ -125,12 +125,12 @@ def test_no_answer_of_the_server_tells_whose_answer_is_whose(server: AnnotationS
     assert "b.jsonl" not in json.dumps(state)
 
 
-def test_votes_by_place_are_written_by_side(desk: AnnotationService) -> None:
-    state = desk.join("Ann")
+def test_votes_by_place_are_written_by_side(service: AnnotationService) -> None:
+    state = service.join("Ann")
     sides = {}
     while (item := state["item"]) is not None:
         sides[item["id"]] = item["first"][0]
-        state = desk.vote("Ann", item["id"], "first", None, 0.5)
+        state = service.vote("Ann", item["id"], "first", None, 0.5)
     assert (state["done"], state["item"]) == (6, None)
     written = [json.loads(line) for line in Path("votes.jsonl").read_text().splitlines()[2:]]
     assert {line["item"]: line["choice"] for line in written} == sides
@@ -138,14 +138,14 @@ def test_votes_by_place_are_written_by_side(desk: AnnotationService) -> None:
     assert set(sides.values()) == {"a", "b"}
 
 
-def test_one_name_is_one_person_however_it_is_written(desk: AnnotationService) -> None:
-    state = desk.join("Ann  Smith")
-    desk.vote("Ann Smith", state["item"]["id"], "tie", None, None)
-    again = desk.join(" ann smith ")
+def test_one_name_is_one_person_however_it_is_written(service: AnnotationService) -> None:
+    state = service.join("Ann  Smith")
+    service.vote("Ann Smith", state["item"]["id"], "tie", None, None)
+    again = service.join(" ann smith ")
     assert (again["name"], again["done"]) == ("Ann Smith", 1)
-    assert desk.join("Bob")["done"] == 0
+    assert service.join("Bob")["done"] == 0
     with pytest.raises(DataError):
-        desk.join("\n")
+        service.join("\n")
 
 
 @pytest.mark.parametrize(
@@ -162,23 +162,23 @@ def test_what_is_loopback(host: str, local: bool) -> None:
     assert is_loopback(host) == local
 
 
-def test_a_taken_port_is_said(server: AnnotationServer, desk: AnnotationService) -> None:
+def test_a_taken_port_is_said(server: AnnotationServer, service: AnnotationService) -> None:
     with pytest.raises(PrefloopError, match="name another --port, or 0"):
-        AnnotationServer(desk, port=server.server_port)
+        AnnotationServer(service, port=server.server_port)
 
 
-def test_other_addresses_let_addresses_in_but_no_foreign_names(desk: AnnotationService) -> None:
-    with AnnotationServer(desk, "0.0.0.0") as server:
-        assert server.knows("192.168.1.5:8765")
-        assert not server.knows("evil.example")
+def test_other_addresses_let_addresses_in_but_no_foreign_names(service: AnnotationService) -> None:
+    with AnnotationServer(service, "0.0.0.0") as server:
+        assert server.is_own_host("192.168.1.5:8765")
+        assert not server.is_own_host("evil.example")
         assert "0.0.0.0" not in server.link
 
 
-def test_the_name_that_was_given_as_host_is_the_servers_own(desk: AnnotationService) -> None:
-    with AnnotationServer(desk, "0.0.0.0") as server:
+def test_the_name_that_was_given_as_host_is_the_servers_own(service: AnnotationService) -> None:
+    with AnnotationServer(service, "0.0.0.0") as server:
         server.host = "Lab.example.org"  # a name of this machine, other than it calls itself
-        assert server.knows(f"lab.example.org:{server.server_port}")
-        assert not server.knows("example.org")
+        assert server.is_own_host(f"lab.example.org:{server.server_port}")
+        assert not server.is_own_host("example.org")
 
 
 def test_a_bug_is_shown_and_a_browser_that_hung_up_is_not(
@@ -220,10 +220,10 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 
 
 def test_the_report_can_be_had_without_a_server(
-    desk: AnnotationService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    service: AnnotationService, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = desk.join("Ann")
-    desk.vote("Ann", state["item"]["id"], "tie", None, 2.0)
+    state = service.join("Ann")
+    service.vote("Ann", state["item"]["id"], "tie", None, 2.0)
     words = ("a.jsonl", "b.jsonl", "--votes", "votes.jsonl", "--report")
     assert run(monkeypatch, *words, "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -10,38 +10,38 @@ from pathlib import Path
 
 import pytest
 
-from prefloop.annotate.items import Comparison, Plan, make_plan, read_comparison
+from prefloop.annotate.items import AnnotationPlan, Comparison, make_plan, read_comparison
 from prefloop.annotate.service import AnnotationService
-from prefloop.annotate.votes import Stored, VoteFile, read_votes
+from prefloop.annotate.votes import StoredVotes, VoteFile, read_votes
 from prefloop.errors import DataError, RunFolderError
 
 
-def standing(stored: Stored) -> dict[str, str]:
+def standing(stored: StoredVotes) -> dict[str, str]:
     return {item: vote.choice for item, vote in stored.ballots.votes("ann").items()}
 
 
-def play(desk: AnnotationService, answers: list[str]) -> None:
+def play(service: AnnotationService, answers: list[str]) -> None:
     """Ann votes in the order in which she is asked; "undo" takes the last one back."""
-    state = desk.join("Ann")
+    state = service.join("Ann")
     for answer in answers:
         if answer == "undo":
-            state = desk.undo("Ann", state["undo"])
+            state = service.undo("Ann", state["undo"])
         else:
             reason = "unclear" if answer == "skip" else None
-            state = desk.vote("Ann", state["item"]["id"], answer, reason, 1.5)  # type: ignore[arg-type]
+            state = service.vote("Ann", state["item"]["id"], answer, reason, 1.5)  # type: ignore[arg-type]
 
 
 def test_a_kill_at_any_byte_loses_no_line_that_was_whole(
-    desk: AnnotationService, comparison: Comparison, folder: Path
+    service: AnnotationService, comparison: Comparison, folder: Path
 ) -> None:
-    play(desk, ["first", "tie", "undo", "second", "skip"])
-    desk.close()
+    play(service, ["first", "tie", "undo", "second", "skip"])
+    service.close()
     path = folder / "votes.jsonl"
     data = path.read_bytes()
     assert data.count(b"\n") == 7  # head, name, four votes, one undo
     for length in range(len(data) + 1):
         path.write_bytes(data[:length])
-        VoteFile(path, comparison, Plan()).close()
+        VoteFile(path, comparison, AnnotationPlan()).close()
         # What lacks its line break only is whole: it was written, if not acknowledged.
         whole = data[: length + 1] if data[length : length + 1] == b"\n" else data[:length]
         kept = whole[: whole.rfind(b"\n") + 1]
@@ -53,43 +53,43 @@ def test_a_kill_at_any_byte_loses_no_line_that_was_whole(
 
 
 def test_a_torn_line_is_reported_and_the_vote_is_asked_again(
-    desk: AnnotationService, comparison: Comparison, folder: Path
+    service: AnnotationService, comparison: Comparison, folder: Path
 ) -> None:
-    play(desk, ["first", "second"])
-    desk.close()
+    play(service, ["first", "second"])
+    service.close()
     path = folder / "votes.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     stored = read_votes(path, comparison)
     assert len(standing(stored)) == 1
-    assert stored.torn > 0
+    assert stored.torn_bytes > 0
     assert path.read_bytes() == whole[:-20]  # looking changes nothing
-    file = VoteFile(path, comparison, Plan())
-    assert file.torn == stored.torn
-    again = AnnotationService(comparison, Plan(), file)
+    file = VoteFile(path, comparison, AnnotationPlan())
+    assert file.torn_bytes == stored.torn_bytes
+    again = AnnotationService(comparison, AnnotationPlan(), file)
     assert again.join("Ann")["done"] == 1
     again.close()
 
 
-def test_damage_before_the_last_line_is_named(desk: AnnotationService, folder: Path) -> None:
-    play(desk, ["first", "second"])
-    desk.close()
+def test_damage_before_the_last_line_is_named(service: AnnotationService, folder: Path) -> None:
+    play(service, ["first", "second"])
+    service.close()
     path = folder / "votes.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], lines[1][:-4], *lines[2:]]) + "\n")
     with pytest.raises(DataError, match=r"votes.jsonl:2 is no vote"):
-        Stored(path)
+        StoredVotes(path)
 
 
-def test_the_newest_line_on_an_item_counts(desk: AnnotationService, folder: Path) -> None:
-    play(desk, ["first", "first"])
-    item = desk.join("Ann")["undo"]
-    desk.vote("Ann", item, "tie", None, None)
-    desk.vote("Ann", item, "tie", None, None)  # the page asks again where an answer was lost
-    desk.undo("Ann", item)
-    desk.undo("Ann", item)
-    desk.vote("Ann", item, "tie", None, None)
-    stored = Stored(folder / "votes.jsonl")
+def test_the_newest_line_on_an_item_counts(service: AnnotationService, folder: Path) -> None:
+    play(service, ["first", "first"])
+    item = service.join("Ann")["undo"]
+    service.vote("Ann", item, "tie", None, None)
+    service.vote("Ann", item, "tie", None, None)  # the page asks again where an answer was lost
+    service.undo("Ann", item)
+    service.undo("Ann", item)
+    service.vote("Ann", item, "tie", None, None)
+    stored = StoredVotes(folder / "votes.jsonl")
     assert standing(stored)[item] == "tie"
     lines = Path("votes.jsonl").read_text().splitlines()
     kinds = Counter(json.loads(line)["kind"] for line in lines)
@@ -97,9 +97,9 @@ def test_the_newest_line_on_an_item_counts(desk: AnnotationService, folder: Path
 
 
 def test_a_full_disk_leaves_no_half_line(
-    desk: AnnotationService, folder: Path, monkeypatch: pytest.MonkeyPatch
+    service: AnnotationService, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play(desk, ["first"])
+    play(service, ["first"])
     before = (folder / "votes.jsonl").read_bytes()
 
     def full(_: int) -> None:
@@ -107,34 +107,34 @@ def test_a_full_disk_leaves_no_half_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        item = desk.join("Ann")["item"]["id"]
+        item = service.join("Ann")["item"]["id"]
         with pytest.raises(OSError, match="No space"):
-            desk.vote("Ann", item, "first", None, None)
+            service.vote("Ann", item, "first", None, None)
     assert (folder / "votes.jsonl").read_bytes() == before
-    assert desk.join("Ann")["item"]["id"] == item
+    assert service.join("Ann")["item"]["id"] == item
 
 
 def test_every_vote_is_synced_before_it_counts(
-    desk: AnnotationService, monkeypatch: pytest.MonkeyPatch
+    service: AnnotationService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[bytes] = []
     real = os.fsync
     monkeypatch.setattr(
         os, "fsync", lambda fd: (synced.append(Path("votes.jsonl").read_bytes()), real(fd))[1]
     )
-    play(desk, ["first", "undo"])
+    play(service, ["first", "undo"])
     assert [text.count(b"\n") for text in synced] == [2, 3, 4]
 
 
 def test_votes_on_other_answers_or_under_another_plan_are_refused(
-    desk: AnnotationService, comparison: Comparison, folder: Path
+    service: AnnotationService, comparison: Comparison, folder: Path
 ) -> None:
     path = folder / "votes.jsonl"
     with pytest.raises(RunFolderError, match="in use by another prefloop annotate"):
-        VoteFile(path, comparison, Plan())
-    desk.close()
+        VoteFile(path, comparison, AnnotationPlan())
+    service.close()
     with pytest.raises(DataError, match="was begun with --seed 0; give the same"):
-        VoteFile(path, comparison, Plan(seed=1))
+        VoteFile(path, comparison, AnnotationPlan(seed=1))
     text = Path("a.jsonl").read_text().replace("a3", "a three")
     Path("a.jsonl").write_text(text)
     other = read_comparison("a.jsonl", "b.jsonl")
@@ -159,9 +159,9 @@ def test_shares_overlap_as_asked_and_cover_every_item_evenly() -> None:
 
 def test_the_order_of_answers_is_drawn_by_item_and_annotator() -> None:
     items = [f"i{n}" for n in range(400)]
-    ann, bob = ([Plan().first(who, item) for item in items] for who in ("ann", "bob"))
+    ann, bob = ([AnnotationPlan().first(who, item) for item in items] for who in ("ann", "bob"))
     for one in (ann, bob):
         assert 160 < one.count("a") < 240
     assert 160 < sum(a == b for a, b in zip(ann, bob, strict=True)) < 240
-    assert ann == [Plan().first("ann", item) for item in items]
-    assert ann != [Plan(seed=1).first("ann", item) for item in items]
+    assert ann == [AnnotationPlan().first("ann", item) for item in items]
+    assert ann != [AnnotationPlan(seed=1).first("ann", item) for item in items]

@@ -147,7 +147,7 @@ def test_a_file_is_read_and_its_mistakes_are_named(tmp_path):
     path.write_text("base: quickstart-ial\nvariants:\n  ial:\n  gamma-1: {method.gamma: 1}\n")
     assert load_comparison(path).variants == {"ial": None, "gamma-1": {"method.gamma": 1}}
     assert load_comparison(path).seeds == (0, 1, 2)
-    assert load_comparison(path).against == "ial"
+    assert load_comparison(path).control_name == "ial"
     path.write_text("base: quickstart-ial\nvariant: {a: {}}\n")
     with pytest.raises(
         RecipeError, match=r"mine.yaml: unknown key 'variant'; did you mean 'variants'"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefloop.compare.file import Cell, Comparison, cells
-from prefloop.compare.run import play, sharing, start_process
+from prefloop.compare.run import describe_reuse, play, start_process
 from prefloop.errors import RunFolderError
 from prefloop.run_folder import RunDir, alone_in
 from tests.compare.test_compare_reuse import base
@@ -74,7 +74,7 @@ def finish(cell: Cell) -> None:
 
 @pytest.fixture(autouse=True)
 def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefloop.compare.run._POLL", 0.0)
+    monkeypatch.setattr("prefloop.compare.run._POLL_SECONDS", 0.0)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
@@ -174,8 +174,8 @@ def test_one_variant_alone_takes_what_the_others_have_done(tmp_path):
     play([by_name["a seed 0"]], jobs=1, say=lambda line: None, start=Stage().start)
     lines: list[str] = []
     chosen = [cell for cell in found if cell.variant == "b"]
-    beside = [cell for cell in found if cell.variant != "b"]
-    play(chosen, jobs=1, say=lines.append, start=Stage().start, beside=beside)
+    other_cells = [cell for cell in found if cell.variant != "b"]
+    play(chosen, jobs=1, say=lines.append, start=Stage().start, other_cells=other_cells)
     assert lines[0] == "b seed 0: begins, answers, introspection, candidates, ranked done before"
     assert "b seed 1: begins" in lines
 
@@ -195,7 +195,7 @@ def test_what_is_being_played_ends_with_the_comparison(tmp_path):
 
 
 def test_the_plan_can_be_seen_before(tmp_path):
-    assert sharing(all_cells(tmp_path, {"a": {}, "b": {"method.gamma": 1.0}}, (0,))) == [
+    assert describe_reuse(all_cells(tmp_path, {"a": {}, "b": {"method.gamma": 1.0}}, (0,))) == [
         "a seed 0",
         "b seed 0  shares answers, introspection, candidates, ranked of a seed 0",
     ]

@@ -61,7 +61,7 @@ def test_drawn_patterns_agree_with_all_of_them(monkeypatch: pytest.MonkeyPatch) 
     values = np.random.default_rng(0).normal(0.6, 1.0, size=12).tolist()
     names = [str(n) for n in range(12)]
     exact = sign_flip(values, names, seed=0)
-    monkeypatch.setattr("prefloop.evaluate.significance._EXACT", 0)
+    monkeypatch.setattr("prefloop.evaluate.significance._EXACT_CLUSTERS", 0)
     assert sign_flip(values, names, seed=0) == pytest.approx(exact, abs=0.012)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prefloop.evaluate.stats import crossed_share, wilson
+from prefloop.evaluate.stats import crossed_proportion, wilson
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,7 @@ from prefloop.evaluate.stats import crossed_share, wilson
 def test_few_clusters_widen_it_by_students_t(clusters: int, student: float) -> None:
     """All trials agree on c attacks and c prompts: Wilson's end at 0 of c, with t for z: (t²/c) / (1 + t²/c)."""
     names = [(f"a{a}", f"p{p}") for a in range(clusters) for p in range(clusters)]
-    found = crossed_share([False] * clusters**2, [a for a, _ in names], [p for _, p in names])
+    found = crossed_proportion([False] * clusters**2, [a for a, _ in names], [p for _, p in names])
     assert found is not None
     ratio = student**2 / clusters
     assert found.high == pytest.approx(ratio / (1 + ratio), rel=1e-4)
@@ -34,7 +34,7 @@ def test_it_covers_the_rate_of_all_attacks_and_prompts_where_the_plain_interval_
     for _ in range(runs):
         attacks_A = mean + draws.normal(size=20) * spread
         hits, first, second = trials(attacks_A, draws.normal(size=15) * spread, draws)
-        estimate, plain = crossed_share(hits, first, second), wilson(sum(hits), len(hits))
+        estimate, plain = crossed_proportion(hits, first, second), wilson(sum(hits), len(hits))
         assert estimate is not None
         assert plain is not None
         covered += estimate.low <= truth <= estimate.high
@@ -45,7 +45,7 @@ def test_it_covers_the_rate_of_all_attacks_and_prompts_where_the_plain_interval_
 
 def test_where_all_trials_agree_it_still_has_a_width() -> None:
     names = [(f"a{a}", f"p{p}") for a in range(10) for p in range(6)]
-    found = crossed_share([False] * 60, [a for a, _ in names], [p for _, p in names])
+    found = crossed_proportion([False] * 60, [a for a, _ in names], [p for _, p in names])
     plain = wilson(0, 60)
     assert found is not None
     assert plain is not None
@@ -57,7 +57,7 @@ def test_where_all_trials_agree_it_still_has_a_width() -> None:
 
 def test_one_attack_alone_counts_as_fixed() -> None:
     hits = [True, False] * 20
-    found = crossed_share(hits, ["only"] * 40, [f"p{place}" for place in range(40)])
+    found = crossed_proportion(hits, ["only"] * 40, [f"p{place}" for place in range(40)])
     plain = wilson(20, 40)
     assert found is not None
     assert plain is not None
@@ -65,4 +65,4 @@ def test_one_attack_alone_counts_as_fixed() -> None:
 
 
 def test_nothing_tried_has_no_share() -> None:
-    assert crossed_share([], [], []) is None
+    assert crossed_proportion([], [], []) is None

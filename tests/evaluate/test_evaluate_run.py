@@ -145,7 +145,9 @@ def test_what_is_measured_already_is_not_measured_again(
     words = ("runs/r", "--set", "preferences.data=pairs.jsonl", *QUICK)
     first = shell.report(*words)
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "opened", lambda *_: pytest.fail("the model is loaded again"))
+        patch.setattr(
+            evaluation, "open_subject", lambda *_: pytest.fail("the model is loaded again")
+        )
         second = shell.report(*words)
     rows = second["subjects"]["r"]["measures"]
     assert all(row.pop("kept_from_before") for row in rows.values())
@@ -165,9 +167,9 @@ def test_a_file_that_changes_while_it_is_measured_is_measured_again_the_next_tim
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = measures({"health": {"held_out": "rows.jsonl", "limit": 2, "sampling": SHORT}})
-    real = evaluation.opened
+    real = evaluation.open_subject
     monkeypatch.setattr(
-        evaluation, "opened", lambda *names: (write("rows.jsonl", ROWS[:3]), real(*names))[1]
+        evaluation, "open_subject", lambda *names: (write("rows.jsonl", ROWS[:3]), real(*names))[1]
     )
     for _ in range(2):
         part = shell.report("runs/r", "--measures", file)["subjects"]["r"]

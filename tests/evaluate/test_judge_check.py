@@ -14,7 +14,7 @@ from prefloop.evaluate.judge_check import (
     CHANCE,
     LONGER,
     check_judges,
-    load_checked,
+    load_pairs,
     parse_judge,
     with_targets,
 )
@@ -60,7 +60,7 @@ def judge(function: Any) -> Python:
 
 
 def test_a_judge_stands_beside_chance_and_the_longer_answer(file):
-    report = check_judges({"mine": judge(says_good)}, load_checked([file], None, 0))
+    report = check_judges({"mine": judge(says_good)}, load_pairs([file], None, 0))
     assert list(report) == [CHANCE, LONGER, "mine"]
     assert report[CHANCE]["pairs"]["agreement"]["value"] == 0.5
     assert report[LONGER]["pairs"]["agreement"]["value"] == 0.0
@@ -71,23 +71,21 @@ def test_a_judge_stands_beside_chance_and_the_longer_answer(file):
 
 
 def test_a_judge_that_takes_the_first_gains_nothing_from_the_files_order(file):
-    row = check_judges({"first": judge(first_one)}, load_checked([file], None, 0))["first"]["pairs"]
+    row = check_judges({"first": judge(first_one)}, load_pairs([file], None, 0))["first"]["pairs"]
     assert 0.2 < row["agreement"]["value"] < 0.8
-    both = check_judges(
-        {"first": judge(first_one)}, load_checked([file], None, 0), both_orders=True
-    )
+    both = check_judges({"first": judge(first_one)}, load_pairs([file], None, 0), both_orders=True)
     assert both["first"]["pairs"]["position"]["first_wins"] == 1.0
     assert both["first"]["pairs"]["agreement"] == row["agreement"]
 
 
 def test_a_steady_judge_shows_no_position_bias(file):
-    pairs = load_checked([file], None, 0)
+    pairs = load_pairs([file], None, 0)
     report = check_judges({"mine": judge(says_good)}, pairs, both_orders=True)
     assert report["mine"]["pairs"]["position"] == {"first_wins": 0.5, "changed": 0.0, "pairs": 40.0}
 
 
 def test_failures_are_counted_and_not_scored(file):
-    report = check_judges({"half": judge(fails_on_odd)}, load_checked([file], None, 0))
+    report = check_judges({"half": judge(fails_on_odd)}, load_pairs([file], None, 0))
     row = report["half"]["pairs"]
     assert row["failures"]["value"] == 0.5
     assert sum(row["reasons"].values()) == 20
@@ -98,20 +96,20 @@ def test_failures_are_counted_and_not_scored(file):
 def test_several_data_sets_have_a_part_each_and_one_for_all(file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "q 1", "chosen": "bad", "rejected": "good"}) + "\n")
-    report = check_judges({"mine": judge(says_good)}, load_checked([file, str(other)], None, 0))
+    report = check_judges({"mine": judge(says_good)}, load_pairs([file, str(other)], None, 0))
     assert list(report["mine"]) == ["pairs", "other", "all"]
     assert report["mine"]["other"]["agreement"]["value"] == 0.0
     assert report["mine"]["all"]["agreement"]["count"] == 41
 
 
 def test_a_limit_draws_by_the_seed(file):
-    first, again = load_checked([file], 10, 0), load_checked([file], 10, 0)
+    first, again = load_pairs([file], 10, 0), load_pairs([file], 10, 0)
     assert len(first) == 10
-    assert first == again != load_checked([file], 10, 1)
+    assert first == again != load_pairs([file], 10, 1)
 
 
 def test_a_judge_that_needs_a_target_or_a_policy_says_so(file):
-    pairs = load_checked([file], None, 0)
+    pairs = load_pairs([file], None, 0)
     with pytest.raises(DataError, match="have none"):
         check_judges({"similarity": Similarity()}, pairs)
     with pytest.raises(PrefloopError, match="--policy"):
@@ -122,13 +120,13 @@ def test_targets_are_matched_by_prompt_and_answers_that_are_the_target_left_out(
     targets = tmp_path / "targets.jsonl"
     rows = [("question  3", "so good"), ("question 4", "bad, but longer"), ("question x", "good")]
     targets.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in rows))
-    (pair,) = with_targets(load_checked([file], None, 0), str(targets))
+    (pair,) = with_targets(load_pairs([file], None, 0), str(targets))
     assert (pair.id, pair.target) == ("3", "so good")
     report = check_judges({"similarity": Similarity()}, [pair])
     assert report["similarity"]["pairs"]["agreement"]["value"] == 1.0
     targets.write_text(json.dumps({"prompt": "other", "response": "x"}) + "\n")
     with pytest.raises(DataError, match="none of these pairs' prompts"):
-        with_targets(load_checked([file], None, 0), str(targets))
+        with_targets(load_pairs([file], None, 0), str(targets))
 
 
 def test_a_judge_is_named_or_given_as_a_section_or_a_file(tmp_path):

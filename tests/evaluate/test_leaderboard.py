@@ -150,7 +150,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
 ) -> None:
     from prefloop.evaluate import lm_eval_model as harness
 
-    monkeypatch.setattr(harness, "_SCORED_AT_A_TIME", 7)
+    monkeypatch.setattr(harness, "_SCORED_PER_FILE", 7)
     monkeypatch.setattr(engine.model.config, "max_position_embeddings", 500)  # some are cut
     options = Leaderboard(folder=folder, tasks=("winogrande", "hellaswag"))
     expected = options.run(subject_of(engine, tmp_path / "whole"))

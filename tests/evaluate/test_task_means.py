@@ -10,18 +10,18 @@ from prefloop.evaluate.stats import (
     bootstrap_mean,
     mean_difference,
     mean_of,
-    share_of_strata,
+    stratified_proportion,
     wilson,
 )
 
 
 def test_one_stratum_is_wilsons_interval() -> None:
-    assert share_of_strata({"": [1.0, 0.0, 0.0, 1.0, 1.0]}) == wilson(3, 5)
+    assert stratified_proportion({"": [1.0, 0.0, 0.0, 1.0, 1.0]}) == wilson(3, 5)
 
 
 def test_strata_count_alike_whatever_their_size() -> None:
     strata = {"large": [1.0] * 90 + [0.0] * 10, "small": [1.0] * 2 + [0.0] * 8}
-    found = share_of_strata(strata)
+    found = stratified_proportion(strata)
     assert (found.value, found.count) == (pytest.approx(0.55), 110)
     # (0.09/99 + 0.16/9)/4 = 0.0046717 is the variance of the mean: 0.55·0.45/0.0046717 = 52.98 values' worth.
     half = (wilson(53, 106).high - wilson(53, 106).low) / 2  # type: ignore[union-attr]
@@ -30,7 +30,7 @@ def test_strata_count_alike_whatever_their_size() -> None:
 
 def test_nothing_right_and_everything_right_still_have_a_width() -> None:
     for value, side in ((0.0, "high"), (1.0, "low")):
-        found = share_of_strata({str(n): [value] for n in range(12)})
+        found = stratified_proportion({str(n): [value] for n in range(12)})
         assert found.value == value
         assert abs(getattr(found, side) - value) > 0.1
         assert mean_of([found, found]).value == value
@@ -60,8 +60,8 @@ def test_the_interval_of_the_mean_over_tasks_covers_the_truth(subject_items: int
         graded = bootstrap_mean(rng.beta(2, 3, 40).tolist(), seed=trial, resamples=300)
         assert graded is not None
         by_subject = {str(n): drawn(rng, p, subject_items) for n, p in enumerate(subjects)}
-        parts = [share_of_strata({"": drawn(rng, share, 40)}) for share in shares]
-        found = mean_of([*parts, graded, share_of_strata(by_subject)])
+        parts = [stratified_proportion({"": drawn(rng, share, 40)}) for share in shares]
+        found = mean_of([*parts, graded, stratified_proportion(by_subject)])
         hits += found.low <= truth <= found.high
     assert 0.925 <= hits / trials <= 0.985
 
@@ -72,7 +72,7 @@ def test_a_pot_of_all_questions_would_miss_the_mean_over_tasks() -> None:
         drawn(np.random.default_rng(1), 0.2, 50),
     )
     pot = wilson(round(sum(easy + hard)), 1050)
-    found = mean_of([share_of_strata({"": easy}), share_of_strata({"": hard})])
+    found = mean_of([stratified_proportion({"": easy}), stratified_proportion({"": hard})])
     assert found.low < 0.55 < found.high
     assert pot is not None
     assert not pot.low < 0.55 < pot.high

@@ -6,7 +6,7 @@ from prefloop.errors import JudgeError, RecipeError
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict
-from prefloop.judges.ensemble import Ensemble, beaten
+from prefloop.judges.ensemble import Ensemble, fraction_beaten
 from prefloop.recipe import Recipe, load_recipe
 from prefloop.records import Message, Prompt
 
@@ -34,8 +34,8 @@ def test_votes_weigh_who_beats_whom_not_by_how_much() -> None:
 
 
 def test_shares_of_opponents_beaten_by_hand() -> None:
-    assert beaten((3.0, 1.0, 3.0)) == (0.75, 0.0, 0.75)
-    assert beaten((2.0,)) == ()
+    assert fraction_beaten((3.0, 1.0, 3.0)) == (0.75, 0.0, 0.75)
+    assert fraction_beaten((2.0,)) == ()
 
 
 def test_where_one_has_no_verdict_there_is_none() -> None:

@@ -242,7 +242,7 @@ def test_the_published_weights_give_the_published_logits() -> None:
     """The model card's example: A over B in the order AB has the logits 1.9003 and -1.2547."""
     judge = open_judge(Path(os.environ["PAIRRM"]))
     asked = [
-        judge._ask(prompt("hello!"), ["hi!", "f**k off!"])[0, 1],
-        judge._ask(prompt("I love you!"), ["I hate you!", "I love you, too!"])[0, 1],
+        judge._encode_group(prompt("hello!"), ["hi!", "f**k off!"])[0, 1],
+        judge._encode_group(prompt("I love you!"), ["I hate you!", "I love you, too!"])[0, 1],
     ]
     assert judge._logits(asked) == pytest.approx([1.9003, -1.2547], abs=1e-3)

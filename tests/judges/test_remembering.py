@@ -76,7 +76,7 @@ def test_many_groups_go_to_the_judge_in_batches_and_come_back_in_order() -> None
 def test_memory_is_bounded_and_a_call_is_answered_whole_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(CachedJudge, "KEPT", 3)
+    monkeypatch.setattr(CachedJudge, "CACHE_SIZE", 3)
     counting = Counting()
     judge = CachedJudge(counting)
     groups = [["x" * n] for n in range(5)]

@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 def test_a_small_run_is_whole_in_its_page(made_run: Path, tmp_path: Path) -> None:
     written = write_report([made_run], tmp_path / "page.html")
-    assert (written.shown, written.total, written.beside) == (10, 10, None)
+    assert (written.shown, written.total, written.chains_file) == (10, 10, None)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     page = Page(written.page)
     assert [chain["kind"] for chain in page.chains] == [
@@ -93,8 +93,8 @@ def test_what_a_page_cannot_carry_lies_beside_it_and_a_fair_sample_is_in_it(
     run = make_run(tmp_path / "run", names=names, rounds=2, reject="p39")
     written = write_report([run], tmp_path / "page.html", limit=20)
     assert (written.shown, written.total) == (20, 82)
-    assert written.beside == tmp_path / "page.pairs.jsonl.gz"
-    with gzip.open(written.beside, "rt") as file:
+    assert written.chains_file == tmp_path / "page.pairs.jsonl.gz"
+    with gzip.open(written.chains_file, "rt") as file:
         everything = [json.loads(line) for line in file]
     assert len(everything) == 82
     shown = Page(written.page).chains
@@ -106,13 +106,17 @@ def test_what_a_page_cannot_carry_lies_beside_it_and_a_fair_sample_is_in_it(
 def test_a_report_that_fails_leaves_the_older_one_whole(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", names=[f"p{n}" for n in range(40)])
     old = write_report([run], tmp_path / "page.html", limit=20)
-    assert old.beside is not None
-    before = old.page.read_bytes(), old.beside.read_bytes()
+    assert old.chains_file is not None
+    before = old.page.read_bytes(), old.chains_file.read_bytes()
     (run / "rounds/0001/ranked.jsonl").write_text("no record\n")
     with pytest.raises(RunFolderError, match=r"ranked\.jsonl:1 is not a Candidates record"):
         write_report([run], tmp_path / "page.html", limit=20)
-    assert (old.page.read_bytes(), old.beside.read_bytes()) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"run", old.page.name, old.beside.name}
+    assert (old.page.read_bytes(), old.chains_file.read_bytes()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run",
+        old.page.name,
+        old.chains_file.name,
+    }
 
 
 def test_texts_that_do_not_pack_are_left_out_until_the_page_is_small_enough(
@@ -125,7 +129,7 @@ def test_texts_that_do_not_pack_are_left_out_until_the_page_is_small_enough(
     written = write_report([run], tmp_path / "page.html")
     assert written.page.stat().st_size < 3_000_000
     assert 20 <= written.shown < written.total
-    assert written.beside is not None
+    assert written.chains_file is not None
 
 
 def test_an_answer_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path: Path) -> None:
@@ -136,10 +140,10 @@ def test_an_answer_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path
 
     run = make_run(tmp_path / "run", rounds=1, text=text)
     written = write_report([run], tmp_path / "page.html")
-    assert written.beside is not None
+    assert written.chains_file is not None
     step = Page(written.page).chains[0]["steps"][3]
     assert (len(step["text"]), step["cut"]) == (20_000, 1_000_000)
-    with gzip.open(written.beside, "rt") as file:
+    with gzip.open(written.chains_file, "rt") as file:
         assert json.loads(next(file))["steps"][3]["text"] == long
 
 
@@ -155,8 +159,8 @@ def test_a_prompt_of_a_megabyte_is_cut_in_the_page_and_whole_beside_it(tmp_path:
     assert "1 have a text that is cut short in it." in written.page.read_text("utf-8")
     ((role, start, whole),) = Page(written.page).chains[0]["prompt"]
     assert (role, len(start), whole) == ("user", 20_000, 1_000_000)
-    assert written.beside is not None
-    with gzip.open(written.beside, "rt") as file:
+    assert written.chains_file is not None
+    with gzip.open(written.chains_file, "rt") as file:
         assert json.loads(next(file))["prompt"] == [["user", long]]
 
 

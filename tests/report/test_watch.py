@@ -10,7 +10,7 @@ from rich.console import Console
 
 from prefloop.errors import RunFolderError
 from prefloop.report import watch
-from prefloop.report.watch import _Now, is_running, watch_run
+from prefloop.report.watch import _Progress, is_running, watch_run
 from prefloop.run.chunks import Journal
 from prefloop.run_folder import open_run, read_run
 from tests.report.conftest import RECIPE, make_run, plain_text, write_round
@@ -63,7 +63,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_line_of_now_says_stage_place_and_loss(tmp_path: Path) -> None:
     recipe = RECIPE.replace("chunk_size: 64", "chunk_size: 2")
     with open_run(tmp_path / "run", recipe) as run:
-        now = _Now(read_run(run.path))
+        now = _Progress(read_run(run.path))
         assert now.line() == "loading"
         round_dir = run.round(0)
         journal = Journal(round_dir.path, "candidates")

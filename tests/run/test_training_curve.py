@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from prefloop.errors import RecipeError
-from prefloop.evaluate.curves import curves, steps_to_share, win_rate_curve
+from prefloop.evaluate.curves import curves, steps_to_fraction, win_rate_curve
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_recipe
 from prefloop.recipe.options import LaunchOptions
@@ -195,7 +195,7 @@ def test_a_judge_that_compares_with_the_start_compares_with_the_start(
     result = next(r for r in read_run(folder).results() if r.round == 0)
     assert points[-1].score == pytest.approx(result.measures["score"], rel=1e-3)
     assert points[-1].score != 0
-    assert steps_to_share(points) is None
+    assert steps_to_fraction(points) is None
 
 
 def test_evaluations_read_both_curves_and_when_ninety_percent_was_reached(unbroken: Path) -> None:

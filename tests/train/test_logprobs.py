@@ -174,7 +174,7 @@ def test_a_lora_is_part_of_the_policy_and_gets_its_gradients(target, tied, packi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", sorted(logprobs.KNOWN))
+@pytest.mark.parametrize("kind", sorted(logprobs.CHECKED_MODEL_TYPES))
 def test_every_known_model_type_gives_the_log_probs_of_single_sequences(kind, attention):
     groups = draw_groups(2, count=6)
     options = {"attn_implementation": attention} if kind != "gemma2" else {}

@@ -1,7 +1,7 @@
-"""Local files in the shape of the hub's data sets: what lm-eval's own task definitions then read.
+"""Local files converted to the columns of the Hub's data sets, for lm-eval's own task definitions.
 
-The YAML files beside this name its functions, and lm-eval calls them with the task's metadata, of which
-`folder` is ours. What the files must hold: docs/leaderboard.md.
+The YAML files in this folder name these functions; lm-eval calls them with the task's metadata, of which
+`folder` is ours. docs/leaderboard.md shows the files' fields.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from prefloop.errors import DataError
 
 Row = dict[str, Any]
 
-# HellaSwag has only its validation set here, so its examples are its first rows, which are not asked then.
+# Only HellaSwag's validation set is used here: few-shot examples are its first rows, questions the others.
 HELLASWAG_EXAMPLES = 100
 
 
 def arc_challenge(folder: str, **_: Any) -> Mapping[str, Dataset]:
-    """The examples come from the training and validation sets together."""
+    """Few-shot examples come from the training and validation sets together."""
     return {
         "train": _read(folder, "arc_challenge_trainval.jsonl", _arc),
         "test": _read(folder, "arc_challenge_test.jsonl", _arc),
@@ -31,7 +31,7 @@ def arc_challenge(folder: str, **_: Any) -> Mapping[str, Dataset]:
 
 
 def hellaswag(folder: str, **_: Any) -> Mapping[str, Dataset]:
-    """Examples are the first 100 rows (half of a shorter file), questions the others."""
+    """Few-shot examples are the first 100 rows (half of a shorter file), questions the others."""
     rows = _read(folder, "hellaswag_val.jsonl", _hellaswag)
     examples = min(HELLASWAG_EXAMPLES, len(rows) // 2)
     return {
@@ -41,7 +41,7 @@ def hellaswag(folder: str, **_: Any) -> Mapping[str, Dataset]:
 
 
 def winogrande(folder: str, **_: Any) -> Mapping[str, Dataset]:
-    """As they are."""
+    """Training and validation rows; they need no change."""
     return {
         "train": _read(folder, "winogrande_train.jsonl", _winogrande),
         "validation": _read(folder, "winogrande_val.jsonl", _winogrande),
@@ -49,7 +49,7 @@ def winogrande(folder: str, **_: Any) -> Mapping[str, Dataset]:
 
 
 def gsm8k(folder: str, **_: Any) -> Mapping[str, Dataset]:
-    """As they are."""
+    """Training and test rows; they need no change."""
     return {
         "train": _read(folder, "gsm8k_train.jsonl", _gsm8k),
         "test": _read(folder, "gsm8k_test.jsonl", _gsm8k),
@@ -57,12 +57,12 @@ def gsm8k(folder: str, **_: Any) -> Mapping[str, Dataset]:
 
 
 def truthfulqa_mc2(folder: str, **_: Any) -> Mapping[str, Dataset]:
-    """Its six examples are part of lm-eval's prompt."""
+    """Questions only: the six few-shot examples are part of lm-eval's prompt."""
     return {"validation": _read(folder, "truthfulqa_mc.jsonl", _truthfulqa)}
 
 
 def mmlu(folder: str, config_source: str, **_: Any) -> Mapping[str, Dataset]:
-    """One subject, by the name of lm-eval's own file on it (mmlu_SUBJECT.yaml)."""
+    """One subject's rows; `config_source` is the path of lm-eval's file on it (mmlu_SUBJECT.yaml)."""
     subject = Path(config_source).stem.removeprefix("mmlu_")
 
     def of_subject(row: Row) -> Row | None:
@@ -84,7 +84,7 @@ def _arc(row: Row) -> Row:
 
 
 def _hellaswag(row: Row) -> Row:
-    """Rows whose context is not split (`ctx_a`, `ctx_b`) have it whole, cleaned already."""
+    """Rows without `ctx_a` and `ctx_b` hold the whole, cleaned context in `ctx`."""
     return {
         "activity_label": row["activity"],
         "ctx_a": row.get("ctx_a", row["ctx"]),
@@ -122,8 +122,8 @@ def _mmlu(row: Row) -> Row:
     }
 
 
-def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Dataset:
-    """The rows of a file for which `shaped` gives one."""
+def _read(folder: str, name: str, convert: Callable[[Row], Row | None]) -> Dataset:
+    """The rows of a file, converted by `convert`; rows that become None are left out."""
     path = Path(folder) / name
     rows = []
     try:
@@ -135,7 +135,7 @@ def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Datase
         ) from error
     for where, row in located:
         try:
-            rows.append(shaped(dict(row)))
+            rows.append(convert(dict(row)))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(
                 f"{where} is no row of this benchmark ({type(error).__name__}: {error}); "
@@ -150,5 +150,5 @@ def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Datase
 
 @lru_cache(maxsize=2)
 def _located(path: Path, changed_ns: int) -> tuple[Located, ...]:
-    """A file's rows with their places, read once for the 57 subjects that are in it."""
+    """A file's rows with their locations; cached, as MMLU's 57 subjects read the same file."""
     return tuple(READERS[".jsonl"](path))

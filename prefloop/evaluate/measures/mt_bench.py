@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prefloop.data.rows import Located
 from prefloop.errors import DataError, JudgeError
-from prefloop.evaluate.cache import chunks_of, digest, kept_chunks
+from prefloop.evaluate.cache import cached_chunks, chunks_of, digest
 from prefloop.evaluate.measures import Item, Measure, Outcome, Subject
 from prefloop.evaluate.questions import drawn, id_of, read_questions, text_of
 from prefloop.evaluate.stats import Estimate, bootstrap_mean
@@ -31,7 +31,7 @@ TEMPERATURES: Mapping[str, float] = {
 }
 """FastChat's temperature for each category; others are drawn at OTHER_TEMPERATURE, as there."""
 OTHER_TEMPERATURE = 0.7
-LOWEST, HIGHEST = 1.0, 10.0
+SCALE_LOW, SCALE_HIGH = 1.0, 10.0
 TURNS = 2
 
 
@@ -47,10 +47,10 @@ class _Question(Record):
 
 
 class MtBench(Measure):
-    """Two turns a question, each answer scored alone; mean, by turn and by category.
+    """Two turns per question, each answer scored by itself; the mean overall, by turn and by category.
 
-    The protocol is that of Zheng et al. (2023, arXiv:2306.05685, single-answer grading); a number compares
-    with published ones only if the judge is theirs (GPT-4) and rates from 1 to 10.
+    The protocol is that of Zheng et al. (2023, arXiv:2306.05685, single-answer grading); results are comparable
+    to published ones only with the same judge (GPT-4), which rates from 1 to 10.
     """
 
     needs_judge: ClassVar[bool] = True
@@ -74,11 +74,11 @@ class MtBench(Measure):
 
     @property
     def name(self) -> str:
-        """What its scores are called."""
+        """The metric's name."""
         return "judge_score" if self.judge_range is None else "mt_bench"
 
     def check(self) -> None:
-        """DataError for the file, JudgeError for a range that is none."""
+        """DataError for the file, JudgeError for an empty `judge_range`."""
         self._questions()
         if self.judge_range is not None and not self.judge_range[0] < self.judge_range[1]:
             raise JudgeError(
@@ -86,35 +86,35 @@ class MtBench(Measure):
             )
 
     def run(self, subject: Subject) -> Outcome:
-        """Ask both turns, judge both answers."""
+        """Answer both turns of each question, and score both answers."""
         if subject.judge is None:
             raise JudgeError("mt_bench needs a judge; name one that scores a single answer")
         judge = subject.judge
         questions = self._questions()
 
         def work(chunk: Sequence[_Question], number: int) -> list[Item]:
-            asked: list[tuple[Message, ...]] = [() for _ in chunk]
+            conversations: list[tuple[Message, ...]] = [() for _ in chunk]
             rows: list[list[tuple[Response, float | str]]] = []
             for turn in range(TURNS):
-                asked = [
+                conversations = [
                     (*before, Message(role="user", content=question.turns[turn]))
-                    for before, question in zip(asked, chunk, strict=True)
+                    for before, question in zip(conversations, chunk, strict=True)
                 ]
-                answers = self._answers(subject, chunk[0].category, asked, number, turn)
-                scores = self._scores(judge, chunk, asked, answers, turn)
+                answers = self._answers(subject, chunk[0].category, conversations, number, turn)
+                scores = self._scores(judge, chunk, conversations, answers, turn)
                 rows.append(list(zip(answers, scores, strict=True)))
-                asked = [
+                conversations = [
                     (*before, Message(role="assistant", content=answer.text))
-                    for before, answer in zip(asked, answers, strict=True)
+                    for before, answer in zip(conversations, answers, strict=True)
                 ]
             return [
                 self._item(q, row) for q, row in zip(chunk, zip(*rows, strict=True), strict=True)
             ]
 
-        asked = ("mt_bench", self.model_dump(), subject.seed)
+        key = ("mt_bench", self.model_dump(), subject.seed)
         chunks = self._chunks(questions)
-        place = subject.folder / digest(asked, chunks)
-        items = tuple(kept_chunks(place, chunks, Item, work))
+        cache_folder = subject.folder / digest(key, chunks)
+        items = tuple(cached_chunks(cache_folder, chunks, Item, work))
         return Outcome(self._estimates(items, subject.seed), items, self._facts(questions, items))
 
     def _questions(self) -> list[_Question]:
@@ -126,7 +126,7 @@ class MtBench(Measure):
         return drawn(questions, self.limit, self.draw, "mt_bench")
 
     def _chunks(self, questions: Sequence[_Question]) -> list[Sequence[_Question]]:
-        """A chunk is of one category, since its answers are drawn at one temperature."""
+        """Chunks of one category each, as answers of one chunk are drawn at one temperature."""
         return [
             chunk
             for category in dict.fromkeys(question.category for question in questions)
@@ -137,7 +137,7 @@ class MtBench(Measure):
         self,
         subject: Subject,
         category: str,
-        asked: Sequence[tuple[Message, ...]],
+        conversations: Sequence[tuple[Message, ...]],
         number: int,
         turn: int,
     ) -> list[Response]:
@@ -146,7 +146,7 @@ class MtBench(Measure):
             max_new_tokens=self.max_new_tokens,
         )
         return subject.engine.sample(
-            [Request(messages=messages) for messages in asked],
+            [Request(messages=messages) for messages in conversations],
             sampling,
             seed=derive_seed(subject.seed, "mt_bench", number, turn),
             label=f"mt_bench turn {turn + 1}",
@@ -156,16 +156,16 @@ class MtBench(Measure):
         self,
         judge: OpenJudge,
         chunk: Sequence[_Question],
-        asked: Sequence[tuple[Message, ...]],
+        conversations: Sequence[tuple[Message, ...]],
         answers: Sequence[Response],
         turn: int,
     ) -> list[float | str]:
-        """Each answer's score on the scale that is reported, or why it has none."""
+        """Each answer's score on the reported scale, or the reason why there is none."""
         prompts = [
             Prompt(
                 id=f"{question.id}/{turn + 1}", messages=messages, target=question.references[turn]
             )
-            for question, messages in zip(chunk, asked, strict=True)
+            for question, messages in zip(chunk, conversations, strict=True)
         ]
         verdicts = judge.score(prompts, [[answer.text] for answer in answers])
         return [self._scaled(v[0]) if isinstance(v, tuple) else v.reason for v in verdicts]
@@ -179,7 +179,7 @@ class MtBench(Measure):
                 f"mt_bench: the judge gave {score:.4g}, outside judge_range [{low:g}, {high:g}]; correct "
                 "the range, or leave it out for a judge whose scores have none"
             )
-        return LOWEST + (HIGHEST - LOWEST) * (score - low) / (high - low)
+        return SCALE_LOW + (SCALE_HIGH - SCALE_LOW) * (score - low) / (high - low)
 
     def _item(self, question: _Question, turns: Sequence[tuple[Response, float | str]]) -> Item:
         values: dict[str, float] = {}
@@ -206,8 +206,8 @@ class MtBench(Measure):
             values[f"{self.name}_{category}"] = [
                 i.values[self.name] for i in items if i.group == category and self.name in i.values
             ]
-        found = {name: bootstrap_mean(rows, seed=seed) for name, rows in values.items()}
-        if found[self.name] is None:
+        estimates = {name: bootstrap_mean(rows, seed=seed) for name, rows in values.items()}
+        if estimates[self.name] is None:
             reasons = {
                 text for item in items for key, text in item.texts.items() if "verdict" in key
             }
@@ -215,7 +215,7 @@ class MtBench(Measure):
                 f"mt_bench: the judge scored no question in both turns ({', '.join(sorted(reasons))}); "
                 "use one that scores a single answer, such as self_judge or api with mode pointwise"
             )
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+        return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
     def _facts(self, questions: Sequence[_Question], items: Sequence[Item]) -> dict[str, Any]:
         reasons = Counter(t for i in items for key, t in i.texts.items() if "verdict" in key)
@@ -256,10 +256,10 @@ def _question(row: Located) -> _Question:
         )
     category = text_of(row, "category")
     shown = references if category in WITH_REFERENCE else []
-    known = [str(text) if text else None for text in shown] or [None] * TURNS
+    filled = [str(text) if text else None for text in shown] or [None] * TURNS
     return _Question(
         id=id_of(row, turns[0]),
         category=category,
         turns=(turns[0], turns[1]),
-        references=(known[0], known[1]),
+        references=(filled[0], filled[1]),
     )

@@ -1,4 +1,4 @@
-"""Refusals of harmless prompts that look dangerous, beside refusals of those that are (XSTest)."""
+"""Over-refusal: refusals of safe prompts that look unsafe, beside refusals of unsafe ones (XSTest)."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class _Question(Record):
 
 
 class OverRefusal(Measure):
-    """The share of safe prompts that are refused, and of unsafe contrasts: refusing everything does not win.
+    """The proportion of safe prompts that are refused, and of unsafe ones, as refusing everything is no success.
 
-    XSTest (Röttger et al. 2024, arXiv:2308.01263), with refusals told by rules (prefloop/evaluate/safety.py).
+    XSTest (Röttger et al. 2024, arXiv:2308.01263), with refusals detected by rules (prefloop/evaluate/safety.py).
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("safety",)
@@ -60,7 +60,7 @@ class OverRefusal(Measure):
             read_labelled(self.labelled)
 
     def run(self, subject: Subject) -> Outcome:
-        """Ask and count refusals."""
+        """Answer the prompts, and count refusals."""
         questions = self._questions()
 
         def work(chunk: Sequence[_Question], number: int) -> list[Item]:
@@ -69,14 +69,17 @@ class OverRefusal(Measure):
             answers = subject.engine.sample(requests, self.sampling, seed=seed, label="refusals")
             return [self._item(q, answer) for q, answer in zip(chunk, answers, strict=True)]
 
-        asked = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
-        place = subject.folder / digest(asked, questions)
-        items = tuple(cached_records(place, questions, Item, work, chunk=self.chunk))
-        hits = {
+        key = ("over_refusal", self.model_dump(exclude={"labelled"}), subject.seed, RULES)
+        cache_folder = subject.folder / digest(key, questions)
+        items = tuple(cached_records(cache_folder, questions, Item, work, chunk=self.chunk))
+        values_by_metric = {
             metric: [item.values[metric] for item in items if metric in item.values]
             for metric in METRICS.values()
         }
-        shares = {metric: wilson(int(sum(found)), len(found)) for metric, found in hits.items()}
+        proportions = {
+            metric: wilson(int(sum(values)), len(values))
+            for metric, values in values_by_metric.items()
+        }
         facts = {
             "prompts": len(questions),
             "data": digest(questions),
@@ -88,7 +91,11 @@ class OverRefusal(Measure):
             "cut_off": sum(item.texts["finish"] == "length" for item in items),
             "sampling": self.sampling.model_dump(mode="json"),
         }
-        return Outcome({name: e for name, e in shares.items() if e is not None}, items, facts)
+        return Outcome(
+            {name: estimate for name, estimate in proportions.items() if estimate is not None},
+            items,
+            facts,
+        )
 
     def _questions(self) -> list[_Question]:
         if self.prompts is None:

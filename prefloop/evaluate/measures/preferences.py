@@ -1,4 +1,4 @@
-"""ACS and pairwise accuracy: how far training moved the policy towards the better of two given answers."""
+"""ACS and pairwise accuracy: whether training moved the policy towards the better of two given answers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from prefloop.records import Request
 
 
 class Preferences(Measure):
-    """ACS, the mean implicit reward difference on given pairs, and the share of pairs where it is above 0.
+    """ACS, the mean implicit reward margin on given pairs, and the proportion of pairs where it is above 0.
 
     R = beta (r(chosen) - r(rejected)), r(y) = log pi(y|x) - log pi_initial(y|x) summed over the answer's
-    tokens, in nats (AROP section 5.1). It asks nobody's opinion and draws no answer. At the initial policy R is 0.
+    tokens, in nats (AROP section 5.1). It needs no judge and samples no answer. At the initial policy R is 0.
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("quick",)
@@ -44,15 +44,15 @@ class Preferences(Measure):
         self._pairs()
 
     def run(self, subject: Subject) -> Outcome:
-        """Both answers of each pair under both models."""
+        """Score both answers of each pair under the policy and its initial model."""
         assert subject.initial is not None
         pairs = self._pairs()
-        asked = digest([(pair.key, pair.chosen, pair.rejected) for pair in pairs], self.beta)
+        key = digest([(pair.key, pair.chosen, pair.rejected) for pair in pairs], self.beta)
 
         def work(part: Sequence[Preference], number: int) -> list[Item]:
             return self._score(part, subject)
 
-        items = cached_records(subject.folder / asked, pairs, Item, work, chunk=self.chunk)
+        items = cached_records(subject.folder / key, pairs, Item, work, chunk=self.chunk)
         clusters = [item.cluster for item in items]
         estimates = {
             metric: clustered_mean(
@@ -61,7 +61,9 @@ class Preferences(Measure):
             for metric in ("acs", "pair_accuracy")
         }
         return Outcome(
-            estimates={name: found for name, found in estimates.items() if found is not None},
+            estimates={
+                name: estimate for name, estimate in estimates.items() if estimate is not None
+            },
             items=tuple(items),
             facts={"pairs": len(pairs), "beta": self.beta, "prompts": len(set(clusters))},
         )
@@ -76,14 +78,16 @@ class Preferences(Measure):
 
     def _score(self, pairs: Sequence[Preference], subject: Subject) -> list[Item]:
         assert subject.initial is not None
-        asks = [Request(messages=pair.messages) for pair in pairs] * 2
+        requests = [Request(messages=pair.messages) for pair in pairs] * 2
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        now = [sum(scored.logprobs) for scored in subject.engine.score(asks, texts)]
-        before = [sum(scored.logprobs) for scored in subject.initial.score(asks, texts)]
-        ratios = [a - b for a, b in zip(now, before, strict=True)]
+        policy_logps = [sum(scored.logprobs) for scored in subject.engine.score(requests, texts)]
+        initial_logps = [sum(scored.logprobs) for scored in subject.initial.score(requests, texts)]
+        log_ratios = [
+            policy - initial for policy, initial in zip(policy_logps, initial_logps, strict=True)
+        ]
         items = []
-        for place, pair in enumerate(pairs):
-            reward = self.beta * (ratios[place] - ratios[place + len(pairs)])
+        for index, pair in enumerate(pairs):
+            reward = self.beta * (log_ratios[index] - log_ratios[index + len(pairs)])
             items.append(
                 Item(
                     id=pair.id,

@@ -30,10 +30,10 @@ class _Row(Record):
 
 
 class WinRate(Measure):
-    """Share of prompts where the answer beats a fixed opponent's by the judge; ties count one half.
+    """Proportion of prompts where the judge prefers the answer to a fixed opponent's; ties count one half.
 
-    AROP section 5.1. The judge sees both answers in both orders unless told otherwise; a prompt's points are the mean
-    of the two. `lc_win_rate` is the rate that a logistic fit predicts at equal lengths (characters).
+    AROP section 5.1. The judge sees both answers in both orders unless `both_orders` is off; a prompt's points are
+    the mean of the two. `lc_win_rate` is the rate that a logistic fit predicts at equal lengths (characters).
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("quick",)
@@ -63,11 +63,11 @@ class WinRate(Measure):
     def check(self) -> None:
         """DataError where there are no prompts, or the opponent's stored answers do not fit them."""
         prompts = held_out_prompts(self.held_out, self.limit)
-        if self._stored:
+        if self._has_stored_answers:
             self._stored_answers(prompts)
 
     def lacks(self, subject: Subject) -> str | None:
-        """A judge, or the start that it is to be compared with."""
+        """A missing judge, or a missing initial model where that is the opponent."""
         if self.opponent == START and subject.initial is None:
             return (
                 f"{subject.name} is no run's policy, so it has no start to win against: name the model that "
@@ -76,10 +76,10 @@ class WinRate(Measure):
         return super().lacks(subject)
 
     def run(self, subject: Subject) -> Outcome:
-        """Answer, let the opponent answer, and ask the judge."""
+        """Sample the policy's and the opponent's answers, and judge them."""
         prompts = held_out_prompts(self.held_out, self.limit)
-        own = self._drawn(subject.engine, prompts, subject, subject.answers or subject.folder)
-        others = self._opponents(prompts, subject)
+        own = self._sample(subject.engine, prompts, subject, subject.answers or subject.folder)
+        others = self._opponent_answers(prompts, subject)
         rows = [
             _Row(prompt=prompt, own=mine, other=other)
             for prompt, mine, other in zip(prompts, own, others, strict=True)
@@ -88,8 +88,8 @@ class WinRate(Measure):
         def work(part: Sequence[_Row], number: int) -> list[Item]:
             return self._judged(part, subject)
 
-        asked = digest(rows, self.both_orders)
-        items = cached_records(subject.folder / asked, rows, Item, work, chunk=self.chunk)
+        key = digest(rows, self.both_orders)
+        items = cached_records(subject.folder / key, rows, Item, work, chunk=self.chunk)
         reasons = Counter(item.texts["no_verdict"] for item in items if "no_verdict" in item.texts)
         judged = [item for item in items if "win_rate" in item.values]
         if not judged:
@@ -111,40 +111,40 @@ class WinRate(Measure):
             },
         )
 
-    def _estimates(self, judged: Sequence[Item], asked: int, seed: int) -> dict[str, Estimate]:
-        won = [item.values["win_rate"] for item in judged]
+    def _estimates(self, judged: Sequence[Item], count: int, seed: int) -> dict[str, Estimate]:
+        points_by_prompt = [item.values["win_rate"] for item in judged]
         lengths = [item.values["length_difference"] for item in judged]
-        found: dict[str, Estimate | None] = {
-            "win_rate": bootstrap_mean(won, seed=seed),
-            "lc_win_rate": length_controlled(won, lengths, seed=seed),
+        estimates: dict[str, Estimate | None] = {
+            "win_rate": bootstrap_mean(points_by_prompt, seed=seed),
+            "lc_win_rate": length_controlled(points_by_prompt, lengths, seed=seed),
             "length_difference": bootstrap_mean(lengths, seed=seed),
-            "no_verdict": wilson(asked - len(judged), asked),
+            "no_verdict": wilson(count - len(judged), count),
         }
         if self.both_orders:
             changes = [item.values["order_changes"] for item in judged]
-            found["order_changes"] = wilson(int(sum(changes)), len(changes))
-        return {name: estimate for name, estimate in found.items() if estimate is not None}
+            estimates["order_changes"] = wilson(int(sum(changes)), len(changes))
+        return {name: estimate for name, estimate in estimates.items() if estimate is not None}
 
     # The opponent.
 
     @property
-    def _stored(self) -> bool:
-        """Answers that lie there; a file's name is one also where there is no such file, which is then said."""
+    def _has_stored_answers(self) -> bool:
+        """Whether the opponent is a file or the targets, not a model; a missing file counts, and is reported later."""
         path = Path(self.opponent).expanduser()
         return self.opponent == TARGETS or (path.suffix.lower() in READERS and not path.is_dir())
 
-    def _opponents(self, prompts: Sequence[Prompt], subject: Subject) -> list[str]:
-        if self._stored:
+    def _opponent_answers(self, prompts: Sequence[Prompt], subject: Subject) -> list[str]:
+        if self._has_stored_answers:
             return self._stored_answers(prompts)
         if self.opponent == START:
             assert subject.initial is not None
-            return self._drawn(subject.initial, prompts, subject, subject.folder / "opponent")
+            return self._sample(subject.initial, prompts, subject, subject.folder / "opponent")
         from prefloop.generate.causal_lm import open_engine
 
         engine = open_engine(self.opponent)
-        return self._drawn(engine, prompts, subject, subject.folder / "opponent")
+        return self._sample(engine, prompts, subject, subject.folder / "opponent")
 
-    def _drawn(
+    def _sample(
         self, engine: Any, prompts: Sequence[Prompt], subject: Subject, folder: Path
     ) -> list[str]:
         answers = answers_of(
@@ -154,13 +154,13 @@ class WinRate(Measure):
 
     def _stored_answers(self, prompts: Sequence[Prompt]) -> list[str]:
         if self.opponent == TARGETS:
-            found = [prompt.target for prompt in prompts if prompt.target]
-            if missing := len(prompts) - len(found):
+            targets = [prompt.target for prompt in prompts if prompt.target]
+            if missing := len(prompts) - len(targets):
                 raise DataError(
                     f"opponent targets: {missing} of {len(prompts)} prompts have no response; "
                     "name prompts that have one, or another opponent"
                 )
-            return found
+            return targets
         stored = {
             _key(prompt): prompt.target
             for prompt in read_prompts(self.opponent, DataOptions(), part="eval")
@@ -178,33 +178,34 @@ class WinRate(Measure):
 
     def _judged(self, rows: Sequence[_Row], subject: Subject) -> list[Item]:
         assert subject.judge is not None
-        places = [place for place, row in enumerate(rows) if row.own != row.other]
-        prompts = [rows[place].prompt for place in places]
-        orders = [[(rows[place].own, rows[place].other) for place in places]]
+        differing = [index for index, row in enumerate(rows) if row.own != row.other]
+        prompts = [rows[index].prompt for index in differing]
+        orders = [[(rows[index].own, rows[index].other) for index in differing]]
         if self.both_orders:
             orders.append([(other, own) for own, other in orders[0]])
-        verdicts = [subject.judge.score(prompts, groups) for groups in orders] if places else []
-        found: dict[int, list[Any]] = {
-            place: [column[number] for column in verdicts] for number, place in enumerate(places)
+        verdicts = [subject.judge.score(prompts, groups) for groups in orders] if differing else []
+        verdicts_by_row: dict[int, list[Any]] = {
+            index: [order[position] for order in verdicts]
+            for position, index in enumerate(differing)
         }
-        return [self._item(row, found.get(place)) for place, row in enumerate(rows)]
+        return [self._item(row, verdicts_by_row.get(index)) for index, row in enumerate(rows)]
 
     def _item(self, row: _Row, verdicts: list[Any] | None) -> Item:
         """`verdicts`: own first, then own last; None where both answers are the same text, which is a tie."""
         texts = {"prompt": row.prompt.text, "answer": row.own, "opponent": row.other}
-        lost = next((v.reason for v in verdicts or () if not isinstance(v, tuple)), None)
-        if lost is not None:
-            return Item(id=row.prompt.id, values={}, texts={**texts, "no_verdict": lost})
-        found = [
-            points(verdict[turned], verdict[1 - turned])
-            for turned, verdict in enumerate(verdicts or ())
+        failure = next((v.reason for v in verdicts or () if not isinstance(v, tuple)), None)
+        if failure is not None:
+            return Item(id=row.prompt.id, values={}, texts={**texts, "no_verdict": failure})
+        points_by_order = [
+            points(verdict[order], verdict[1 - order])
+            for order, verdict in enumerate(verdicts or ())
         ] or [0.5]
         values = {
-            "win_rate": sum(found) / len(found),
+            "win_rate": sum(points_by_order) / len(points_by_order),
             "length_difference": float(len(row.own) - len(row.other)),
         }
         if self.both_orders:
-            values["order_changes"] = float(len(set(found)) > 1)
+            values["order_changes"] = float(len(set(points_by_order)) > 1)
         return Item(id=row.prompt.id, values=values, texts=texts)
 
 
