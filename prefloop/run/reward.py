@@ -96,7 +96,9 @@ def load_pairs(
     """Training pairs, held-out pairs, and rows dropped by reason. Raises DataError."""
     read: list[LabelledPairs] = []
     for source in recipe.data.train:
-        found = read_preferences(source, margin_field=recipe.data.margin_field)
+        found = read_preferences(
+            source, margin_field=recipe.data.margin_field, split=recipe.data.split
+        )
         read.append(found.model_copy(update={"pairs": found.pairs[: recipe.data.limit]}))
     pairs = [pair for found in read for pair in found.pairs]
     train, held_out = split_by_prompt(pairs, recipe.data.holdout, recipe.seed)
