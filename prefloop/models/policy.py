@@ -139,10 +139,6 @@ class Policy:
             sizes.pop(id(table), None)
         return sum(sizes.values())
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser is to be given, in a fixed order."""
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
-
     @contextlib.contextmanager
     def at_start(self) -> Iterator[None]:
         """Inside, the model is the initial policy: π_ref of AROP.
