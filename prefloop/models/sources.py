@@ -174,7 +174,7 @@ def _download(source: str, options: ModelOptions) -> Path:
 def reason(error: BaseException) -> str:
     """The first line of what a library had to say."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextlib.contextmanager
