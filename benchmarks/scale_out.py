@@ -33,7 +33,7 @@ from prefloop.run.session import Session
 from prefloop.run_folder import RunDir
 
 ACCELERATE = "accelerate launch --num_processes 2 --config_file {}/{}.yaml"
-CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
+CONFIGS = Path(__file__).parents[1] / "prefloop" / "recipes" / "accelerate"
 LAUNCHES: dict[str, LaunchOptions] = {
     "replicated": LaunchOptions(processes=2),
     "fsdp2": LaunchOptions(processes=2, sharding="fsdp2"),

@@ -112,6 +112,16 @@ _Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda _, node: str(node.
 
 M = TypeVar("M", bound=BaseModel)
 
+SHIPPED = Path(__file__).parent / "recipes"
+"""Recipes that come with the package, and with them comparisons, reward recipes and launcher configs."""
+
+
+def here_or_shipped(path: Path) -> Path:
+    """The path; for one below recipes/ that is not here, the shipped file of that name where there is one."""
+    shipped = SHIPPED.parent / path
+    below = path.parts[:1] == (SHIPPED.name,) and ".." not in path.parts
+    return shipped if below and not path.exists() and shipped.is_file() else path
+
 
 def build(kind: type[M], values: object, where: str) -> M:
     """Validate as JSON: strictly ("yes" is not 1), yet a list passes for a tuple."""

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -310,6 +311,20 @@ def replace_folder(temporary: Path, final: Path) -> None:
         final.rename(old)
     temporary.rename(final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give a folder and its files the modes that the umask gives to new ones.
+
+    mkdtemp makes its folders, and safetensors its files, for their owner alone.
+    """
+    probe = folder / ".mode"
+    probe.mkdir()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    folder.chmod(mode)
+    for file in folder.iterdir():
+        file.chmod(mode & 0o666 if file.is_file() else mode)
 
 
 def _size(path: Path) -> int:

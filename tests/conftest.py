@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefloop.models.policy import Policy
 from prefloop.records import Message, Prompt
 
 CHAT_TEMPLATE = (
@@ -52,6 +54,11 @@ def tiny_llama(vocabulary: int, seed: int = 0, *, intermediate_size: int = 48) -
                 pad_token_id=1,
             )
         ).eval()
+
+
+def trainable_weights(policy: Policy) -> list[nn.Parameter]:
+    """What an optimiser is given."""
+    return [weight for weight in policy.model.parameters() if weight.requires_grad]
 
 
 def labelled_prompts(count: int) -> list[Prompt]:

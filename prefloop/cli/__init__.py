@@ -70,6 +70,7 @@ class Format(StrEnum):
 
     jsonl = "jsonl"
     parquet = "parquet"
+    sharegpt = "sharegpt"
 
 
 def main() -> None:
@@ -169,13 +170,15 @@ app.command()(report)
 @app.command()
 def export(
     run_folder: RunArgument,
-    out: Annotated[Path, typer.Argument(help="A file, or a folder for pairs.FORMAT.")],
-    kind: Annotated[Format, typer.Option("--format", help="How to write.")] = Format.jsonl,
+    out: Annotated[Path, typer.Argument(help="A file, or a folder for pairs.jsonl or .parquet.")],
+    kind: Annotated[
+        Format, typer.Option("--format", help="TRL's rows as jsonl or parquet; ShareGPT's.")
+    ] = Format.jsonl,
     rounds: Annotated[
         list[int] | None, typer.Option("--round", min=0, help="Only this round; repeatable.")
     ] = None,
 ) -> None:
-    """Write a run's pairs in TRL's conversational preference format."""
+    """Write a run's pairs in TRL's conversational preference format, or in ShareGPT's."""
     from prefloop.data.export import export_pairs
     from prefloop.run_folder import read_run
 

@@ -23,7 +23,15 @@ from pydantic import (
 
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import Options, build, find_plugin, overridden, read_yaml, sentence
+from prefloop.config import (
+    Options,
+    build,
+    find_plugin,
+    here_or_shipped,
+    overridden,
+    read_yaml,
+    sentence,
+)
 from prefloop.errors import RecipeError, nearest
 from prefloop.judges import Judge
 from prefloop.methods import Method
@@ -110,7 +118,8 @@ class Cell:
 
 
 def load_comparison(path: Path) -> Comparison:
-    """Read a comparison file. Raises RecipeError."""
+    """Read a comparison file; recipes/compare/NAME.yaml is a shipped one unless it is here. Raises RecipeError."""
+    path = here_or_shipped(path)
     if not path.is_file():
         files = sorted(str(file) for file in path.parent.glob("*.y*ml"))
         raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), files)}" if files else ""))

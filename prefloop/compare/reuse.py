@@ -1,30 +1,39 @@
 """Reuse of stages that cells of a comparison have in common: their keys, and how their files are copied.
 
-A stage's key covers every option that can influence its records, and more: an option is left out only where
-it is known to be read later. Equal keys mean equal records, byte for byte, since a stage's random seed depends
-on round and chunk only; tests/compare/test_compare_reuse.py compares the bytes.
+A stage's key holds every option that can enter its records, and more: an option of a method is left out only
+where nothing in the method's own code can read it before a later stage. Equal keys mean equal records, byte for byte, for a stage draws its random
+numbers from its place alone; tests/compare/test_compare_reuse.py compares the bytes.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import shutil
+import textwrap
 from collections.abc import Mapping
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import prefloop.methods
 from prefloop.config import plugin_name
+from prefloop.methods import Method
 from prefloop.recipe import Recipe
 from prefloop.run_folder import REJECTS, RunDir
 
 START_STAGES = ("sft", "answers", "introspection")
 """Stages of `rounds/start` that can be reused; its measures are computed in each cell."""
 FIRST_ROUND_STAGES = ("candidates", "ranked")
-_LATER_STAGES = ("rank", "pair", "loss")
+_ENTRANCES = {
+    "generate": ("generate", "needs_target", "needs_pairs", "needs_judge"),
+    "rank": ("generate", "needs_target", "needs_pairs", "needs_judge", "rank"),
+}
+"""What a run calls of a method up to the end of a stage."""
 
 
 def stage_keys(recipe: Recipe) -> dict[str, str]:
@@ -67,16 +76,69 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
 
 
 def _options(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The method's options that this stage, or one before it, may read."""
-    method = recipe.method
-    later_stages = (
-        _LATER_STAGES[_LATER_STAGES.index(stage) + 1 :] if stage in _LATER_STAGES else _LATER_STAGES
-    )
-    unread = {
-        "reference",
-        *(key for key, first in method.first_read.items() if first in later_stages),
-    }
-    return {k: v for k, v in method.model_dump(mode="json").items() if k not in unread}
+    """The method's options that the stage, or one before it, may look at."""
+    read = options_read(type(recipe.method), stage)
+    return {k: v for k, v in recipe.method.model_dump(mode="json").items() if k in read}
+
+
+def options_read(kind: type[Method], stage: str) -> set[str]:
+    """The options that a method may read up to the end of `stage`, "generate" or "rank".
+
+    Found in its source: what the stage's functions say `self.name` of, and whatever they call on self. Where
+    they pass self on as a whole, or call what is not written in a method's class, it is every option.
+    `reference` is the trainer's; the other options of all methods are read by the run itself.
+    """
+    fields = kind.model_fields.keys()
+    found = Method.model_fields.keys() - {"reference"}
+    todo, done = list(_ENTRANCES[stage]), set()
+    while todo:
+        name = todo.pop()
+        if name in fields:
+            found.add(name)
+        elif name not in done:
+            done.add(name)
+            called = _names_said_of_self(kind, name)
+            if called is None:
+                return set(fields)
+            todo += called
+    return found
+
+
+def _names_said_of_self(kind: type[Method], name: str) -> set[str] | None:
+    """Attributes of self that `name` mentions, in each class that defines it; None where that cannot be told."""
+    owners = [owner for owner in kind.__mro__ if name in vars(owner)]
+    if not owners or not all(issubclass(owner, Method) for owner in owners):
+        return None
+    mentioned: set[str] = set()
+    for owner in owners:
+        value = vars(owner)[name]
+        function = value.fget if isinstance(value, property) else value
+        if inspect.isfunction(function):
+            said = _attributes_of_self(function)
+            if said is None:
+                return None
+            mentioned |= said
+        elif callable(value) or hasattr(value, "__get__"):
+            return None
+    return mentioned
+
+
+def _attributes_of_self(function: FunctionType) -> set[str] | None:
+    """Names that stand behind `self.` or `super().` in a function; None where self is used in another way."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):
+        return None
+    [code] = tree.body
+    if not isinstance(code, ast.FunctionDef) or code.args.args[0].arg != "self":
+        return None
+    selves = [n for n in ast.walk(code) if isinstance(n, ast.Name) and n.id in ("self", "super")]
+    said = [
+        node.attr
+        for node in ast.walk(code)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "super()")
+    ]
+    return set(said) if len(said) == len(selves) else None
 
 
 def copy_stages(run: RunDir, donors: Mapping[str, Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pairs as a preference data set that other trainers read: TRL's conversational format."""
+"""Pairs as a preference data set that other trainers read: TRL's conversational format, or ShareGPT's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any, Literal, NamedTuple
 from prefloop.errors import DataError, PrefloopError, RunFolderError
 from prefloop.records import Pair
 
-Format = Literal["jsonl", "parquet"]
+Format = Literal["jsonl", "parquet", "sharegpt"]
 Row = dict[str, Any]
 _ROWS_PER_GROUP = 1000
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_FIELDS = ("target", "margin", "round", "prompt_id")
 
 
 class Exported(NamedTuple):
@@ -30,8 +32,9 @@ def export_pairs(
     """Write pairs as one file that ``datasets.load_dataset`` reads and TRL's ``DPOTrainer`` trains on.
 
     Columns: `prompt` (the turns), `chosen` and `rejected` (one assistant turn each), `target` (null
-    where the method has none), `margin`, `round`, `prompt_id`. A folder gets `pairs.jsonl` or
-    `pairs.parquet`. The file appears whole or not at all, and replaces an older one.
+    where the method has none), `margin`, `round`, `prompt_id`. "sharegpt" is JSON lines with
+    `conversations`, `chosen` and `rejected` as {from, value} turns, as LLaMA-Factory reads rankings. A
+    folder gets `pairs.jsonl` or `pairs.parquet`. The file appears whole or not at all, and replaces an older one.
     Raises DataError where there are no pairs, or answers without another beside them, or the name fits
     no format; RunFolderError where the file cannot be written.
     """
@@ -66,13 +69,24 @@ def as_row(pair: Pair) -> Row:
     }
 
 
+def _as_sharegpt(row: Row) -> Row:
+    """The row with {from, value} turns in place of {role, content} ones; answers are single turns."""
+    turns = {
+        name: [{"from": _SPEAKERS[turn["role"]], "value": turn["content"]} for turn in row[name]]
+        for name in ("prompt", "chosen", "rejected")
+    }
+    answers = {name: turns[name][0] for name in ("chosen", "rejected")}
+    return {"conversations": turns["prompt"], **answers, **{name: row[name] for name in _FIELDS}}
+
+
 def _destination(place: Path, format: Format) -> Path:
+    suffix = ".parquet" if format == "parquet" else ".jsonl"
     if place.is_dir() or not place.suffix:
-        return place / f"pairs.{format}"
-    if place.suffix == f".{format}":
+        return place / f"pairs{suffix}"
+    if place.suffix == suffix:
         return place
     raise DataError(
-        f"{place} does not end in .{format}; rename it so, name a folder, "
+        f"{place} does not end in {suffix}; rename it so, name a folder, "
         f"or choose the format that its name asks for"
     )
 
@@ -128,4 +142,5 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
 _WRITERS: dict[Format, Callable[[Iterator[Row], Path], int]] = {
     "jsonl": _write_jsonl,
     "parquet": _write_parquet,
+    "sharegpt": lambda rows, path: _write_jsonl(map(_as_sharegpt, rows), path),
 }

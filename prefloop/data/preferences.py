@@ -54,7 +54,9 @@ class LabelledPairs(Record):
     """Reason -> rows."""
 
 
-def read_preferences(source: str, *, margin_field: str | None = None) -> LabelledPairs:
+def read_preferences(
+    source: str, *, margin_field: str | None = None, split: str = "train"
+) -> LabelledPairs:
     """All labelled pairs of a file, folder or Hub data set. Raises DataError with the bad row's place.
 
     A row has `prompt` or `messages`, and `chosen` and `rejected`; or `response_1` and `response_2` with
@@ -62,7 +64,7 @@ def read_preferences(source: str, *, margin_field: str | None = None) -> Labelle
     annotators gave counts; rows without such a label, and rows with an empty answer, are dropped and
     counted. `chosen` and `rejected` may be whole conversations (TRL's form); the last turns count.
     """
-    stem, rows = open_rows(source, "train", None, "train")
+    stem, rows = open_rows(source, "train", None, split)
     dropped: Counter[str] = Counter()
     pairs = []
     for number, (where, row) in enumerate(rows, start=1):
@@ -145,7 +147,7 @@ def _conversation_and_answers(
         else:
             raise DataError(f"{where}: {name!r} is {type(value).__name__}, not text; convert it")
     if _has_prompt(row):
-        return _prompt_turns(where, row), answers
+        return _prompt_turns(where, row, answers), answers
     if len(leads) == 2 and leads[0] and leads[0] == leads[1]:
         return leads[0], answers
     raise DataError(
@@ -158,7 +160,7 @@ def _has_prompt(row: Row) -> bool:
     return row.get("prompt") is not None or row.get("messages") is not None
 
 
-def _prompt_turns(where: str, row: Row) -> list[Message]:
+def _prompt_turns(where: str, row: Row, answers: Sequence[str]) -> list[Message]:
     given = row.get("messages")
     field = "messages" if given is not None else "prompt"
     if given is None:
@@ -166,6 +168,9 @@ def _prompt_turns(where: str, row: Row) -> list[Message]:
     if not isinstance(given, list):
         return [Message(role="user", content=filled_text(where, field, given))]
     turns = conversation(where, field, given)
+    if turns[-1].role == "assistant" and turns[-1].content in answers:
+        # UltraFeedback's `messages` is the prompt with the chosen answer.
+        turns = turns[:-1]
     if turns[-1].role != "user":
         raise DataError(
             f"{where}: {field!r} ends with the assistant's turn; leave it to the two answers"

@@ -13,6 +13,7 @@ from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from prefloop.evaluate.stats import Estimate, clustered_mean, wilson
 
@@ -190,16 +191,9 @@ def calibration(rows: Sequence[Scored], *, bins: int = 10) -> Calibration | None
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation, ties at their mean rank; None where one side does not vary."""
-    if len(first) < 2 or len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    _, ranks_of, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return [float(rank) for rank in ((ends - counts + 1 + ends) / 2)[ranks_of]]
+    """Spearman's; None where one side does not vary."""
+    varies = len(set(first)) > 1 and len(set(second)) > 1
+    return float(spearmanr(first, second).statistic) if varies else None
 
 
 def _difference(row: Scored) -> float:

@@ -13,7 +13,7 @@ from prefloop.errors import DataError, RecipeError
 from prefloop.evaluate.cache import digest, held_out_prompts
 from prefloop.evaluate.judge_check import parse_judge
 from prefloop.evaluate.subjects import Source, content_hash
-from prefloop.generate.causal_lm import open_engine
+from prefloop.generate.hf_engine import open_engine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import CachedJudge, Judge, OpenJudge
 from prefloop.models.sources import quiet

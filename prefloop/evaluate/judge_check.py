@@ -17,7 +17,7 @@ from prefloop.data.preferences import Preference, read_preferences, sources
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.evaluate.agreement import Scored, agreement, calibration, position_bias
-from prefloop.generate.causal_lm import open_engine
+from prefloop.generate.hf_engine import open_engine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import CachedJudge, Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.judges.reward_model import RewardModel

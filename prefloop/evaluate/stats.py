@@ -11,9 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from prefloop.errors import DataError
-
-# Resampled values held at a time: 8 MB, however many values there are.
+# Numbers of resamples held at a time: 8 MB, however many values there are.
 _BLOCK = 2**20
 
 
@@ -108,28 +106,6 @@ def ratio(
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     mean = float(sums_N.sum() / sizes_N.sum())
     return Estimate(mean, min(float(low), mean), max(float(high), mean), count)
-
-
-def paired_difference(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    seed: int,
-    level: float = 0.95,
-    resamples: int = 2000,
-) -> Estimate | None:
-    """Mean of first minus second over the same N prompts, with a bootstrap interval over prompts.
-
-    Resampling prompts, not values, keeps what the two sides share (hard prompts are hard for both)
-    out of the interval. Raises DataError where the sides do not have the same number of values.
-    """
-    if len(first) != len(second):
-        raise DataError(
-            f"a paired comparison got {len(first)} values against {len(second)}; "
-            "give both sides a value for each prompt, in the same order"
-        )
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    return bootstrap_mean(differences, seed=seed, level=level, resamples=resamples)
 
 
 def wilson(successes: int, count: int, *, level: float = 0.95) -> Estimate | None:
@@ -247,20 +223,6 @@ def mean_of(parts: Sequence[Estimate]) -> Estimate:
     below = sum((part.value - part.low) ** 2 for part in parts) ** 0.5 / len(parts)
     above = sum((part.high - part.value) ** 2 for part in parts) ** 0.5 / len(parts)
     return Estimate(value, value - below, value + above, sum(part.count for part in parts))
-
-
-def mean_difference(strata: Strata, *, level: float = 0.95) -> Estimate:
-    """The mean of the strata's mean differences, each in [-1, 1] and of one question answered twice.
-
-    A normal interval, never narrower than if each side had won one question more: else two models that agree on
-    a few questions would have an interval of width 0. Source: Bonett and Price (2012), Journal of
-    Educational and Behavioral Statistics 37, who add those questions.
-    """
-    count = sum(map(len, strata.values()))
-    value = _mean(strata)
-    least = 2 / (count + 2) ** 2
-    half = NormalDist().inv_cdf((1 + level) / 2) * max(_variance_of_mean(strata), least) ** 0.5
-    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), count)
 
 
 def _mean(strata: Strata) -> float:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.errors import RunFolderError
-from prefloop.generate.causal_lm import open_engine
 from prefloop.generate.engine import Engine
-from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.hf_engine import HFEngine, open_engine
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions, local_folder, quiet, resolve_source
 from prefloop.recipe import Recipe, initial_source, load_recipe

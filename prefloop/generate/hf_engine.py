@@ -29,6 +29,8 @@ from prefloop.generate.kv_cache import Slots
 from prefloop.generate.scoring import Wanted, joined, score, scores_of
 from prefloop.machine import Bar, is_out_of_memory
 from prefloop.models.chat import Chat
+from prefloop.models.policy import Policy
+from prefloop.models.sources import ModelOptions
 from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
 # B rows, T positions, V vocabulary.
@@ -365,6 +367,15 @@ def _last_logits(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Ten
     )
     logits_BV: Tensor = output.logits[:, -1].float()
     return logits_BV
+
+
+def open_engine(source: str) -> HFEngine:
+    """Load a folder, Hub id or "embedded:NAME" for asking only. Raises ModelError."""
+    # "full" means without an adapter; nothing trains here, so a GPU needs no float32.
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    options = ModelOptions(source=source, tuning="full", dtype=dtype)
+    policy = Policy.load(options, trainable=False)
+    return HFEngine(policy.model, policy.tokenizer)
 
 
 @contextmanager

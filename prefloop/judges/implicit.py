@@ -74,7 +74,7 @@ class Implicit(Judge):
     ) -> OpenJudge:
         """JudgeError where there is no policy, or no initial one to compare it with."""
         if self.model is not None and self.reference is not None:
-            from prefloop.generate.causal_lm import open_engine
+            from prefloop.generate.hf_engine import open_engine
 
             policy, initial = open_engine(self.model), _always(open_engine(self.reference))
         if policy is None or initial is None:

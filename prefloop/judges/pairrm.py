@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 
 from prefloop.errors import JudgeError
 from prefloop.judges import ALONE, EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
+from prefloop.judges._device import chosen_device, put_on
 from prefloop.judges.reward_model import token_batches
+from prefloop.models.sources import reason
 from prefloop.records import Message, Prompt
 
 if TYPE_CHECKING:
@@ -62,19 +64,8 @@ class PairRM(Judge):
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
         """Load PairRM; JudgeError where that fails or the folder holds another model."""
-        import torch
-
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer = _load(self.model)
-        try:
-            model.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise JudgeError(
-                f"PairRM cannot be put on device {device!r} ({_first_line(error)}); "
-                "choose another judge.device"
-            ) from error
+        put_on(model, chosen_device(self.device), "PairRM")
         return _OpenPairRM(model, tokenizer, self.too_long == "reject", self.batch_tokens)
 
 
@@ -217,7 +208,7 @@ def _load(name: str) -> tuple[Any, Any]:
         SafetensorError,
     ) as error:
         raise JudgeError(
-            f"PairRM {name!r} cannot be loaded ({_first_line(error)}); name the Hub id "
+            f"PairRM {name!r} cannot be loaded ({reason(error)}); name the Hub id "
             "llm-blender/PairRM-hf or a folder with a copy of it"
         ) from error
     # Unexpected keys are harmless: old checkpoints hold buffers such as position_ids.
@@ -281,7 +272,3 @@ def _network() -> type[Any]:
             return scores[0] - scores[1]
 
     return PairRMNetwork
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:")

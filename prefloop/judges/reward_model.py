@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from prefloop.errors import JudgeError
 from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
+from prefloop.judges._device import chosen_device, put_on
 from prefloop.models.embedding import Embedder
 from prefloop.models.reward import (
     EmbeddingHead,
@@ -29,6 +30,7 @@ from prefloop.models.reward import (
     trained_with,
     window_of,
 )
+from prefloop.models.sources import reason
 from prefloop.records import Message, Prompt
 
 if TYPE_CHECKING:
@@ -71,27 +73,17 @@ class RewardModel(Judge):
     def open(
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
-        """Load model and tokenizer; JudgeError where that fails or the model has not exactly one output."""
-        import torch
-
+        """Load model and tokenizer; JudgeError where that fails or the model gives no single score."""
         head = load_head(self.model)
         if head is not None:
             return _OpenEmbeddingHead(head, Embedder(head.source))
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = chosen_device(self.device)
         dtype = self.dtype
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
         model = _load_model(self.model, dtype)
         tokenizer = _from_pretrained("AutoTokenizer", self.model)
-        try:
-            model.to(device).eval()
-        except (RuntimeError, AssertionError) as error:
-            raise JudgeError(
-                f"reward model {self.model!r} cannot be put on device {device!r} "
-                f"({_first_line(error)}); choose another device for this judge"
-            ) from error
+        put_on(model, device, f"reward model {self.model!r}")
         trained = trained_with(model.config)
         if not tokenizer.chat_template and not trained:
             logger.warning(
@@ -234,10 +226,6 @@ def _from_pretrained(kind: str, name: str, **options: Any) -> Any:
         return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise JudgeError(
-            f"reward model {name!r} cannot be loaded by {kind} ({_first_line(error)}); name a folder "
+            f"reward model {name!r} cannot be loaded by {kind} ({reason(error)}); name a folder "
             "or Hub id with config, tokenizer and safetensors weights of a sequence classifier"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".:")

@@ -64,7 +64,7 @@ class SelfJudge(Judge):
     ) -> OpenJudge:
         """JudgeError where there is no policy to ask and no other model is named."""
         if self.model is not None:
-            from prefloop.generate.causal_lm import open_engine
+            from prefloop.generate.hf_engine import open_engine
 
             policy = open_engine(self.model)
         if policy is None:

@@ -101,11 +101,6 @@ class Method(Options):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """The paper's schedule as defaults of the recipe's sections `loop` and `train`."""
 
-    first_read: ClassVar[Mapping[str, Literal["rank", "pair", "loss"]]] = {}
-    """Options that `generate` does not look at, with the first of rank, pair and loss that does. What is not
-    named counts as read by `generate`. Runs that differ only in later options share their text
-    (prefloop compare); `reference` is the trainer's and need not be named."""
-
     reference: Reference = "initial"
     """Whose log-probs the loss is measured from: the initial policy's, or the round's first."""
     generator: Generator = "current"

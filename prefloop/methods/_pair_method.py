@@ -33,7 +33,6 @@ class PairMethod(Method):
     """A method that brings a loss for pairs and takes the pairs as they come."""
 
     roles: ClassVar[tuple[str, ...]] = LABELLED
-    first_read: ClassVar = {"gates": "pair"}
 
     pairs: Literal["data", "drafts"] = "data"
     """The data's labelled pairs, or two drafts of each prompt, ordered by the recipe's judge."""

@@ -81,8 +81,6 @@ class AROP(Method):
         "train": {"epochs": 1, "batch_size": 32},
     }
 
-    first_read: ClassVar = {"margin": "rank", "gates": "pair", "beta": "loss"}
-
     beta: float = Field(default=0.1, gt=0.0)
     """Inverse temperature of the implicit reward difference R (section 3.1)."""
     refine: bool = True

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 class DPO(PairMethod):
     """Direct Preference Optimization on labelled pairs, or on drafts that a judge puts in order."""
 
-    first_read: ClassVar = {"gates": "pair", "beta": "loss"}
     defaults: ClassVar = {
         "loop": {"rounds": 3},
         "train": {

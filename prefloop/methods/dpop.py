@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 class DPOP(PairMethod):
     """DPO-Positive: DPO with a penalty where the chosen answer becomes less likely."""
 
-    first_read: ClassVar = {"gates": "pair", "beta": "loss", "gamma": "loss"}
     defaults: ClassVar = {
         "loop": {"rounds": 1},
         "train": {"epochs": 1, "lr": 5e-7, "schedule": "cosine", "warmup": 0.1, "batch_size": 32},

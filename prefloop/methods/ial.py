@@ -50,11 +50,6 @@ class IAL(Method):
         },
     }
 
-    first_read: ClassVar = {
-        "gates": "pair",
-        **dict.fromkeys(("eta", "gamma", "lam", "objective", "penalty"), "loss"),
-    }
-
     reference: Reference = "round_start"
     """Algorithm 1, line 13: the loss is measured from pi_t, the policy at the round's start."""
     eta: float = Field(default=0.1, gt=0.0)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 class IPO(PairMethod):
     """Identity Preference Optimization: a squared loss that stops where the gap is wide enough."""
 
-    first_read: ClassVar = {"gates": "pair", "beta": "loss"}
     defaults: ClassVar = {
         "loop": {"rounds": 1},
         "train": {"epochs": 1, "lr": 5e-7, "schedule": "cosine", "warmup": 0.1, "batch_size": 32},

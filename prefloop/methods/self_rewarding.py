@@ -25,7 +25,6 @@ class SelfRewarding(Method):
     """Self-Rewarding: of several own answers the best over the worst, in the policy's own judgement."""
 
     needs_judge: ClassVar[bool] = True
-    first_read: ClassVar = {"gates": "pair", "beta": "loss"}
     defaults: ClassVar = {
         "loop": {"rounds": 2},
         "train": {"epochs": 1, "lr": 1e-6, "schedule": "linear", "batch_size": 16},

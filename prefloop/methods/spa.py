@@ -31,10 +31,6 @@ _Weights = Annotated[tuple[_Weight, ...], Field(min_length=1)]
 class SPA(PairMethod):
     """Spread Preference Annotation: DPO on labelled seed pairs, then on pairs that the policy labels itself."""
 
-    first_read: ClassVar = {
-        **dict.fromkeys(("beta", "decoupling"), "rank"),
-        **dict.fromkeys(("gates", "alpha", "least_confident"), "pair"),
-    }
     defaults: ClassVar = {
         "loop": {"rounds": 3},
         "train": {

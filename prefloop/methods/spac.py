@@ -27,7 +27,6 @@ class SPAC(PairMethod):
     """Self-Play with Adversarial Critic: chosen over rejected, and over the policy's own answer."""
 
     roles: ClassVar[tuple[str, ...]] = (_SAMPLE, "chosen", "rejected")
-    first_read: ClassVar = {"gates": "pair", **dict.fromkeys(("eta", "lam", "objective"), "loss")}
     defaults: ClassVar = {
         "loop": {"rounds": 3},
         "train": {

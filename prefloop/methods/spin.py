@@ -39,7 +39,6 @@ class SPIN(Method):
     """Self-Play Fine-Tuning: the target over the policy's own answer, from the round's start."""
 
     needs_target: ClassVar[bool] = True
-    first_read: ClassVar = {"gates": "pair", "beta": "loss"}
     defaults: ClassVar = {
         "loop": {"rounds": 4, "mix_previous": True, "lr_factors": [1.0, 1.0, 0.2, 0.2]},
         "train": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -35,6 +36,7 @@ from prefloop.models.sources import (
     reason,
     resolve_source,
 )
+from prefloop.run_folder import give_usual_modes
 
 __all__ = [
     "EMBEDDED",
@@ -137,10 +139,6 @@ class Policy:
             sizes.pop(id(table), None)
         return sum(sizes.values())
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimiser is to be given, in a fixed order."""
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
-
     @contextlib.contextmanager
     def at_start(self) -> Iterator[None]:
         """Inside, the model is the initial policy: π_ref of AROP.
@@ -226,6 +224,8 @@ class Policy:
                 else:
                     self.model.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
+            _sort_targets(part / "adapter_config.json")
+            give_usual_modes(part)
             if folder.exists():
                 shutil.rmtree(folder)
             part.rename(folder)
@@ -249,6 +249,15 @@ class Policy:
             ) from error
         assert isinstance(merged, PreTrainedModel)
         return merged
+
+
+def _sort_targets(config: Path) -> None:
+    """PEFT keeps the adapted modules as a set, and writes them in another order in each process."""
+    if config.is_file():
+        values = json.loads(config.read_text(encoding="utf-8"))
+        if isinstance(values["target_modules"], list):
+            values["target_modules"].sort()
+        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _device(name: str) -> torch.device:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from prefloop.config import Options
 from prefloop.errors import ModelError, nearest
+from prefloop.run_folder import give_usual_modes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -173,7 +174,7 @@ def _download(source: str, options: ModelOptions) -> Path:
 def reason(error: BaseException) -> str:
     """The first line of what a library had to say."""
     lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -240,6 +241,7 @@ def _unpack(weights: Path, folder: Path) -> None:
     try:
         with console.status(f"unpacking {weights.name}, once"), bars, quiet():
             _convert(weights, part)
+        give_usual_modes(part)
         try:
             part.rename(folder)
         except OSError:

@@ -25,10 +25,12 @@ import prefloop.generate.engines
 import prefloop.judges
 import prefloop.methods
 from prefloop.config import (
+    SHIPPED,
     Options,
     build,
     build_plugin,
     dump_yaml,
+    here_or_shipped,
     model_in,
     plugin_name,
     read_recipe,
@@ -202,13 +204,12 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that can be loaded by name; the working directory's hide shipped ones."""
-    package = Path(__file__).parents[1]
-    folders = (package.parent / "recipes", package / "recipes", Path("recipes"))
+    folders = (SHIPPED, Path(SHIPPED.name))
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def _recipe_path(path_or_name: str) -> Path:
-    path = Path(path_or_name)
+    path = here_or_shipped(Path(path_or_name))
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml"):

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from prefloop.config import Options
+from prefloop.config import Options, here_or_shipped
 from prefloop.errors import LaunchError
 from prefloop.records import Sampling, as_tuple
 
@@ -81,7 +81,8 @@ class LaunchOptions(Options):
         found = shutil.which(first, path=places)
         if found is None:
             raise LaunchError(f"launch.command: no program {first!r}; install it, or name another")
-        return [found, *rest]
+        # A shipped recipe names its launcher's config as recipes/accelerate/NAME.yaml.
+        return [found, *(str(here_or_shipped(Path(word))) for word in rest)]
 
 
 class GenerateOptions(Options):

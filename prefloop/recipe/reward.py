@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from prefloop.config import Options, build, dump_yaml, read_recipe
+from prefloop.config import SHIPPED, Options, build, dump_yaml, here_or_shipped, read_recipe
 from prefloop.errors import RecipeError, nearest
 from prefloop.train.options import RewardModelOptions, RewardTrainOptions
 
@@ -20,6 +20,8 @@ class RewardDataOptions(Options):
 
     train: tuple[str, ...] = Field(min_length=1)
     """Files, folders or Hub data sets with labelled pairs."""
+    split: str = "train"
+    """Split of those sources that are data sets or folders."""
     holdout: float = Field(default=0.25, gt=0.0, lt=1.0)
     """Share of the prompts, drawn by the seed, whose pairs only measure; written to held_out.jsonl."""
     margin_field: str | None = None
@@ -63,7 +65,7 @@ _SECTIONS: dict[str, type[Options] | type[RewardModelOptions] | type[RewardTrain
 
 def load_reward_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> RewardRecipe:
     """Read a reward recipe: a file, or the NAME of recipes/reward/NAME.yaml. Raises RecipeError."""
-    path = Path(path_or_name)
+    path = here_or_shipped(Path(path_or_name))
     if not path.is_file():
         shipped = shipped_reward_recipes()
         if path_or_name not in shipped:
@@ -78,10 +80,7 @@ def shipped_reward_recipes() -> dict[str, Path]:
 
     They lie in a folder of their own, for a run's recipe has other sections.
     """
-    package = Path(__file__).parents[1]
-    folders = (package.parent, package, Path())
+    folders = (SHIPPED, Path(SHIPPED.name))
     return {
-        path.stem: path
-        for folder in folders
-        for path in sorted((folder / "recipes/reward").glob("*.yaml"))
+        path.stem: path for folder in folders for path in sorted((folder / "reward").glob("*.yaml"))
     }

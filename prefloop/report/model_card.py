@@ -18,6 +18,8 @@ from prefloop.records import RoundResult
 from prefloop.report.console import format_values, measure_names, round_name, visible_rounds
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+OLDEST_PEFT = "0.14"
+"""The oldest peft that opened an adapter of ours when it was tried (docs/run-folder.md)."""
 _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet"}
 
 
@@ -39,6 +41,10 @@ class CardFacts:
     """Hub id of the base model where the recipe's `model.source` is not one itself."""
     license: str | None = None
     """Licence identifier as the Hub spells it; left out of the card where unknown."""
+    merged: bool = False
+    """Whether the folder holds the whole model that an adapter was merged into."""
+    base_note: str = ""
+    """A sentence about the base that users must know, such as that it differs from the one on the Hub."""
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
@@ -70,7 +76,7 @@ def _header(facts: CardFacts) -> dict[str, Any]:
         header |= {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"}
     header |= {"library_name": _library(facts), "pipeline_tag": "text-generation"}
     header["tags"] = ["prefloop", "preference-optimization", "self-alignment", _method(facts)]
-    if adapter:
+    if _is_lora(facts):
         header["tags"].append("lora")
     if train and is_hub_id(train):
         header["datasets"] = [train]
@@ -81,13 +87,17 @@ def _header(facts: CardFacts) -> dict[str, Any]:
 
 def _summary(facts: CardFacts) -> str:
     base = _code(facts.base_model or _without_path(_source(facts)))
-    kind = "A LoRA adapter for" if _library(facts) == "peft" else "A full fine-tune of"
+    what = "A full fine-tune of"
+    if _is_lora(facts):
+        what = "A LoRA adapter, merged into" if facts.merged else "A LoRA adapter for"
     rounds = sum(result.round >= 0 for result in facts.results)
     return (
         f"# {_without_path(str(facts.recipe.get('name', 'policy')))}\n\n"
-        f"{kind} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
+        f"{what} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
         "policy generates answers to prompts, they are made into preference pairs, and the policy is "
         f"trained on them. {rounds} {'round was' if rounds == 1 else 'rounds were'} measured."
+        + f" {facts.base_note}"
+        * bool(facts.base_note)
     )
 
 
@@ -135,7 +145,8 @@ def _measures(facts: CardFacts) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    kind = "AutoPeftModelForCausalLM" if _library(facts) == "peft" else "AutoModelForCausalLM"
+    adapter = _library(facts) == "peft"
+    kind = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
     return (
         "## Use\n\n```python\n"
         f"from {_library(facts)} import {kind}\n"
@@ -143,6 +154,8 @@ def _use(facts: CardFacts) -> str:
         'path = "."  # this folder, or its name on the Hub\n'
         f"model = {kind}.from_pretrained(path)\n"
         "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
+        + f"\n\nOpens with peft {OLDEST_PEFT} or newer."
+        * adapter
     )
 
 
@@ -167,7 +180,12 @@ def _source(facts: CardFacts) -> str:
 
 
 def _library(facts: CardFacts) -> str:
-    return "peft" if _section(facts, "model").get("tuning") == "lora" else "transformers"
+    adapter = _is_lora(facts) and not facts.merged
+    return "peft" if adapter else "transformers"
+
+
+def _is_lora(facts: CardFacts) -> bool:
+    return bool(_section(facts, "model").get("tuning") == "lora")
 
 
 def _method(facts: CardFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +10,22 @@ from pathlib import Path
 
 from prefloop.errors import RunFolderError
 from prefloop.models.policy import Policy
-from prefloop.models.sources import EMBEDDED, quiet
+from prefloop.models.sources import EMBEDDED, Embedded, quiet
 from prefloop.recipe import Recipe, initial_source, load_recipe
 from prefloop.records import RoundResult, read_json
 from prefloop.report.model_card import CardFacts, write_model_card
-from prefloop.run_folder import RoundDir, RunDir, read_run, replace_folder
+from prefloop.run_folder import RoundDir, RunDir, give_usual_modes, read_run, replace_folder
+
+_TUNED = "rounds/start/policy"
+"""Where the fine-tuned model of round 0 lies in a run's folder."""
+_NEEDS_TUNED = (
+    "Its base is the fine-tuned model in that folder of the run, which must go along; `prefloop merge` "
+    "writes both as one model."
+)
+_NEARLY = (
+    "It was trained on a copy in fewer bits ({}), so on the original it is nearly, not exactly, the policy "
+    "that was measured; `prefloop merge` writes that one."
+)
 
 
 def publish(
@@ -24,25 +36,10 @@ def publish(
     temporary = rundir.path / ".policy"
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(round_dir.policy, temporary)
-    embedded = EMBEDDED.get(recipe.model.source.removeprefix("embedded:"))
-    base = embedded.hub_id if embedded else None
-    if recipe.sft is not None and recipe.model.tuning == "lora":
-        # The adapter fits the fine-tuned model of round 0, not the one it came from.
-        base = "rounds/start/policy"
-    rounds = rundir.rounds()
-    rejects = sum((folder.reasons() for folder in rounds), Counter[str]())
-    write_model_card(
-        temporary,
-        CardFacts(
-            recipe=recipe.model_dump(mode="json"),
-            results=results,
-            environment=read_json(rundir.path / "environment.json"),
-            pairs=sum(folder.count("pairs") for folder in rounds),
-            rejects=rejects,
-            base_model=base,
-            license=embedded.license if embedded else None,
-        ),
-    )
+    embedded = _embedded(recipe)
+    if embedded is not None and recipe.sft is None and recipe.model.tuning == "lora":
+        _name_base(temporary / "adapter_config.json", embedded.hub_id)
+    write_model_card(temporary, _card_facts(recipe, rundir, results))
     replace_folder(temporary, final)
     return final
 
@@ -66,6 +63,44 @@ def merge_policy(run_folder: Path, out: Path) -> Path:
     with quiet():
         policy.merge().save_pretrained(part)
         policy.tokenizer.save_pretrained(part)
-    shutil.copy(adapter / "README.md", part / "README.md")
+    write_model_card(part, _card_facts(recipe, run, run.results(), merged=True))
+    give_usual_modes(part)
     replace_folder(part, out)
     return out
+
+
+def _card_facts(
+    recipe: Recipe, rundir: RunDir, results: Sequence[RoundResult], *, merged: bool = False
+) -> CardFacts:
+    embedded = _embedded(recipe)
+    base, note = (embedded.hub_id if embedded else None), ""
+    if recipe.model.tuning == "lora" and not merged:
+        if recipe.sft is not None:
+            # The adapter fits the fine-tuned model of round 0, not the one it came from.
+            base, note = _TUNED, _NEEDS_TUNED
+        elif embedded is not None:
+            note = _NEARLY.format(embedded.about)
+    rounds = rundir.rounds()
+    return CardFacts(
+        recipe=recipe.model_dump(mode="json"),
+        results=results,
+        environment=read_json(rundir.path / "environment.json"),
+        pairs=sum(folder.count("pairs") for folder in rounds),
+        rejects=sum((folder.reasons() for folder in rounds), Counter[str]()),
+        base_model=base,
+        license=embedded.license if embedded else None,
+        merged=merged and recipe.model.tuning == "lora",
+        base_note=note,
+    )
+
+
+def _embedded(recipe: Recipe) -> Embedded | None:
+    source = recipe.model.source
+    return EMBEDDED[source.removeprefix("embedded:")] if source.startswith("embedded:") else None
+
+
+def _name_base(config: Path, base: str) -> None:
+    """Let an adapter's config name its base by a hub id, not by a folder of this machine."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["base_model_name_or_path"] = base
+    config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

@@ -41,7 +41,7 @@ from prefloop.models.reward import (
 from prefloop.models.sources import quiet
 from prefloop.recipe.reward import RewardRecipe
 from prefloop.records import read_json, write_jsonl
-from prefloop.run_folder import alone_in, differences, write_atomically
+from prefloop.run_folder import alone_in, differences, give_usual_modes, write_atomically
 from prefloop.train import checkpoint
 
 HELD_OUT = "held_out.jsonl"
@@ -96,7 +96,9 @@ def load_pairs(
     """Training pairs, held-out pairs, and rows dropped by reason. Raises DataError."""
     read: list[LabelledPairs] = []
     for source in recipe.data.train:
-        found = read_preferences(source, margin_field=recipe.data.margin_field)
+        found = read_preferences(
+            source, margin_field=recipe.data.margin_field, split=recipe.data.split
+        )
         read.append(found.model_copy(update={"pairs": found.pairs[: recipe.data.limit]}))
     pairs = [pair for found in read for pair in found.pairs]
     train, held_out = split_by_prompt(pairs, recipe.data.holdout, recipe.seed)
@@ -158,6 +160,7 @@ def _train(
     with quiet():
         model.save_pretrained(part)
         base.tokenizer.save_pretrained(part)
+    give_usual_modes(part)
     write_atomically(folder / "training" / "facts.json", json.dumps(facts) + "\n")
     # config.json says that the model is whole, so it comes last.
     for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):

@@ -1,16 +1,15 @@
 """Every shipped config of accelerate is read by accelerate itself, and its environment by our placements."""
 
-from pathlib import Path
-
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
+from prefloop.config import SHIPPED
 from prefloop.train.placement import is_sharded
 from prefloop.train.sharded import _config
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
+FOLDER = SHIPPED / "accelerate"
 KINDS = {
     "ddp": "MULTI_GPU",
     "fsdp2": "FSDP",

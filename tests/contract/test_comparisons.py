@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 
 from prefloop.compare.file import cells, load_comparison
+from prefloop.config import SHIPPED
 from prefloop.recipe.check import check_recipe
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted((ROOT / "recipes/compare").glob("*.yaml"))
+FILES = sorted((SHIPPED / "compare").glob("*.yaml"))
 
 
 def test_there_are_comparisons() -> None:
-    assert {"claims-arop", "claims-gamma"} <= {path.stem for path in SHIPPED}
+    assert {"claims-arop", "claims-gamma"} <= {path.stem for path in FILES}
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_nothing_would_stop_it(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("# ")
     comparison = load_comparison(path)

@@ -55,6 +55,24 @@ def test_a_row_is_conversational(tmp_path):
     }
 
 
+def test_sharegpt_rows_name_speakers_and_values(tmp_path):
+    path, count = export_pairs(PAIRS, tmp_path, "sharegpt")
+    assert (path, count) == (tmp_path / "pairs.jsonl", 3)
+    row = list(load(path, "jsonl", tmp_path / "cache"))[1]
+    assert row == {
+        "conversations": [
+            {"from": "system", "value": "s"},
+            {"from": "human", "value": "Größe?\n\u2028"},
+        ],
+        "chosen": {"from": "gpt", "value": "good 1"},
+        "rejected": {"from": "gpt", "value": "bad 1"},
+        "target": "best",
+        "margin": 0.5,
+        "round": 1,
+        "prompt_id": "p1",
+    }
+
+
 def test_a_parquet_column_without_any_target_keeps_its_type(tmp_path):
     path, _ = export_pairs(PAIRS[:1], tmp_path / "a.parquet", "parquet")
     assert load(path, "parquet", tmp_path / "cache").features["target"].dtype == "string"

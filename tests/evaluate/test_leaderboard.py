@@ -12,15 +12,12 @@ import pytest
 
 from prefloop.errors import DataError, ModelError, RunFolderError
 from prefloop.evaluate.cache import cached_records
-from prefloop.evaluate.increments import increments, rounds_table
-from prefloop.evaluate.measures import Item, Outcome, Subject
+from prefloop.evaluate.measures import Outcome, Subject
 from prefloop.evaluate.measures import leaderboard as module
 from prefloop.evaluate.measures.leaderboard import (
     BENCHMARKS,
     MEAN,
     Leaderboard,
-    benchmark_of,
-    estimates_of,
     load_tasks,
 )
 from prefloop.generate.engines.fake import FakeEngine
@@ -261,57 +258,3 @@ def test_a_choice_without_any_probability_is_kept_as_that(tmp_path: Path) -> Non
     assert cached_records(tmp_path, [0], _Likelihood, lambda part, number: [never], chunk=1) == [
         never
     ]
-
-
-def made(right: Mapping[str, list[float]], prompts: str = "x") -> Outcome:
-    items = tuple(
-        Item(id=f"{task}/{n}", values={benchmark_of(task): value}, group=benchmark_of(task))
-        for task, values in right.items()
-        for n, value in enumerate(values)
-    )
-    return Outcome(estimates_of(items, seed=0), items, {"prompts": prompts})
-
-
-TASKS_OF_TWO = [
-    "arc_challenge",
-    "hellaswag",
-    "mmlu_a",
-    "mmlu_b",
-    "truthfulqa_mc2",
-    "winogrande",
-    "gsm8k",
-]
-
-
-def test_an_increment_is_the_mean_change_of_a_question() -> None:
-    before = made({name: [0.0] * 60 + [1.0] * 40 for name in TASKS_OF_TWO})
-    after = made({name: [0.0] * 60 + [1.0] * 40 for name in TASKS_OF_TWO} | {"mmlu_b": [1.0] * 100})
-    found = increments(before, after)
-    assert found["mmlu"].value == pytest.approx(0.3)  # one of two subjects gained 0.6
-    assert found[MEAN].value == pytest.approx(0.3 / 6)
-    assert found["mmlu"].low > 0
-    assert found["gsm8k"].value == 0
-    assert found["gsm8k"].low < 0 < found["gsm8k"].high
-    # All six are uncertain, and the mean's interval is that of a sixth of their sum.
-    halves = [(found[name].value - found[name].low) / 6 for name in BENCHMARKS]
-    assert found[MEAN].value - found[MEAN].low == pytest.approx(sum(h**2 for h in halves) ** 0.5)
-
-
-def test_the_table_of_rounds_shows_gains_and_marks_what_may_be_chance() -> None:
-    start = made({"winogrande": [0.0] * 50 + [1.0] * 50})
-    first = made({"winogrande": [0.0] * 20 + [1.0] * 80})
-    second = made({"winogrande": [0.0] * 21 + [1.0] * 79})
-    assert rounds_table({"start": start, "round 0": first, "round 1": second}) == [
-        ["", "Winogrande"],
-        ["start", "50.0"],
-        ["round 0", "80.0 (+30.0)"],
-        ["round 1", "79.0 (-1.0~)"],
-    ]
-
-
-def test_results_that_cannot_be_compared_are_refused() -> None:
-    one = made({"gsm8k": [1.0, 0.0]})
-    with pytest.raises(DataError, match="share no question"):
-        increments(one, made({"winogrande": [1.0]}))
-    with pytest.raises(DataError, match="other prompts"):
-        increments(one, made({"gsm8k": [1.0, 1.0]}, prompts="y"))

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from prefloop.errors import DataError
-from prefloop.evaluate.stats import bootstrap_mean, clustered_mean, paired_difference, ratio, wilson
+from prefloop.evaluate.stats import bootstrap_mean, clustered_mean, ratio, wilson
 
 
 def test_wilson_matches_newcombe_1998_table_1():
@@ -54,22 +53,7 @@ def test_resampling_in_blocks_uses_every_resample(monkeypatch):
 
 def test_estimates_of_nothing_are_none():
     assert bootstrap_mean([], seed=0) is None
-    assert paired_difference([], [], seed=0) is None
     assert wilson(0, 0) is None
-
-
-def test_pairing_removes_what_both_sides_share():
-    hard = np.random.default_rng(0).normal(0.0, 10.0, size=200)
-    gain = np.random.default_rng(1).normal(0.5, 0.5, size=200)
-    found = paired_difference(hard + gain, hard, seed=0)
-    # Unpaired, the interval would be 4 wide.
-    assert 0.3 < found.low < found.value < found.high < 0.7
-    assert found.high - found.low < 0.2
-
-
-def test_paired_difference_refuses_unequal_sides():
-    with pytest.raises(DataError, match="2 values against 1"):
-        paired_difference([1.0, 2.0], [1.0], seed=0)
 
 
 # Coverage: how often an interval that says 95 % holds the truth.
@@ -103,17 +87,6 @@ def test_bootstrap_covers_a_win_rate_with_ties_as_often_as_it_says():
         return bootstrap_mean(points, seed=trial, resamples=500)
 
     assert share_held(0.6, estimate) == pytest.approx(0.95, abs=SLACK + 0.01)
-
-
-def test_paired_bootstrap_covers_a_difference_as_often_as_it_says():
-    generator = np.random.default_rng(2)
-
-    def estimate(trial):
-        hard = generator.normal(0.0, 3.0, size=60)
-        first = hard + generator.normal(0.4, 1.0, size=60)
-        return paired_difference(first, hard, seed=trial, resamples=500)
-
-    assert share_held(0.4, estimate) == pytest.approx(0.95, abs=SLACK + 0.01)
 
 
 def test_resampling_clusters_covers_where_resampling_values_does_not():

@@ -8,7 +8,6 @@ import pytest
 from prefloop.evaluate.stats import (
     Estimate,
     bootstrap_mean,
-    mean_difference,
     mean_of,
     stratified_proportion,
     wilson,
@@ -76,25 +75,3 @@ def test_a_pot_of_all_questions_would_miss_the_mean_over_tasks() -> None:
     assert found.low < 0.55 < found.high
     assert pot is not None
     assert not pot.low < 0.55 < pot.high
-
-
-@pytest.mark.parametrize(("items", "strata"), [(30, 1), (200, 1), (1, 57), (12, 57)])
-def test_the_interval_of_a_difference_covers_the_truth(items: int, strata: int) -> None:
-    """Two models that agree on 85 % of the questions; the second is better by 0.05."""
-    rng = np.random.default_rng(3)
-    hits, trials = 0, 300
-    for _ in range(trials):
-        differences = {
-            str(n): rng.choice([1.0, -1.0, 0.0], size=items, p=[0.1, 0.05, 0.85]).tolist()
-            for n in range(strata)
-        }
-        found = mean_difference(differences)
-        hits += found.low <= 0.05 <= found.high
-    assert 0.915 <= hits / trials <= 0.99
-
-
-def test_models_that_agree_on_a_few_questions_are_not_equal_for_certain() -> None:
-    found = mean_difference({"": [0.0] * 18})
-    assert found.value == 0
-    assert found.high == -found.low == pytest.approx(1.96 * 2**0.5 / 20, rel=1e-3)
-    assert mean_difference({"": [0.0]}).high > 0.5

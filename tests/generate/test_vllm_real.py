@@ -17,6 +17,7 @@ from prefloop.generate.weight_check import mismatch, probe
 from prefloop.models.policy import ModelOptions, Policy
 from prefloop.models.sources import local_folder, resolve_source
 from prefloop.records import Message, Request, Sampling
+from tests.conftest import trainable_weights
 
 PYTHON = os.environ.get("PREFLOOP_VLLM_PYTHON")
 pytestmark = [
@@ -40,7 +41,7 @@ def trained(folder: Path, seed: int) -> Policy:
     policy = Policy.load(MODEL, seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for weight in policy.trainable_parameters():
+        for weight in trainable_weights(policy):
             weight += 0.02 * torch.randn_like(weight)
     policy.save(folder)
     return policy

@@ -280,7 +280,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
 
 def test_an_impossible_device_is_an_error_with_a_remedy(tmp_path):
     judge = RewardModel(model=_decoder(tmp_path), device="toaster")
-    with pytest.raises(JudgeError, match=r"device 'toaster'.*choose another device"):
+    with pytest.raises(JudgeError, match=r"device 'toaster'.*choose another judge.device"):
         judge.open(None, PromptSet("compact"))
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from prefloop import judges as rank
 from prefloop.config import find_plugin
 from prefloop.errors import JudgeError
-from prefloop.generate.causal_lm import open_engine
+from prefloop.generate.hf_engine import open_engine
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict, self_judge
 from prefloop.judges.self_judge import SelfJudge, expected_rating, fence, win_probabilities

@@ -24,6 +24,7 @@ from transformers import (
 from prefloop.errors import ModelError
 from prefloop.models import sources
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy, initial_dtype, resolve_source
+from tests.conftest import trainable_weights
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
@@ -79,7 +80,7 @@ def disturb(policy: Policy) -> None:
     """A stand-in for training: every trainable weight moves."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for weight in policy.trainable_parameters():
+        for weight in trainable_weights(policy):
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
 
 
@@ -94,14 +95,14 @@ def test_only_the_adapter_trains_and_only_in_float32(folder: Path) -> None:
     trained = {name for name, weight in policy.model.named_parameters() if weight.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
-    assert {weight.dtype for weight in policy.trainable_parameters()} == {torch.float32}
+    assert {weight.dtype for weight in trainable_weights(policy)} == {torch.float32}
     assert policy.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
 
 
 def test_the_seed_alone_fixes_a_fresh_adapter(folder: Path) -> None:
     def adapter(seed: int) -> list[torch.Tensor]:
         torch.rand(3)
-        return Policy.load(options(folder), seed=seed).trainable_parameters()
+        return trainable_weights(Policy.load(options(folder), seed=seed))
 
     once, again, other = adapter(1), adapter(1), adapter(2)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
@@ -126,8 +127,8 @@ def test_a_saved_policy_loads_as_it_was(folder: Path, tmp_path: Path, tuning: st
     again = Policy.load(chosen, tmp_path / "rounds" / "policy")
     assert torch.equal(logps(again.model), logps(policy.model))
     assert not torch.allclose(logps(again.model), before)
-    assert len(again.trainable_parameters()) == len(policy.trainable_parameters())
-    assert not Policy.load(chosen, tmp_path / "rounds/policy", False).trainable_parameters()
+    assert len(trainable_weights(again)) == len(trainable_weights(policy))
+    assert not trainable_weights(Policy.load(chosen, tmp_path / "rounds/policy", False))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -154,12 +155,12 @@ def test_at_start_is_the_initial_policy_and_what_was_trained_comes_back(
     start = logps(policy.model)
     disturb(policy)
     trained = logps(policy.model)
-    held = policy.trainable_parameters()
+    held = trainable_weights(policy)
     with policy.at_start():
         assert torch.equal(logps(policy.model), start)
     assert torch.equal(logps(policy.model), trained)
     assert not torch.allclose(start, trained)
-    after = policy.trainable_parameters()
+    after = trainable_weights(policy)
     assert all(a is b for a, b in zip(held, after, strict=True))
 
 
@@ -173,7 +174,7 @@ def test_at_start_puts_the_trained_weights_back_after_an_error(folder: Path, tun
     with pytest.raises(KeyError), policy.at_start():
         raise KeyError
     assert torch.equal(logps(policy.model), trained)
-    assert policy.trainable_parameters() == []
+    assert trainable_weights(policy) == []
 
 
 def test_the_merged_model_is_the_adapted_one(folder: Path, tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_the_merged_model_is_the_adapted_one(folder: Path, tmp_path: Path) -> No
 def test_merging_a_diverged_adapter_is_refused(folder: Path) -> None:
     policy = Policy.load(options(folder))
     with torch.no_grad():
-        policy.trainable_parameters()[1].fill_(torch.nan)
+        trainable_weights(policy)[1].fill_(torch.nan)
     with pytest.raises(ModelError, match="cannot be merged"):
         policy.merge()
 
@@ -214,7 +215,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
         policy.model.train()
         ids = torch.tensor([[2, 4, 5, 6, 1]])
         policy.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return [weight.grad for weight in policy.trainable_parameters()]
+        return [weight.grad for weight in trainable_weights(policy)]
 
     plain, checkpointed = gradient(False), gradient(True)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, checkpointed, strict=True))

@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 
 import prefloop.judges
 import prefloop.methods
-from prefloop.config import plugin_names
+from prefloop.config import SHIPPED, here_or_shipped, plugin_names
 from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.judges.similarity import Similarity
 from prefloop.methods import Method
 from prefloop.methods.ial import IAL
 from prefloop.recipe import Recipe, load_recipe, shipped_recipes
 from prefloop.recipe.check import check_recipe
+from prefloop.recipe.options import LaunchOptions
 from prefloop.recipe.schema import json_schema
 from prefloop.train.options import SftOptions, TrainOptions
 
 IAL_RECIPE = "method: {name: ial}\njudge: {name: similarity}\n"
 METHODS = ", ".join(plugin_names(prefloop.methods))
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate"}
-CHECKOUT = Path(__file__).parents[2] / "recipes"
 
 WRONG = [
     ("", "r.yaml is empty; a recipe is a mapping with at least the section method"),
@@ -238,6 +238,20 @@ def test_a_name_is_looked_up_in_the_recipes_folders(folder: Path) -> None:
         load_recipe("mime")
 
 
+def test_a_path_below_recipes_is_the_shipped_file_unless_there_is_one_here(folder: Path) -> None:
+    shipped = here_or_shipped(Path("recipes/accelerate/zero3.yaml"))
+    assert shipped == SHIPPED / "accelerate/zero3.yaml"
+    assert load_recipe("recipes/quickstart-ial.yaml") == load_recipe("quickstart-ial")
+    assert (
+        str(shipped)
+        in LaunchOptions(command=f"{sys.executable} recipes/accelerate/zero3.yaml").words()
+    )
+    Path("recipes/accelerate").mkdir(parents=True)
+    Path("recipes/accelerate/zero3.yaml").touch()
+    for path in ("recipes/accelerate/zero3.yaml", "recipes/none.yaml", "recipes/../py.typed", "r"):
+        assert here_or_shipped(Path(path)) == Path(path)
+
+
 def test_a_file_that_is_not_utf8_is_refused(folder: Path) -> None:
     Path("r.yaml").write_bytes(b"name: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"^r\.yaml is not UTF-8 text; save it as UTF-8$"):
@@ -336,11 +350,10 @@ def test_text_that_looks_like_something_else_survives_a_dump(text: str) -> None:
     assert _through_yaml(recipe) == recipe
 
 
-@pytest.mark.parametrize("path", sorted(CHECKOUT.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_recipe_loads_by_name_passes_its_check_and_survives_a_dump(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, folder: Path
 ) -> None:
-    monkeypatch.chdir(CHECKOUT.parent)
     assert path.stem in shipped_recipes()
     recipe = load_recipe(path.stem)
     check_recipe(recipe)
@@ -354,7 +367,7 @@ def test_importing_the_recipe_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["check", str(CHECKOUT / "quickstart-ial.yaml")], ["ls", "methods"]]
+    "words", [["check", str(SHIPPED / "quickstart-ial.yaml")], ["ls", "methods"]]
 )
 def test_looking_at_recipes_and_methods_imports_nothing_heavy(words: list[str]) -> None:
     code = (

@@ -24,6 +24,7 @@ from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.options import TrainOptions
 from prefloop.train.trainer import Job, Trainer, learning_rate
+from tests.conftest import trainable_weights
 
 ROLES = ("chosen", "rejected")
 LOG_2 = math.log(2)
@@ -61,7 +62,7 @@ def job(policy: Policy, folder: Path, pairs: Sequence[Pair] = PAIRS, **changes: 
 
 
 def weights(policy: Policy) -> list[torch.Tensor]:
-    return [weight.detach().clone() for weight in policy.trainable_parameters()]
+    return [weight.detach().clone() for weight in trainable_weights(policy)]
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:

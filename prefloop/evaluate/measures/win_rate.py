@@ -139,7 +139,7 @@ class WinRate(Measure):
         if self.opponent == START:
             assert subject.initial is not None
             return self._sample(subject.initial, prompts, subject, subject.folder / "opponent")
-        from prefloop.generate.causal_lm import open_engine
+        from prefloop.generate.hf_engine import open_engine
 
         engine = open_engine(self.opponent)
         return self._sample(engine, prompts, subject, subject.folder / "opponent")
