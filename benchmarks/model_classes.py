@@ -69,7 +69,6 @@ _SMALL = {
 
 _OWN = object()
 """Stands for: leave what the class has."""
-_NEEDED = ("layer_types",)
 _MLA = {"head_dim": 8, "num_key_value_heads": 4}
 _FULL = ["full_attention", "full_attention"]
 _MORE: dict[str, dict[str, Any]] = {
@@ -80,7 +79,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "falcon": {"head_dim": _OWN},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, **_MLA},
@@ -108,7 +107,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "zamba": {
         "attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4,
-        "layers_block_type": ["mamba", "hybrid"],
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
     },
     "zamba2": {
         "layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_d_state": 8,
@@ -174,7 +173,7 @@ def config_of(model_type: str) -> Any:
     """The class's configuration, small."""
     kind = CONFIG_MAPPING[model_type]
     more = _MORE.get(model_type, {})
-    usual = kind(**{name: value for name, value in more.items() if name in _NEEDED})
+    usual = kind()
     small = {name: value for name, value in _SMALL.items() if hasattr(usual, name)}
     kept = {name: value for name, value in {**small, **more}.items() if value is not _OWN}
     return kind(**kept)
