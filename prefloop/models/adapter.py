@@ -44,6 +44,13 @@ class Share(NamedTuple):
     modules: tuple[str, ...]
     """Kinds of modules that are reached, by the last part of their names: "q_proj", "experts.down_proj"."""
 
+    def in_words(self) -> str:
+        """For the console."""
+        return (
+            f"adapter on {self.under_adapter / self.weights:.0%} of {self.weights:,} parameters "
+            f"({', '.join(self.modules)}); {self.trained:,} weights are trained"
+        )
+
 
 def lora_config(model: PreTrainedModel, lora: LoraOptions, **more: Any) -> LoraConfig:
     """PEFT's configuration of a new adapter for this model. Raises ModelError where names match nothing."""

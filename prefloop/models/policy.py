@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -46,6 +47,8 @@ from prefloop.models.sources import (
     reason,
     resolve_source,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "EMBEDDED",
@@ -108,6 +111,7 @@ class Policy:
             # PEFT writes this into the adapter's config; a hub id stays one.
             plain.name_or_path = start
             tokenizer = _tokenizer(folder, options)
+            _check_vocabulary(plain, tokenizer, options)
             model: PreTrainedModel | PeftModel = plain
             if options.tuning == "lora":
                 model = _with_adapter(plain, options, adapter, trainable)
@@ -440,6 +444,36 @@ def _tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ModelOptions
+) -> None:
+    """Raise ModelError where a token that texts or the template give has no row in the embedding.
+
+    Special tokens beyond it that no template uses do no harm: Gemma 3's text models have one for images.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    special = set(tokenizer.all_special_tokens)
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    template = str(tokenizer.chat_template)
+    named = {tokenizer.eos_token, tokenizer.bos_token}
+    for token, number in sorted(beyond.items(), key=lambda item: item[1]):
+        if token not in special or token in named or token in template:
+            raise ModelError(
+                f"the tokenizer of {options.source} has {len(tokenizer)} tokens and the model's embedding "
+                f"{rows} rows: {token!r} is token {number} and has none; save the model once more after "
+                "model.resize_token_embeddings(len(tokenizer))"
+            )
+    log.warning(
+        "%d special tokens of %s have no row in the model's embedding (%s ...); none is used",
+        len(beyond),
+        options.source,
+        min(beyond, key=lambda token: beyond[token]),
+    )
 
 
 def _exchange(model: nn.Module, other: nn.Module) -> None:
