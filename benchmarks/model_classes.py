@@ -38,7 +38,9 @@ from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions, quiet
 from prefloop.records import Sampling
+from prefloop.run.self_check import check_policy
 from prefloop.train.logprobs import group_logprobs, supports_packing
+from prefloop.train.options import TrainOptions
 from prefloop.train.packing import TokenGroup
 
 _VOCABULARY = 264
@@ -221,7 +223,7 @@ def examine(model_type: str, folder: Path) -> Row:
     return row
 
 
-DEBUG = True
+DEBUG = False
 
 
 def _try(row: Row, folder: Path) -> None:
@@ -231,6 +233,7 @@ def _try(row: Row, folder: Path) -> None:
     assert found is not None
     row.parameters, row.modules = found.weights, list(found.modules)
     row.under_adapter = found.under_adapter / found.weights
+    check_policy(policy, TrainOptions(), folder)
     rows = [[(7919 * n + 3) % 256 + 2 for n in range(size)] for size in (5, 12)]
     initial = _logits(policy.model, rows)
     _disturb(policy)

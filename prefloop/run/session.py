@@ -124,10 +124,10 @@ class Session:
         """Once a run, before its first stage: try all ways to the policy; what its adapter reaches."""
         if any(event["event"] == "self_check" for event in self.rundir.events()):
             return None
-        watch, policy, engine = Stopwatch(), self.policy_at(None), self.engine_at(None)
+        watch, policy = Stopwatch(), self.policy_at(None)
         if share := policy.share():
             self.rundir.event("adapter", **share._asdict())
-        found = check_policy(policy, engine, self.recipe.train, self.rundir.path)
+        found = check_policy(policy, self.recipe.train, self.rundir.path)
         apart = {way: float(f"{distance:.2g}") for way, distance in found.items()}
         self.rundir.event("self_check", **apart, seconds=watch.seconds)
         return share
