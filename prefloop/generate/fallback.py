@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +79,25 @@ def windows_of(model: Any) -> list[int]:
     config = model.config.get_text_config()
     found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return [int(window) for window in found if window]
+
+
+def reads_padding(model: Any) -> bool:
+    """Whether a row's logits stay the same beside a longer one, padded on the left: some models see no mask."""
+    config = model.config.get_text_config()
+    rows = [[(7919 * n + 3) % config.vocab_size for n in range(size)] for size in (5, 9)]
+    device = model.device
+    ids_BT = torch.tensor([[0] * (9 - len(row)) + row for row in rows], device=device)
+    mask_BT = torch.tensor([[0] * (9 - len(row)) + [1] * len(row) for row in rows], device=device)
+    places_BT = (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
+    known = {"position_ids": places_BT} if "position_ids" in _arguments(model) else {}
+    output = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **known)
+    expected_EV = _plainly(model, rows)
+    apart = _apart(output.logits[:, -1].float(), expected_EV)
+    return apart <= max(100 * _TOLERANCE, _tolerance(model, rows, expected_EV))
+
+
+def _arguments(model: Any) -> Collection[str]:
+    return inspect.signature(type(model).forward).parameters
 
 
 def _in_slots(model: Any, rows: list[list[int]]) -> Tensor:

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +24,12 @@ from prefloop.generate.cache_attention import slot_attention
 from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.decode import STEP_TOKENS, Sampled, Task, decode
 from prefloop.generate.engine import TokenScores
-from prefloop.generate.fallback import generate, slot_decoding_unsupported, windows_of
+from prefloop.generate.fallback import (
+    generate,
+    reads_padding,
+    slot_decoding_unsupported,
+    windows_of,
+)
 from prefloop.generate.kv_cache import Slots
 from prefloop.generate.scoring import Wanted, joined, score, scores_of
 from prefloop.machine import Bar, is_out_of_memory
@@ -281,10 +286,24 @@ class HFEngine:
         done: dict[int, T] = {}
         while todo:
             places = todo[: max(1, self.batch_size // share)]
+            alike = [place for place in places if len(rows[place]) == len(rows[places[0]])]
+            if len(alike) < len(places) and not self._reads_padding:
+                places = alike
             with self._halve_batch_on_oom(len(rows[places[0]]), share):
                 done.update(zip(places, work(places), strict=True))
                 todo = todo[len(places) :]
         return [done[place] for place in range(len(rows))]
+
+    @cached_property
+    def _reads_padding(self) -> bool:
+        """Whether rows of different lengths may share a batch; if not, it is said once."""
+        reads = reads_padding(self.model)
+        if not reads:
+            log.warning(
+                "only prompts of one length share a batch: %s does not see what is padding",
+                type(self.model).__name__,
+            )
+        return reads
 
     @contextmanager
     def _halve_batch_on_oom(self, longest: int, share: int = 1) -> Iterator[None]:

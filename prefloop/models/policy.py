@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -27,6 +30,15 @@ from transformers import (
 
 from prefloop.errors import ModelError
 from prefloop.models import lora_linear
+from prefloop.models.adapter import (
+    Share,
+    adapted_weight,
+    check_adapter,
+    lora_config,
+    saved_pairs,
+    share,
+    sort_names,
+)
 from prefloop.models.sources import (
     EMBEDDED,
     LoraOptions,
@@ -37,6 +49,8 @@ from prefloop.models.sources import (
     resolve_source,
 )
 from prefloop.run_folder import give_usual_modes
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "EMBEDDED",
@@ -99,6 +113,7 @@ class Policy:
             # PEFT writes this into the adapter's config; a hub id stays one.
             plain.name_or_path = start
             tokenizer = _tokenizer(folder, options)
+            _check_vocabulary(plain, tokenizer, options)
             model: PreTrainedModel | PeftModel = plain
             if options.tuning == "lora":
                 model = _with_adapter(plain, options, adapter, trainable)
@@ -131,13 +146,17 @@ class Policy:
         sizes = {
             id(weight): int(getattr(weight, "ds_numel", weight.numel()))
             for name, weight in model.named_parameters()
-            if "lora_" not in name
+            if "lora_" not in name and "modules_to_save" not in name
         }
         head = model.get_output_embeddings()
         table = model.get_input_embeddings().weight
         if head is not None and head.weight is not table:
             sizes.pop(id(table), None)
         return sum(sizes.values())
+
+    def share(self) -> Share | None:
+        """How much of the model the adapter reaches; None without an adapter."""
+        return share(self.model) if isinstance(self.model, PeftModel) else None
 
     @contextlib.contextmanager
     def at_start(self) -> Iterator[None]:
@@ -194,10 +213,14 @@ class Policy:
             for layer in self.model.modules():
                 if isinstance(layer, LoraLayer):
                     adapted: Any = layer
-                    weight = adapted.get_base_layer().weight
+                    weight = adapted_weight(layer)
                     kept.append((weight, weight.data))
                     delta = adapted.get_delta_weight(self.model.active_adapter)
                     weight.data = (weight.data.float() + delta).to(weight.dtype)
+                elif isinstance(layer, ModulesToSaveWrapper):
+                    for weight, trained in saved_pairs(layer):
+                        kept.append((weight, weight.data))
+                        weight.data = trained.data
         try:
             # The merged weights are the policy; its adapter must not be added a second time.
             with self.at_start():
@@ -321,36 +344,73 @@ def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> Pr
 def _with_adapter(
     model: PreTrainedModel, options: ModelOptions, adapter: Path | None, trainable: bool
 ) -> PeftModel:
+    _check_modules_to_save(model, options)
     if adapter is None:
-        lora = options.lora
-        config = LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.target_modules,
-            task_type="CAUSAL_LM",
-            revision=options.revision,
-            inference_mode=not trainable,
+        adapted = _new_adapter(model, options, trainable)
+    else:
+        adapted = _saved_adapter(model, options, adapter, trainable)
+    check_adapter(adapted)
+    sort_names(adapted.peft_config[adapted.active_adapter])
+    return adapted
+
+
+def _check_modules_to_save(model: PreTrainedModel, options: ModelOptions) -> None:
+    if options.lora.modules_to_save and model.dtype != torch.float32:
+        raise ModelError(
+            "model.lora.modules_to_save trains whole modules, whose updates would round to nothing in "
+            f"{str(model.dtype).removeprefix('torch.')}; set model.dtype to float32"
         )
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:
-            raise ModelError(
-                f"model.lora.target_modules {lora.target_modules!r} does not fit "
-                f"{options.source}: {reason(error)}"
-            ) from error
+
+
+def _new_adapter(model: PreTrainedModel, options: ModelOptions, trainable: bool) -> PeftModel:
+    try:
+        with _quiet_peft():
+            config = lora_config(
+                model,
+                options.lora,
+                task_type="CAUSAL_LM",
+                revision=options.revision,
+                inference_mode=not trainable,
+            )
+            adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ModelError(
+            f"model.lora.target_modules {options.lora.target_modules!r} does not fit "
+            f"{options.source}: {reason(error)}"
+        ) from error
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def _saved_adapter(
+    model: PreTrainedModel, options: ModelOptions, adapter: Path, trainable: bool
+) -> PeftModel:
     folder = _policy_folder(adapter, "adapter_config.json", options)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{adapter} has no adapter_model.safetensors; train its round again")
     try:
-        return PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trainable, torch_device="cpu", local_files_only=True
-        )
+        with _quiet_peft():
+            return PeftModel.from_pretrained(
+                model,
+                str(folder),
+                is_trainable=trainable,
+                torch_device="cpu",
+                local_files_only=True,
+            )
     except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"the adapter in {adapter} does not fit {options.source}: {reason(error)}; "
             "load it with the model that it was trained on"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Without PEFT's warning of tied weights, which are refused in words."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
+        yield
 
 
 def _policy_folder(folder: Path, marker: str, options: ModelOptions) -> Path:
@@ -393,6 +453,36 @@ def _tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: ModelOptions
+) -> None:
+    """Raise ModelError where a token that texts or the template give has no row in the embedding.
+
+    Special tokens beyond it that no template uses do no harm: Gemma 3's text models have one for images.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    special = set(tokenizer.all_special_tokens)
+    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    template = str(tokenizer.chat_template)
+    named = {tokenizer.eos_token, tokenizer.bos_token}
+    for token, number in sorted(beyond.items(), key=lambda item: item[1]):
+        if token not in special or token in named or token in template:
+            raise ModelError(
+                f"the tokenizer of {options.source} has {len(tokenizer)} tokens and the model's embedding "
+                f"{rows} rows: {token!r} is token {number} and has none; save the model once more after "
+                "model.resize_token_embeddings(len(tokenizer))"
+            )
+    log.warning(
+        "%d special tokens of %s have no row in the model's embedding (%s ...); none is used",
+        len(beyond),
+        options.source,
+        min(beyond, key=lambda token: beyond[token]),
+    )
 
 
 def _exchange(model: nn.Module, other: nn.Module) -> None:

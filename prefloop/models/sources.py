@@ -39,7 +39,15 @@ class LoraOptions(Options):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input; 0 switches it off."""
     target_modules: str | list[str] = "all-linear"
-    """Module names, or a pattern, that get an adapter; "all-linear" is all but the output layer."""
+    """Module names, or a pattern, that get an adapter; "all-linear" is all of the text part but the output layer."""
+    target_parameters: list[str] | None = None
+    """Stacked parameters (a mixture's experts) that get an adapter; null: all of them under "all-linear", else none."""
+    exclude_modules: str | list[str] | None = None
+    """Module names, or a pattern, that get no adapter."""
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter; they need `dtype` float32."""
+    use_rslora: bool = False
+    """Scale the update by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
 
 
 class ModelOptions(Options):

@@ -94,6 +94,8 @@ class _Loop:
     def play(self) -> list[RoundResult]:
         """All rounds in order; the measures of each that was measured."""
         start = self.rundir.round(-1)
+        if not start.manifest("result") and (share := self.session.check_policy()):
+            self.console.print(share.in_words(), highlight=False, soft_wrap=True)
         if self.recipe.sft is not None:
             self._supervise(start)
         results = [self._evaluate(start)]

@@ -27,8 +27,9 @@ from prefloop.generate.templates import PromptSet
 from prefloop.generate.weight_check import probe
 from prefloop.judges import CachedJudge, Judge, NoVerdict, OpenJudge, Verdict
 from prefloop.judges.similarity import Similarity
-from prefloop.machine import Bar, keep_freed_memory
+from prefloop.machine import Bar, Stopwatch, keep_freed_memory
 from prefloop.methods import Actors, Trains
+from prefloop.models.adapter import Share
 from prefloop.models.policy import Policy
 from prefloop.models.sources import quiet
 from prefloop.recipe import Recipe, initial_source
@@ -36,6 +37,7 @@ from prefloop.records import Candidates, Pair, Prompt, Request, Response, derive
 from prefloop.run.engine import Metered, RunEngine
 from prefloop.run.held_out import HeldOut, TrainingCurve
 from prefloop.run.launch import Stage, run_processes
+from prefloop.run.self_check import check_policy
 from prefloop.run_folder import RoundDir, RunDir, read_metrics, replace_folder
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
@@ -117,6 +119,18 @@ class Session:
             )
             self._place = place
         return self._policy
+
+    def check_policy(self) -> Share | None:
+        """Once a run, before its first stage: try all ways to the policy; what its adapter reaches."""
+        if any(event["event"] == "self_check" for event in self.rundir.events()):
+            return None
+        watch, policy = Stopwatch(), self.policy_at(None)
+        if share := policy.share():
+            self.rundir.event("adapter", **share._asdict())
+        found = check_policy(policy, self.recipe.train, self.rundir.path)
+        apart = {way: float(f"{distance:.2g}") for way, distance in found.items()}
+        self.rundir.event("self_check", **apart, seconds=watch.seconds)
+        return share
 
     def _forget(self) -> None:
         """Let go of the policy and of all that holds it."""

@@ -85,6 +85,8 @@ class SftOptions(Options):
     """Peak learning rate. IAL appendix B.2.2: 2e-4, for a baseline's SFT stage."""
     batch_size: int = Field(default=32, ge=1)
     """Examples per optimiser step."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """Of its own: `train.optimizer` is for pairs."""
 
 
 class TrainOptions(Options):
@@ -96,6 +98,9 @@ class TrainOptions(Options):
     """Peak learning rate. IAL section 4.1: 5e-7."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     """IAL section 4.1: RMSProp."""
+    rmsprop_alpha: float = Field(default=0.99, gt=0.0, lt=1.0)
+    """rmsprop: how slowly its mean of squared gradients follows. It starts from 0, so the first step is
+    1 / sqrt(1 - alpha) times the learning rate: 10 times at 0.99."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate falls after warm-up: to 0 on a line or a cosine, or not at all."""
     warmup: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -114,6 +119,9 @@ class TrainOptions(Options):
     """Tokens in a packed row."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16: matrix products in bfloat16, also over float32 weights; auto: where the model is in bfloat16."""
+    disable_dropout: bool = True
+    """The base model's dropout is off, so that policy and reference are compared without its noise.
+    `model.lora.dropout` is the adapter's own and stays."""
     save_every: int = Field(default=0, ge=0)
     """Optimiser steps between training checkpoints; 0 saves only at the round's end."""
 
@@ -124,4 +132,10 @@ class TrainOptions(Options):
                 f"train.micro_batch_size ({self.micro_batch_size}) must divide "
                 f"train.batch_size ({self.batch_size})"
             )
+        if self.optimizer != "rmsprop" and "rmsprop_alpha" in self.model_fields_set:
+            # A dumped recipe has every value, so the default is no contradiction.
+            if self.rmsprop_alpha != TrainOptions.model_fields["rmsprop_alpha"].default:
+                raise ValueError(
+                    "train.rmsprop_alpha has an effect under train.optimizer: rmsprop only; leave it out"
+                )
         return self

@@ -38,6 +38,7 @@ from prefloop.train.batches import (
     plan,
     schedule,
 )
+from prefloop.train.dropout import without_dropout
 from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.placement import Ranks
@@ -115,7 +116,12 @@ class Trainer:
     def _new_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         decay = self.options.weight_decay
         if self.options.optimizer == "rmsprop":
-            return torch.optim.RMSprop(parameters, lr=self.options.lr, weight_decay=decay)
+            return torch.optim.RMSprop(
+                parameters,
+                lr=self.options.lr,
+                alpha=self.options.rmsprop_alpha,
+                weight_decay=decay,
+            )
         return torch.optim.AdamW(parameters, lr=self.options.lr, weight_decay=decay)
 
     def renew_optimizer(self) -> None:
@@ -284,8 +290,10 @@ class Trainer:
     @contextmanager
     def _training(self) -> Iterator[None]:
         self.policy.model.train()
+        off = without_dropout(self.policy.model) if self.options.disable_dropout else nullcontext()
         try:
-            yield
+            with off:
+                yield
         finally:
             self.policy.model.eval()
 
