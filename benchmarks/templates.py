@@ -38,6 +38,8 @@ THOUGHTS = (
     ("<|channel>thought\n", "<channel|>"),
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
+    ("<mm:think>", "</mm:think>"),
+    ("Here are my reasoning steps:\n", "\n[BEGIN FINAL RESPONSE]\n"),
     ("<think>", "</think>"),
 )
 VERDICTS = ("right", "differs, and says so", "refused in a sentence", "silently wrong")
@@ -64,7 +66,9 @@ def tokenizer_for(source: str) -> Any:
     core.decoder = decoders.ByteLevel()
     specials = list(dict.fromkeys([*SPECIAL.findall(source), "<|bos_here|>", "<|eos_here|>"]))
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
-    core.add_tokens([AddedToken(t, normalized=False) for t in ("<think>", "</think>") if t in source])
+    core.add_tokens(
+        [AddedToken(t, normalized=False) for t in ("<think>", "</think>") if t in source]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|bos_here|>", eos_token="<|eos_here|>"
     )
@@ -82,7 +86,7 @@ def rendered(tokenizer: Any, turns: list[tuple[str, str]], generate: bool) -> st
                 tokenize=False,
                 add_generation_prompt=generate,
             )
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # noqa: BLE001 (whatever a template raises)
             problem = problem or error
             continue
         if turns[0][1] in text:
@@ -105,9 +109,11 @@ def judge(name: str, source: str) -> Row:
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     equal = prompt == encode(own_prompt)
     both, own = prompt + completion, encode(whole)
-    rest = tokenizer.decode(own[len(both) :], skip_special_tokens=True)
-    continues = own[: len(both)] == both and not rest.strip()
-    end, in_template = expected_end(tokenizer, whole)
+    rest = tokenizer.decode(own[len(both) :])
+    announced = own_prompt.endswith(rest)
+    nothing = not tokenizer.decode(own[len(both) :], skip_special_tokens=True).strip()
+    continues = own[: len(both)] == both and (nothing or announced)
+    end = expected_end(tokenizer, whole)
     ends = chat.end_id == end and end in chat.stop_ids and completion[-1] == end
     thought = thought_kept(chat, tokenizer, source, own_prompt)
     stays = CUT in tokenizer.decode(chat.prompt_ids((Message(role="user", content=CUT),)))
@@ -115,7 +121,6 @@ def judge(name: str, source: str) -> Row:
     verdict = VERDICTS[0] if fine and not said else VERDICTS[1] if said else VERDICTS[3]
     if not ends or thought is False or not stays:
         verdict = VERDICTS[3]
-    del in_template
     return Row(
         name,
         verdict,
@@ -128,33 +133,34 @@ def judge(name: str, source: str) -> Row:
     )
 
 
-def expected_end(tokenizer: Any, whole: str) -> tuple[int, bool]:
+def expected_end(tokenizer: Any, whole: str) -> int:
     """The first special token after the answer; else the one that a next question begins with; else the EOS."""
-    special = re.compile("|".join(map(re.escape, [t for t in tokenizer.added_tokens_encoder])))
+    special = re.compile("|".join(map(re.escape, tokenizer.added_tokens_encoder)))
     after = whole.rpartition(ANSWER)[2]
     if found := special.search(after):
-        return int(tokenizer.convert_tokens_to_ids(found.group())), True
+        return int(tokenizer.convert_tokens_to_ids(found.group()))
     try:
         turns = [("user", QUESTION), ("assistant", ANSWER), ("user", "And 3+3?")]
         after = rendered(tokenizer, turns, False).partition(ANSWER)[2].lstrip()
-    except Exception:  # whatever a template raises
+    except Exception:  # noqa: BLE001 (whatever a template raises)
         after = ""
     found = special.match(after)
     if found and found.group() != tokenizer.bos_token:
-        return int(tokenizer.convert_tokens_to_ids(found.group())), False
-    return int(tokenizer.eos_token_id), False
+        return int(tokenizer.convert_tokens_to_ids(found.group()))
+    return int(tokenizer.eos_token_id)
 
 
 def thought_kept(chat: Chat, tokenizer: Any, source: str, prompt: str) -> bool | None:
     """Whether a sampled thought is kept apart; None for a template that knows none."""
     for begin, end in THOUGHTS:
-        if end.rpartition("<|channel|>")[2] not in source:
+        if end.rpartition("<|channel|>")[2].strip() not in source:
             continue
         opened = prompt.rstrip().endswith(begin.rstrip())
         text = f"{'' if opened else begin}{THOUGHT}{end}{ANSWER}"
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         answer = chat.split([*ids, chat.end_id])
-        cut = chat.split(ids[: len(ids) - len(ANSWER) - 2 - len(end)])
+        started = 0 if opened else len(tokenizer(begin, add_special_tokens=False)["input_ids"])
+        cut = chat.split(ids[: started + 3])
         return answer == (ANSWER, THOUGHT) and not cut.text
     return None
 

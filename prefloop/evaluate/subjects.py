@@ -14,6 +14,7 @@ from prefloop.errors import RunFolderError
 from prefloop.generate.causal_lm import open_engine
 from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
+from prefloop.models.chat_template import set_template_date
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions, local_folder, quiet, resolve_source
 from prefloop.recipe import Recipe, initial_source, load_recipe
@@ -136,7 +137,12 @@ def opened(source: Source, initial: str | None) -> Iterator[Opened]:
     assert recipe is not None
     with quiet():
         policy = Policy.load(source.base, source.folder, trainable=False, seed=recipe.seed)
-    engine = HFEngine(policy.model, policy.tokenizer, batch_size=recipe.generate.batch_size)
+    set_template_date(source.run.first_day())
+    told: dict[str, Any] = {
+        "batch_size": recipe.generate.batch_size,
+        "template_kwargs": source.base.chat_template_kwargs,
+    }
+    engine = HFEngine(policy.model, policy.tokenizer, **told)
     if source.round == -1:
         with policy.at_start():
             yield Opened(engine, engine, engine.model, policy.tokenizer)
@@ -145,7 +151,7 @@ def opened(source: Source, initial: str | None) -> Iterator[Opened]:
             yield Opened(engine, _AtStart(policy, engine), engine.model, policy.tokenizer)
     else:
         first = Policy.load(source.base, None, trainable=False)
-        before = HFEngine(first.model, first.tokenizer, batch_size=recipe.generate.batch_size)
+        before = HFEngine(first.model, first.tokenizer, **told)
         yield Opened(engine, before, engine.model, policy.tokenizer)
 
 

@@ -61,7 +61,9 @@ class Chat:
         self.template = ChatTemplate(tokenizer, template_kwargs)
         added = tokenizer.added_tokens_decoder
         self._added = {token.content: number for number, token in added.items()}
-        self.thought = thought_of(self.template.source, frozenset(self._added))
+        self.thought = thought_of(
+            self.template.source, frozenset(self._added), self.template.around_thought()
+        )
         special = [t.content for t in added.values() if t.special]
         self._special = _any_of([*special, _OPEN, "\ue0f1", ANSWER])
         thoughts = [self.thought.open, self.thought.close] if self.thought else []
@@ -151,11 +153,10 @@ class Chat:
         ended = next((n for n, token in enumerate(ids) if token in self.stop_ids), None)
         kept = list(ids if ended is None else ids[:ended])
         opened = self._opens_thought and not begun
-        thought, answer = self._thought_apart(kept, opened)
-        text = self.decode(answer)
-        lead, tail = self._around
+        thought, text = self._thought_apart(kept, opened)
         if thought is not None:
             return Answer(text.lstrip() if text.strip() else "", thought)
+        lead, tail = self._around
         if not begun and lead and text.startswith(lead):
             text = text[len(lead) :]
         if ended is not None and tail and text.endswith(tail):
@@ -217,6 +218,10 @@ class Chat:
             )
         if not self._end_in_template:
             said.append(f"it ends an answer with no token, so {self._end} ends it")
+        if self.thought and self._end in self.thought.close + self.thought.end:
+            said.append(
+                f"{self._end} ends its thoughts and its answers, so sampling stops after a thought"
+            )
         if difference := self._difference(messages, "Because."):
             said.append(difference)
         if not said:
@@ -286,15 +291,19 @@ class Chat:
         answer = answer.lstrip() if before else answer
         answer = answer.rstrip() if after else answer
         thought = self.thought
-        if thought is None or thought.open not in self._plain_thought or thought.close not in answer:
+        if (
+            thought is None
+            or thought.open not in self._plain_thought
+            or thought.close not in answer
+        ):
             return layout.lead, answer
         if not answer.lstrip().startswith(thought.open):
             return layout.lead, answer
         if thought.opened_by(layout.prompt):
             return "", answer.lstrip()[len(thought.open) :].lstrip("\n")
-        return layout.lead[: layout.lead.find(thought.open)] if thought.open in layout.lead else "", (
-            answer.lstrip()
-        )
+        return layout.lead[
+            : layout.lead.find(thought.open)
+        ] if thought.open in layout.lead else "", (answer.lstrip())
 
     @property
     def _plain_thought(self) -> str:
@@ -374,19 +383,23 @@ class Chat:
     def _added_id(self, token: str) -> int:
         return int(self._added.get(token, self.tokenizer.convert_tokens_to_ids(token)))
 
-    def _thought_apart(self, ids: list[int], opened: bool) -> tuple[str | None, list[int]]:
-        """The thought's text (None without a thought) and the answer's tokens."""
+    def _thought_apart(self, ids: list[int], opened: bool) -> tuple[str | None, str]:
+        """The thought (None without one) and the answer."""
         thought = self.thought
         if thought is None:
-            return None, ids
-        opening, closing = self._encode(thought.open), self._encode(thought.close)
+            return None, self.decode(ids)
+        closing = self._encode(thought.close)
         at = _find(ids, closing)
-        begins = self.tokenizer.decode(ids).lstrip().startswith(thought.open.rstrip())
-        if at is None and not opened and not begins:
-            return None, ids
-        if at is None:
-            return self._thought_text(ids), []
-        return self._thought_text(ids[:at]), ids[at + len(closing) :]
+        if at is not None:
+            return self._thought_text(ids[:at]), self.decode(ids[at + len(closing) :])
+        text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if thought.close in text and not self._special.search(thought.close):
+            # Spelled in other tokens, joined with what stands around it.
+            end = self.decode(ids).partition(thought.close)
+            return end[0].strip().removeprefix(thought.open.rstrip()).strip(), end[2]
+        if opened or text.lstrip().startswith(thought.open.rstrip()):
+            return self._thought_text(ids), ""
+        return None, self.decode(ids)
 
     def _thought_text(self, ids: list[int]) -> str:
         assert self.thought is not None

@@ -58,6 +58,7 @@ class Turn(NamedTuple):
 
     role: str
     content: str
+    thought: str = ""
 
 
 class Layout(NamedTuple):
@@ -86,6 +87,7 @@ class ChatTemplate:
         self.source = self._chosen_source()
         self._arguments = dict(arguments or {})
         self._demand_known(self._arguments)
+        self._tried: set[tuple[str, ...]] = set()
         self._in_parts = False
         """Whether content must be a list of parts, as for some multimodal models."""
         self._in_parts = self._needs_parts()
@@ -105,6 +107,7 @@ class ChatTemplate:
 
     def layout(self, turns: Sequence[Turn]) -> Layout:
         """Where the template would put the next answer. `lead` is empty where the rendering with an answer differs."""
+        self._demand_all(tuple(turn.role for turn in turns))
         prompt = self.prompt(turns)
         before, found, tail = self.whole([*turns, Turn("assistant", ANSWER)]).rpartition(ANSWER)
         if not found:
@@ -122,6 +125,15 @@ class ChatTemplate:
         before, _, after = self.whole([*asked, Turn("assistant", ANSWER)]).rpartition(ANSWER)
         before_wide, _, after_wide = wide.rpartition(ANSWER)
         return before_wide == before, after_wide == after
+
+    def around_thought(self) -> tuple[str, str]:
+        """What stands before a thought, and between it and the answer; empty where the template writes none."""
+        turns = [Turn("user", "x"), Turn("assistant", ANSWER, thought="\ue0f3")]
+        try:
+            before, found, after = self.whole(turns).partition(ANSWER)[0].partition("\ue0f3")
+        except ModelError:
+            return "", ""
+        return (before, after) if found else ("", "")
 
     def tail_in_history(self) -> str:
         """What stands after an answer that another question follows; empty where the template refuses that."""
@@ -170,30 +182,50 @@ class ChatTemplate:
             "name another jinja file in model.chat_template"
         )
 
+    def _demand_all(self, roles: tuple[str, ...]) -> None:
+        """Every turn must come out of the template; a conversation's roles are tried once."""
+        if roles in self._tried:
+            return
+        marks = [chr(0xE100 + number % 4096) for number in range(len(roles))]
+        text = self._render([Turn(r, m) for r, m in zip(roles, marks, strict=True)], True)
+        if lost := [role for role, mark in zip(roles, marks, strict=True) if mark not in text]:
+            raise ModelError(
+                f"the chat template of {self.name} leaves out the {lost[0]} turn of the turns "
+                f"{', '.join(roles)}; take it out of the data, or name another jinja file in model.chat_template"
+            )
+        self._tried.add(roles)
+
     def _probe(self) -> str:
         return self._render([Turn("user", "\ue0f3")], True)
 
     def _header(self, asked: Sequence[Turn]) -> str:
-        """What the template puts before an answer, for one that never announces it."""
+        """What the template puts before an answer, for one that does not announce it."""
         prompt, whole = self._render(asked, True), self.whole([*asked, Turn("assistant", ANSWER)])
-        before = whole.rpartition(ANSWER)[0]
-        if not before.startswith(prompt):
+        before, _, tail = whole.rpartition(ANSWER)
+        if self._always_announces(prompt, tail):
+            return ""
+        if not before.startswith(prompt.rstrip()):
             raise ModelError(
                 f"the chat template of {self.name} has no generation prompt (it does not look at "
                 "add_generation_prompt), and its finished conversations do not begin like unfinished ones; "
                 "add one to it, or name another jinja file in model.chat_template"
             )
+        header = before[len(prompt.rstrip()) :]
         # A space goes with the word after it.
-        return before[len(prompt) :].rstrip(" ")
+        return before[len(prompt) :].rstrip(" ") if header.strip() else ""
+
+    def _always_announces(self, prompt: str, tail: str) -> bool:
+        """Whether each rendering ends with the announcement of an answer, even one that ends with an answer."""
+        goes_on = self.tail_in_history()
+        common = next(
+            (n for n, (a, b) in enumerate(zip(tail, goes_on, strict=False)) if a != b), None
+        )
+        last = tail[min(len(tail), len(goes_on)) if common is None else common :]
+        is_end = last.strip() in ("", self._tokenizer.eos_token)
+        return not is_end and prompt.endswith(last)
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        conversation: list[dict[str, Any]] = [
-            {
-                "role": turn.role,
-                "content": [{"type": "text", "text": turn.content}] if self._in_parts else turn.content,
-            }
-            for turn in turns
-        ]
+        conversation = [self._as_given(turn) for turn in turns]
         try:
             text = str(
                 self._tokenizer.apply_chat_template(
@@ -213,6 +245,15 @@ class ChatTemplate:
             )
         return text
 
+    def _as_given(self, turn: Turn) -> dict[str, Any]:
+        text = turn.content
+        given: dict[str, Any] = {"role": turn.role, "content": text}
+        if self._in_parts:
+            given["content"] = [{"type": "text", "text": text}]
+        if turn.thought:
+            given |= dict.fromkeys(("reasoning_content", "thinking", "reasoning"), turn.thought)
+        return given
+
     def _refusal(self, error: Exception, turns: Sequence[Turn]) -> ModelError:
         roles = ", ".join(turn.role for turn in turns)
         words = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -226,4 +267,3 @@ class ChatTemplate:
             f"the chat template of {self.name} refuses the turns {roles}: {words}; "
             "name another jinja file in model.chat_template"
         )
-

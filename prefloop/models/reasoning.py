@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 
@@ -38,11 +39,22 @@ THOUGHTS = (
 )
 
 
-def thought_of(source: str, tokens: frozenset[str]) -> Thought | None:
-    """The thought that a template writes or cuts, else the one that the tokenizer has tokens for."""
+_TAG = r"(?:<[^<>\s]+>|\[[^\[\]]+\])"
+
+
+def thought_of(source: str, tokens: frozenset[str], between: tuple[str, str]) -> Thought | None:
+    """The thought that a template writes or cuts, else the one that the tokenizer has tokens for.
+
+    `between` is what the template put before and after a thought that it was given ("" where it left it out).
+    """
     for thought in THOUGHTS:
         if thought.close in source:
             return thought
+    before, after = between
+    begin, end = re.search(_TAG + r"$", before.rstrip()), re.match(_TAG, after.lstrip())
+    if begin and end:
+        only_tags = not re.sub(_TAG, "", after).strip()
+        return Thought(begin[0], end[0] if only_tags else after.strip(), end[0])
     for thought in THOUGHTS:
         if thought.close in tokens and thought.open in tokens:
             return thought
