@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,6 +161,16 @@ class RunDir:
             for result in round_dir.records("result", RoundResult)
         ]
 
+    def first_day(self) -> date:
+        """The day on which the run began: what chat templates are told, on whatever day it goes on."""
+        path = self.path / "environment.json"
+        found = read_json(path) if path.exists() else {}
+        try:
+            return date.fromisoformat(str(found.get("date")))
+        except ValueError:
+            # Made by an earlier version; or read while another process makes it.
+            return date.today()
+
     def events(self) -> list[dict[str, Any]]:
         """The diary so far, without a line that is still being written."""
         path = self.path / "events.jsonl"
@@ -280,7 +290,8 @@ def _claim(path: Path, recipe: str) -> None:
 
 
 def _note_environment(path: Path) -> None:
-    write_atomically(path, json.dumps(environment(), indent=1) + "\n")
+    around = {"date": date.today().isoformat(), **environment()}
+    write_atomically(path, json.dumps(around, indent=1) + "\n")
 
 
 def _has_made_something(path: Path) -> bool:

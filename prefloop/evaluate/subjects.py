@@ -13,6 +13,7 @@ from typing import Any
 from prefloop.errors import RunFolderError
 from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine, open_engine
+from prefloop.models.chat_template import set_template_date
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions, local_folder, quiet, resolve_source
 from prefloop.recipe import Recipe, initial_source, load_recipe
@@ -139,7 +140,12 @@ def open_subject(source: Source, initial: str | None) -> Iterator[OpenSubject]:
     assert recipe is not None
     with quiet():
         policy = Policy.load(source.base, source.folder, trainable=False, seed=recipe.seed)
-    engine = HFEngine(policy.model, policy.tokenizer, batch_size=recipe.generate.batch_size)
+    set_template_date(source.run.first_day())
+    settings: dict[str, Any] = {
+        "batch_size": recipe.generate.batch_size,
+        "template_kwargs": source.base.chat_template_kwargs,
+    }
+    engine = HFEngine(policy.model, policy.tokenizer, **settings)
     if source.round == -1:
         with policy.at_start():
             yield OpenSubject(engine, engine, engine.model, policy.tokenizer)
@@ -150,9 +156,7 @@ def open_subject(source: Source, initial: str | None) -> Iterator[OpenSubject]:
             )
     else:
         initial_policy = Policy.load(source.base, None, trainable=False)
-        initial_engine = HFEngine(
-            initial_policy.model, initial_policy.tokenizer, batch_size=recipe.generate.batch_size
-        )
+        initial_engine = HFEngine(initial_policy.model, initial_policy.tokenizer, **settings)
         yield OpenSubject(engine, initial_engine, engine.model, policy.tokenizer)
 
 

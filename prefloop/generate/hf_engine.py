@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -47,10 +47,17 @@ T = TypeVar("T")
 class HFEngine:
     """An Engine over a loaded model; always uses the weights as they are at the call."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 32,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """`model`: a causal LM, PEFT-wrapped or not. `batch_size` rows are decoded together; out of memory halves it for the rest of the run."""
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.chat = Chat(tokenizer)
+        self.chat = Chat.of(self.model, tokenizer, template_kwargs)
         self.batch_size = batch_size
         self._served: dict[int, bool] = {}
         """Whether slots serve the model, by the number of its windows that conversations exceed."""

@@ -1,59 +1,172 @@
-"""Conversations into tokens and back, for one tokenizer: the only place that knows a chat template.
+"""Conversations into tokens and back, for one tokenizer.
 
-A completion is the answer's tokens and then one end-of-turn token; whatever reads `answer_ids` scores
-exactly that span, so this is also where the completion mask is made.
+A prompt ends where the policy begins to write. A completion is what it should have written: what the template
+puts before an answer (a channel, an empty thought), the answer, and one end-of-turn token. Texts that no policy
+sampled are encoded in their context, so that prompt and completion are the tokens of the whole conversation.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
-
-from jinja2 import TemplateError
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from prefloop.errors import GenerationError, ModelError
+from prefloop.models.chat_template import ANSWER, ChatTemplate, Layout, Turn
+from prefloop.models.reasoning import thought_of
 from prefloop.records import Message
 
-# Stands for a special string while the template is rendered; _OPEN inside a text is masked like one.
+# Stands for a masked string while the template is rendered; our own characters inside a text are masked too.
 _OPEN = "\ue0f0"
 _MARK = _OPEN + "{}\ue0f1"
 _MARKS = re.compile(_OPEN + "(\\d+)\ue0f1")
+# What a text is put after to encode it as a continuation: the first that does not join with it is taken.
+_ANCHORS = ("\n", "x", "0", ".")
+
+
+class Answer(NamedTuple):
+    """What a policy wrote: the answer, and the thought before it ("" without one)."""
+
+    text: str
+    reasoning: str = ""
+
+
+class Place(NamedTuple):
+    """A conversation's layout, with the strings that are masked in it."""
+
+    layout: Layout
+    masked: tuple[str, ...]
 
 
 class Chat:
     """Encodes conversations with the tokenizer's chat template.
 
     Text of a user or a model is encoded with special tokens split: a prompt that contains
-    ``<|im_end|>`` cannot end its own turn.
+    ``<|im_end|>`` cannot end its own turn, and one that contains ``</think>`` is not cut by the template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
-                "name a jinja file in model.chat_template"
-            )
-        self.tokenizer = tokenizer
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self._special = re.compile(
-            "|".join(re.escape(text) for text in [*sorted(special, key=len, reverse=True), _OPEN])
-        )
-        self.end_id = self._end_of_turn()
-        self.stop_ids = frozenset({self.end_id, tokenizer.eos_token_id} - {None})
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        eos_token_ids: Iterable[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`eos_token_ids`: those of the model's generation_config. `template_kwargs`: further arguments of the template.
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation up to where the assistant's answer begins."""
-        found: list[str] = []
-        turns = [{"role": m.role, "content": self._mask(m.content, found)} for m in messages]
-        text = self._render(turns, add_generation_prompt=True)
-        ids: list[int] = []
-        for place, piece in enumerate(_MARKS.split(text)):
-            ids += self.text_ids(found[int(piece)]) if place % 2 else self._encode(piece)
-        return ids
+        Raises ModelError for a template that cannot be used.
+        """
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, template_kwargs)
+        added = tokenizer.added_tokens_decoder
+        self._added = {token.content: number for number, token in added.items()}
+        self.thought = thought_of(
+            self.template.source, frozenset(self._added), self.template.around_thought()
+        )
+        special = [t.content for t in added.values() if t.special]
+        self._special = _any_of([*special, _OPEN, "\ue0f1", ANSWER])
+        thoughts = [self.thought.open, self.thought.close] if self.thought else []
+        self._special_or_thought = _any_of([*special, *thoughts, _OPEN, "\ue0f1", ANSWER])
+        self._place = lru_cache(maxsize=256)(self._find_place)
+        self._trims = self.template.trims()
+        asked = (Message(role="user", content="x"),)
+        self._opens_thought = self._opened(self._place(asked).layout.prompt)
+        self._end, self._end_in_template = self._end_of_turn(self._place(asked).layout.tail)
+        self.end_ids: tuple[int, ...] = (self._added_id(self._end),)
+        """The end of turn that is trained: the template's own, else where the next turn would begin, else the EOS."""
+        self.end_id = self.end_ids[0]
+        stops = {self.end_id, tokenizer.eos_token_id, *eos_token_ids} - {None}
+        self.stop_ids = frozenset(int(stop) for stop in stops)
+        """Tokens that end an answer when sampled."""
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None
+    ) -> Chat:
+        """With the ends of turn that the model's generation_config names, else its config."""
+        found: Any = None
+        for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+            if found is None:
+                found = getattr(config, "eos_token_id", None)
+        ids = [] if found is None else [found] if isinstance(found, int) else list(found)
+        return cls(tokenizer, eos_token_ids=ids, template_kwargs=template_kwargs)
+
+    # Conversations into tokens.
+
+    def prompt_ids(
+        self, messages: Sequence[Message], prefix: str = "", *, at_answer: bool = False
+    ) -> list[int]:
+        """Tokens of a conversation up to where the policy begins to write, then of the begun answer `prefix`.
+
+        A begun answer stands where the template puts answers: after a closed thought, in the final channel.
+        `at_answer` goes there without a prefix too, for asking what the answer's first token is.
+        """
+        layout, masked = self._place(tuple(messages))
+        if not prefix and not at_answer:
+            return self._ids(layout.prompt, masked)
+        text, masked = self._with(layout.prompt + layout.lead, prefix, masked)
+        return self._ids(text if prefix else self._without_space(text), masked)
+
+    def completion_ids(
+        self, messages: Sequence[Message], answer: str, *, ended: bool = True
+    ) -> list[int]:
+        """Tokens of an answer that no policy sampled, and of its end: those of the whole conversation after the prompt.
+
+        Where the answer's first characters would join the prompt's last ones in one token, the answer is
+        encoded by itself, as a text that follows another.
+        """
+        layout, masked = self._place(tuple(messages))
+        text, masked = self._with(*self._before_answer(layout, answer), masked)
+        if ended and self._end_in_template:
+            text += layout.tail[: layout.tail.find(self._end) + len(self._end)]
+        ids = self._after(layout.prompt, text, masked)
+        return [*ids, *self.end_ids] if ended and not self._end_in_template else ids
+
+    def option_ids(
+        self, messages: Sequence[Message], options: Sequence[str], prefix: str = ""
+    ) -> list[int]:
+        """The first token of each option, as an answer that begins with `prefix` would go on.
+
+        It follows ``prompt_ids(messages, prefix, at_answer=True)``. GenerationError where two are the same.
+        """
+        layout, masked = self._place(tuple(messages))
+        text, masked = self._with(layout.prompt + layout.lead, prefix, masked)
+        before = text if prefix else self._without_space(text)
+        firsts = []
+        for option in options:
+            whole, all_masked = self._with(text[len(before) :], option, masked)
+            firsts.append(self._after(before, whole, all_masked)[0])
+        return _different(options, firsts)
+
+    # Sampled tokens.
+
+    def is_ended(self, ids: Sequence[int]) -> bool:
+        """Whether sampled tokens end with the end of a turn."""
+        return bool(ids) and ids[-1] in self.stop_ids
+
+    def split(self, ids: Sequence[int], *, begun: bool = False) -> Answer:
+        """Sampled tokens as text, up to the first end of turn, the thought apart.
+
+        `begun`: they go on from a begun answer, so that no thought is open before them.
+        """
+        ended = next((n for n, token in enumerate(ids) if token in self.stop_ids), None)
+        kept = list(ids if ended is None else ids[:ended])
+        opened = self._opens_thought and not begun
+        thought, text = self._thought_apart(kept, opened)
+        if thought is not None:
+            return Answer(text.lstrip() if text.strip() else "", thought)
+        lead, tail = self._around
+        if not begun and lead and text.startswith(lead):
+            text = text[len(lead) :]
+        if ended is not None and tail and text.endswith(tail):
+            text = text[: -len(tail)]
+        return Answer(text)
+
+    # Plain texts.
 
     def answer_ids(self, answer: str) -> list[int]:
-        """Tokens of a whole answer: its text, then end-of-turn."""
+        """Tokens of an answer by itself, then end-of-turn; `completion_ids` knows its context."""
         return [*self.text_ids(answer), self.end_id]
 
     def text_ids(self, text: str) -> list[int]:
@@ -85,56 +198,243 @@ class Chat:
         return tuple(text[len(texts[0]) :] for text in texts[1:])
 
     def first_ids(self, options: Sequence[str]) -> list[int]:
-        """The first token of each option; GenerationError where two begin with the same one."""
-        firsts = [self.text_ids(option)[0] for option in options]
-        if len(set(firsts)) < len(firsts):
-            raise GenerationError(
-                f"the options {', '.join(options)} do not differ in their first token; "
-                "use options that do, such as digits or letters"
-            )
-        return firsts
+        """The first token of each option by itself; `option_ids` knows its context."""
+        return _different(options, [self.text_ids(option)[0] for option in options])
 
     def count(self, text: str) -> int:
         """Number of tokens of a text."""
         return len(self.text_ids(text))
 
-    def _mask(self, content: str, found: list[str]) -> str:
-        def mark(match: re.Match[str]) -> str:
-            found.append(match.group())
-            return _MARK.format(len(found) - 1)
+    # By construction.
 
-        return self._special.sub(mark, content)
+    def differences(
+        self, messages: Sequence[Message] = (Message(role="user", content="Why?"),)
+    ) -> str | None:
+        """In what prompt, completion and end are not the template's own rendering of the conversation; None if in nothing."""
+        said = []
+        if header := self.template.added_header:
+            said.append(
+                f"it has no generation prompt, so {header!r} is added, which it puts before answers"
+            )
+        if not self._end_in_template:
+            said.append(f"it ends an answer with no token, so {self._end} ends it")
+        if self.thought and self._end in self.thought.close + self.thought.end:
+            said.append(
+                f"{self._end} ends its thoughts and its answers, so sampling stops after a thought"
+            )
+        if difference := self._difference(messages, "Because."):
+            said.append(difference)
+        if not said:
+            return None
+        return f"the chat template of {self.template.name}: {'; '.join(said)}"
+
+    def _difference(self, messages: Sequence[Message], answer: str) -> str | None:
+        turns, masked = self._masked_turns(messages)
+        whole = self.template.whole([*turns, Turn("assistant", answer)])
+        layout, _ = self._place(tuple(messages))
+        lead, text = self._before_answer(layout, answer)
+        ours = lead + text
+        if self._end_in_template:
+            ours += layout.tail[: layout.tail.find(self._end) + len(self._end)]
+        both = layout.prompt + ours
+        if not whole.startswith(both):
+            at = next(
+                (n for n, (a, b) in enumerate(zip(both, whole, strict=False)) if a != b),
+                min(len(both), len(whole)),
+            )
+            return (
+                f"a finished conversation has {whole[at : at + 40]!r} where the prompt and an answer have "
+                f"{both[at : at + 40]!r}, and the latter is trained"
+            )
+        ids = [*self.prompt_ids(messages), *self.completion_ids(messages, answer)]
+        ids = ids if self._end_in_template else ids[:-1]
+        if ids != self._ids(both, tuple(masked)):
+            return "prompt and answer join in one token, and are encoded apart"
+        return None
+
+    def _without_space(self, text: str) -> str:
+        """A rendered text without its last spaces, where this tokenizer puts them into the token that follows."""
+        cut = text.rstrip(" ")
+        spaces = text[len(cut) :]
+        firsts = {self._continued(spaces + letter, plain=False)[0] for letter in "AB"}
+        return cut if len(firsts) == 2 else text
+
+    # Places.
+
+    def _find_place(self, messages: tuple[Message, ...]) -> Place:
+        turns, masked = self._masked_turns(messages)
+        prompt, lead, tail = self.template.layout(turns)
+        if self.thought and self.thought.opened_by(prompt + lead):
+            lead += self.thought.closing(prompt + lead)
+        return Place(Layout(prompt, lead, tail), tuple(masked))
+
+    def _masked_turns(self, messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
+        masked: list[str] = []
+        turns = []
+        for message in messages:
+            # An earlier answer's thought is the template's to cut; a user's text is nobody's.
+            pattern = self._special if message.role == "assistant" else self._special_or_thought
+            turns.append(Turn(message.role, _mask(message.content, pattern, masked)))
+        return turns, masked
+
+    def _with(self, text: str, more: str, masked: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+        """A rendered text, then one of a user or a model."""
+        found = list(masked)
+        return text + _mask(more, self._special, found), tuple(found)
+
+    def _before_answer(self, layout: Layout, answer: str) -> tuple[str, str]:
+        """What stands before an answer, and the answer as the template would trim it.
+
+        One that brings its thought takes the place of the template's empty one.
+        """
+        before, after = self._trims
+        answer = answer.lstrip() if before else answer
+        answer = answer.rstrip() if after else answer
+        thought = self.thought
+        if (
+            thought is None
+            or thought.open not in self._plain_thought
+            or thought.close not in answer
+        ):
+            return layout.lead, answer
+        if not answer.lstrip().startswith(thought.open):
+            return layout.lead, answer
+        if thought.opened_by(layout.prompt):
+            return "", answer.lstrip()[len(thought.open) :].lstrip("\n")
+        return layout.lead[
+            : layout.lead.find(thought.open)
+        ] if thought.open in layout.lead else "", (answer.lstrip())
+
+    @property
+    def _plain_thought(self) -> str:
+        """The thought's opening where it is no special token, so that a text can spell it."""
+        opening = self.thought.open if self.thought else ""
+        return "" if self._special.search(opening) else opening
+
+    def _opened(self, prompt: str) -> bool:
+        return self.thought is not None and self.thought.opened_by(prompt)
+
+    @property
+    def _around(self) -> tuple[str, str]:
+        """What the template's text adds to an answer before and after it, special tokens left out."""
+        layout = self._place((Message(role="user", content="x"),)).layout
+        lead = layout.lead if not self._special.search(layout.lead) else ""
+        end = layout.tail.find(self._end) if self._end_in_template else 0
+        return lead, layout.tail[:end]
+
+    # Tokens.
+
+    def _ids(self, text: str, masked: Sequence[str]) -> list[int]:
+        """Tokens of a rendered text. What is masked in it is encoded as text, and all after it as its continuation."""
+        first, *rest = _MARKS.split(text)
+        ids = self._encode(first) if first else []
+        for place, piece in enumerate(rest):
+            if place % 2:
+                ids += self._continued(piece, plain=False)
+            else:
+                ids += self._continued(masked[int(piece)], plain=True)
+        return ids
+
+    def _after(self, prompt: str, text: str, masked: Sequence[str]) -> list[int]:
+        """Tokens of a rendered text that follows a prompt."""
+        before, whole = self._ids(prompt, masked), self._ids(prompt + text, masked)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        first, *rest = _MARKS.split(text)
+        ids = self._continued(first, plain=False)
+        for place, piece in enumerate(rest):
+            plain = place % 2 == 0
+            ids += self._continued(masked[int(piece)] if plain else piece, plain=plain)
+        return ids
+
+    def _continued(self, text: str, *, plain: bool) -> list[int]:
+        """Tokens of a text that other text stands before."""
+        encode = self.text_ids if plain else self._encode
+        if not text:
+            return []
+        for anchor in _ANCHORS:
+            first, both = encode(anchor), encode(anchor + text)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return encode(text)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _render(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses the turns {roles}: "
-                f"{str(error).rstrip('.')}; name another jinja file in model.chat_template"
-            ) from error
+    # Ends and thoughts.
 
-    def _end_of_turn(self) -> int:
-        """The special token that the template puts right after an answer; else the tokenizer's EOS."""
-        answer = _MARK.format(0)
-        text = self._render(
-            [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}],
-            add_generation_prompt=False,
-        )
-        after = self._encode(text.rpartition(answer)[2])
-        if after and after[0] in self.tokenizer.all_special_ids:
-            return after[0]
+    def _end_of_turn(self, tail: str) -> tuple[str, bool]:
+        """The token that ends an answer, and whether the template puts it there."""
+        bos = self.tokenizer.bos_token
+        tokens = [t for t in self._added if t != bos and not t.isspace()]
+        if tokens and (found := _any_of(tokens).search(tail)):
+            return found.group(), True
+        # GLM-4: the token that begins the next turn.
+        following = self.template.tail_in_history().lstrip()
+        if tokens and (found := _any_of(tokens).match(following)):
+            return found.group(), False
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
-                f"the tokenizer of {self.tokenizer.name_or_path} has no end-of-turn token; "
+                f"the tokenizer of {self.template.name} has no end-of-turn token; "
                 "set eos_token in its tokenizer_config.json"
             )
-        return int(self.tokenizer.eos_token_id)
+        return str(self.tokenizer.eos_token), False
+
+    def _added_id(self, token: str) -> int:
+        return int(self._added.get(token, self.tokenizer.convert_tokens_to_ids(token)))
+
+    def _thought_apart(self, ids: list[int], opened: bool) -> tuple[str | None, str]:
+        """The thought (None without one) and the answer."""
+        thought = self.thought
+        if thought is None:
+            return None, self.decode(ids)
+        closing = self._encode(thought.close)
+        at = _find(ids, closing)
+        if at is not None:
+            return self._thought_text(ids[:at]), self.decode(ids[at + len(closing) :])
+        text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if thought.close in text and not self._special.search(thought.close):
+            # Spelled in other tokens, joined with what stands around it.
+            end = self.decode(ids).partition(thought.close)
+            return end[0].strip().removeprefix(thought.open.rstrip()).strip(), end[2]
+        if opened or text.lstrip().startswith(thought.open.rstrip()):
+            return self._thought_text(ids), ""
+        return None, self.decode(ids)
+
+    def _thought_text(self, ids: list[int]) -> str:
+        assert self.thought is not None
+        text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        text = text.strip().removeprefix(self.thought.open.rstrip())
+        if self.thought.end:
+            text = text.partition(self.thought.end)[0]
+        return text.strip()
+
+
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted({s for s in strings if s}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(text) for text in longest_first))
+
+
+def _mask(content: str, pattern: re.Pattern[str], found: list[str]) -> str:
+    def mark(match: re.Match[str]) -> str:
+        found.append(match.group())
+        return _MARK.format(len(found) - 1)
+
+    return pattern.sub(mark, content)
+
+
+def _find(ids: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where the tokens `wanted` first stand in `ids`."""
+    last = len(ids) - len(wanted)
+    return next(
+        (n for n in range(last + 1) if list(ids[n : n + len(wanted)]) == list(wanted)), None
+    )
+
+
+def _different(options: Sequence[str], firsts: list[int]) -> list[int]:
+    if len(set(firsts)) < len(firsts):
+        raise GenerationError(
+            f"the options {', '.join(options)} do not differ in their first token; "
+            "use options that do, such as digits or letters"
+        )
+    return firsts

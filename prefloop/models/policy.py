@@ -112,7 +112,7 @@ class Policy:
             plain = _base_model(base, options, device)
             # PEFT writes this into the adapter's config; a hub id stays one.
             plain.name_or_path = start
-            tokenizer = _tokenizer(folder, options)
+            tokenizer = load_tokenizer(folder, options)
             _check_vocabulary(plain, tokenizer, options)
             model: PreTrainedModel | PeftModel = plain
             if options.tuning == "lora":
@@ -421,16 +421,19 @@ def _policy_folder(folder: Path, marker: str, options: ModelOptions) -> Path:
     return folder
 
 
-def _tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, with the template that the options name. Raises ModelError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=options.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{folder} has no usable tokenizer: {reason(error)}; "
-            "put the tokenizer's files beside the weights"
-        ) from error
+        remedy = (
+            "set model.source to a folder whose config.json is whole"
+            if "config.json" in str(error)
+            else "put the tokenizer's files beside the weights"
+        )
+        raise ModelError(f"{folder} has no usable tokenizer: {reason(error)}; {remedy}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if options.chat_template is not None:
         try:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prefloop.errors import ModelError
+from prefloop.models.chat_template import dated
 from prefloop.records import Message
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class RewardEncoder:
         ids = list(
             self.tokenizer.apply_chat_template(
                 [{"role": turn.role, "content": turn.content} for turn in turns],
+                chat_template=dated(self.tokenizer.get_chat_template()),
                 return_dict=False,
                 sanitize_control_tokens=True,
             )

