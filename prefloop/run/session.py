@@ -84,7 +84,11 @@ class Session:
             folder=self.rundir.path,
         )
         self.rundir.event(
-            "data", train=len(data.train), eval=len(data.eval), dropped=dict(data.dropped)
+            "data",
+            train=len(data.train),
+            eval=len(data.eval),
+            dropped=dict(data.dropped),
+            notes=list(data.notes),
         )
         return data
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from prefloop.data.rows import READERS, Located
+from prefloop.data.files import DataFile, Located, read_file
 from prefloop.errors import DataError
 
 Row = dict[str, Any]
@@ -151,4 +151,4 @@ def _read(folder: str, name: str, shaped: Callable[[Row], Row | None]) -> Datase
 @lru_cache(maxsize=2)
 def _located(path: Path, changed_ns: int) -> tuple[Located, ...]:
     """A file's rows with their places, read once for the 57 subjects that are in it."""
-    return tuple(READERS[".jsonl"](path))
+    return tuple(read_file(DataFile(path, str(path), ".jsonl", "")))
