@@ -97,7 +97,7 @@ def read_entries(
         options = FieldOptions()
     tally.source = source
     entries = _entries(rows, stem, options, tally, beside)
-    yield from _paired(entries, tally) if pairs else entries
+    yield from put_together(entries, tally) if pairs else entries
     if not tally.rows:
         raise DataError(f"{source} holds no rows; name a source with prompts in data.{part}")
 
@@ -132,8 +132,8 @@ def _identity(where: str, row: Row, options: FieldOptions, default: str) -> str:
     return str(identity)
 
 
-def _paired(entries: Iterator[Placed], tally: Tally) -> Iterator[Placed]:
-    """Pairs as they are; unpaired answers by prompt, a good one with a bad one."""
+def put_together(entries: Iterator[Placed], tally: Tally) -> Iterator[Placed]:
+    """Pairs as they are; unpaired answers by prompt, a good one with a bad one, after the last entry."""
     waiting: dict[tuple[Message, ...], tuple[list[Placed], list[Placed]]] = {}
     for one in entries:
         if one.entry.label is None:

@@ -375,6 +375,8 @@ def _demand_nothing_new(cells: Cells, name: str, found: Found, options: FieldOpt
     if isinstance(found, str) or options.format is not None:
         return
     known = {" ".join(text.split()) for entry in found for text in entry.texts}
+    if name == "turns" and isinstance(cells.row[name], int):
+        return  # how many there are
     said = list(_texts(cells.row[name]))
     if said and all(" ".join(text.split()) in known for text in said):
         cells.used[name] = None
