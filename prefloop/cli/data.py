@@ -29,9 +29,7 @@ def data(
     model: Annotated[
         str, typer.Option("--model", help="Whose tokenizer and chat template are shown.")
     ] = "embedded:smollm2-135m",
-    show: Annotated[
-        int, typer.Option("-n", "--number", min=0, help="Conversations to show.")
-    ] = 3,
+    show: Annotated[int, typer.Option("-n", "--number", min=0, help="Conversations to show.")] = 3,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object instead of text.")
     ] = False,

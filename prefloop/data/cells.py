@@ -69,7 +69,8 @@ class Cells:
 
     def fail(self, problem: str) -> DataError:
         """The error of this row."""
-        return DataError(f"{self.where}: {problem}")
+        colon = "" if problem.startswith("has ") else ":"
+        return DataError(f"{self.where}{colon} {problem}")
 
 
 def empty(value: object) -> bool:

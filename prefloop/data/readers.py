@@ -146,7 +146,7 @@ def _before(cells: Cells, lead: list[Message], good: str) -> list[Message]:
     if not asked or (len(asked) == 1 and asked[0].role == "system"):
         if not lead or lead[0].role == "assistant":
             raise cells.fail(
-                "has neither 'prompt' nor 'messages'; add one, or let 'chosen' and 'rejected' be "
+                "has neither 'prompt' nor 'messages'; name the prompt's column in data.prompt_field, or let 'chosen' and 'rejected' be "
                 "conversations that differ in their last turn only"
             )
         return joined(cells, asked, lead)
@@ -229,7 +229,8 @@ def implicit(cells: Cells) -> Found:
     if not shared.strip():
         raise cells.fail(
             "has neither 'prompt' nor 'messages', and 'chosen' and 'rejected' do not begin with the same "
-            "words; add one, or let them be conversations that differ in their last turn only"
+            "words; name the prompt's column in data.prompt_field, or let them be conversations that differ in their "
+            "last turn only"
         )
     messages = [*context(cells, ()), Message(role="user", content=shared.strip())]
     # The words after the prompt, without the space that stood between.
@@ -261,7 +262,7 @@ def two(first: str, second: str, *labels: str) -> Callable[[Cells], Found]:
         name = cells.first(*labels)
         if name is None:
             raise cells.fail(
-                f"has no {' or '.join(map(repr, labels))} that says which answer is better"
+                f"has no {' or '.join(map(repr, labels))} that says which answer is better; add it"
             )
         label = _LABELS[name](cells, name)
         if label is None:

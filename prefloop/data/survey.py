@@ -114,9 +114,7 @@ def _lengths(
     prompts = [sum(count(turn.content) for turn in entry.messages) for entry in entries]
     texts = chain.from_iterable(dict.fromkeys(_answers(entry)) for entry in entries)
     found = {"prompt": (prompts, limits[0]), "answer": ([count(t) for t in texts], limits[1])}
-    return {
-        name: _spread(sorted(sizes), limit) for name, (sizes, limit) in found.items() if sizes
-    }
+    return {name: _spread(sorted(sizes), limit) for name, (sizes, limit) in found.items() if sizes}
 
 
 def _spread(sizes: Sequence[int], limit: int) -> Lengths:
