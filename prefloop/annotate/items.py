@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import Field
 
-from prefloop.data.rows import READERS, Row, conversation, filled_text, open_rows
+from prefloop.data.rows import Row, conversation, filled_text, is_data_file, open_rows
 from prefloop.errors import DataError, RunFolderError
 from prefloop.evaluate.answers import ANSWER
 from prefloop.records import Candidates, Message, Record, derive_seed
@@ -109,7 +109,7 @@ def read_source(text: str) -> AnswerSource:
         round_dir = _round(path, round_name)
         answers: Iterator[PromptAnswer] = _answers_of_round(round_dir)
         name = f"{path}@{_name(round_dir)}"
-    elif round_name is None and path.suffix.lower() in READERS:
+    elif round_name is None and is_data_file(path):
         answers, name = _answers_of_file(text), text
     else:
         raise DataError(

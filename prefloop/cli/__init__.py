@@ -17,6 +17,7 @@ import typer
 from prefloop import __version__
 from prefloop.cli.annotate import annotate
 from prefloop.cli.compare import compare
+from prefloop.cli.data import data
 from prefloop.cli.evaluate import evaluate
 from prefloop.cli.judge import judge_app, reward_app
 from prefloop.cli.report import RunArgument, report, show, watch
@@ -43,6 +44,7 @@ app = typer.Typer(
 
 app.command("evaluate")(evaluate)
 app.command()(annotate)
+app.command()(data)
 app.add_typer(judge_app, name="judge")
 app.add_typer(reward_app, name="reward")
 

@@ -5,37 +5,75 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from prefloop.config import Options
-from prefloop.data.preferences import ANSWERS, preference
+from prefloop.data.entries import Placed, Tally, read_entries
+from prefloop.data.formats import FieldOptions
 from prefloop.data.prompt_store import PromptStore
-from prefloop.data.rows import EMBEDDED, Row, conversation, filled_text, open_rows
+from prefloop.data.rows import EMBEDDED
 from prefloop.errors import DataError
-from prefloop.records import Message, Prompt, derive_seed
+from prefloop.records import Prompt, as_tuple, derive_seed
 
 Part: TypeAlias = Literal["train", "eval"]
 CountTokens: TypeAlias = Callable[[str], int]
 
+_Name: TypeAlias = Annotated[str, Field(min_length=1)]
+_S = TypeVar("_S")
+_Several: TypeAlias = Annotated[tuple[_S, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
-class DataOptions(Options):
+
+class SourceOptions(FieldOptions):
+    """One of several sources. What it does not say has the default, not the value that stands in `data`."""
+
+    source: str = Field(min_length=1)
+    """File, folder, data set on the hub, or "embedded:instructions"."""
+    name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
+    """What ids begin with and measures are called by; null: the source's name without its ending."""
+    split: str | None = None
+    """Split of a data set or folder; null: "train", of evaluation data "test"."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    take: int | None = Field(default=None, ge=1)
+    """So many of its usable rows, drawn by the seed; null: all."""
+
+    @property
+    def title(self) -> str:
+        """Its name."""
+        return self.name or Path(self.source).name.partition(".")[0] or self.source
+
+
+class TrainSource(SourceOptions):
+    """One of several sources to train on."""
+
+    weight: float | None = Field(default=None, gt=0.0)
+    """Share among the sources that have a weight: as many rows as there can be without taking one twice."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> TrainSource:
+        if self.weight is not None and self.take is not None:
+            raise ValueError("data.train: weight and take exclude each other; set one of them")
+        return self
+
+
+class DataOptions(FieldOptions):
     """The recipe's section `data`.
 
-    A source is a file (.jsonl, .json, .csv, .parquet), a folder (written by `save_to_disk`, or holding
-    data files), a data set on the Hugging Face hub ("owner/name"), or "embedded:instructions". Where a
-    method trains on labelled pairs, rows with `chosen` and `rejected` are read as `read_preferences` does.
+    A source is a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .zst), a folder (written by
+    `save_to_disk`, or holding data files), a data set on the Hugging Face hub ("owner/name"), or
+    "embedded:instructions". docs/data.md shows what rows may look like. Formats and columns named here hold
+    for sources that are a text; a source in a list names its own.
     """
 
-    train: str = Field(default=EMBEDDED, min_length=1)
-    """Source of the prompts to train on."""
-    eval: str | None = Field(default=None, min_length=1)
-    """Source of the evaluation prompts. null: `holdout` of `train`; else the embedded set's own, or none."""
+    train: _Name | _Several[TrainSource] = EMBEDDED
+    """Source of the prompts to train on, or a list of {source, weight or take, fields}."""
+    eval: _Name | _Several[SourceOptions] | None = None
+    """Source of the evaluation prompts, or a list of {name, source, fields}. null: `holdout` of `train`; else the embedded set's own, or none."""
     holdout: int = Field(default=0, ge=0)
     """Prompts drawn from `train` by the run's seed and kept for evaluation, where `eval` is null."""
     split: str = "train"
@@ -44,17 +82,6 @@ class DataOptions(Options):
     """Split of `eval`, where it is a data set or folder."""
     subset: str | None = None
     """Configuration name of a hub data set, for those that have several; holds for `train` and `eval`."""
-    prompt_field: str = "prompt"
-    """Column with the prompt: a text, or a list of {role, content} turns."""
-    input_field: str | None = None
-    """Column with material that is put below the prompt after a blank line ("input" in Alpaca's format)."""
-    response_field: str | None = "response"
-    """Column with the target response: a text; null ignores responses."""
-    messages_field: str | None = "messages"
-    """Column with a whole conversation of {role, content} turns. Where a row has it, it comes before
-    `prompt_field`, and a last assistant turn before `response_field`; null ignores the column."""
-    id_field: str | None = "id"
-    """Column with unique ids; rows without one are numbered. null numbers all rows."""
     max_prompt_tokens: int = Field(default=512, ge=1)
     """Prompts with more tokens (all turns, without the chat template's own) are dropped and counted."""
     max_response_tokens: int = Field(default=512, ge=1)
@@ -66,7 +93,32 @@ class DataOptions(Options):
     def _one_way_to_hold_out(self) -> DataOptions:
         if self.eval is not None and self.holdout:
             raise ValueError("data.holdout and data.eval exclude each other; set one of them")
+        if self.limit is not None and not isinstance(self.train, str):
+            raise ValueError("data.limit is for one source; say take in each source of data.train")
+        for part in ("train", "eval"):
+            names = [source.title for source in self.sources(part)]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(
+                    f"data.{part} has two sources {twice[0]!r}; give each its own name"
+                )
         return self
+
+    def sources(self, part: Part) -> tuple[SourceOptions, ...]:
+        """The sources of one part, each with its own options; () where there is none."""
+        given = self.train if part == "train" else self.eval
+        if given is None:
+            return ()
+        return (self.source(given, part),) if isinstance(given, str) else given
+
+    def source(self, name: str, part: Part) -> SourceOptions:
+        """A source that is a text, read by this section's options."""
+        fields = {key: getattr(self, key) for key in FieldOptions.model_fields}
+        split = self.split if part == "train" else self.eval_split
+        return SourceOptions(source=name, split=split, subset=self.subset, **fields)
+
+    def is_listed(self, part: Part) -> bool:
+        """Whether the part is a list of sources, whose names then begin the ids."""
+        return isinstance(self.train if part == "train" else self.eval, tuple)
 
 
 @dataclass(frozen=True)
@@ -77,6 +129,10 @@ class LoadedData:
     eval: PromptStore
     dropped: dict[str, int]
     """Reason -> rows; reasons of the evaluation source begin with "eval: "."""
+    eval_sets: dict[str, range] = field(default_factory=dict)
+    """Name -> its prompts' places in `eval`, where there are several evaluation sets."""
+    notes: tuple[str, ...] = ()
+    """How each source was read, what of it was ignored and what dropped."""
 
 
 def load_data(
@@ -94,89 +150,185 @@ def load_data(
     With `holdout`, copies of a held-out conversation leave the training prompts too and are counted.
     Raises DataError where a row is malformed or no row fits the length limits.
     """
-    dropped: Counter[str] = Counter()
+    loader = _Loader(options, needs_target, needs_pairs, seed, count_tokens, folder)
+    train = loader.read_part("train")[0]
+    held_out, sets = train[:0], dict[str, range]()
+    if options.eval is not None:
+        held_out, sets = loader.read_part("eval")
+    elif options.holdout:
+        rest, held_out = _hold_out(train, options.holdout, seed)
+        loader.dropped["copy of a held-out prompt"] = len(train) - len(rest) - len(held_out)
+        train = rest
+    elif options.train == EMBEDDED:
+        held_out = loader.read(options.source(EMBEDDED, "eval"), "eval")
+    return LoadedData(train, held_out, dict(+loader.dropped), sets, tuple(loader.notes))
 
-    def read(source: str, part: Part, limit: int | None = None) -> PromptStore:
-        def drop(reason: str) -> None:
-            dropped[reason if part == "train" else f"eval: {reason}"] += 1
+
+class _Loader:
+    """Reads the sources of a run one by one and counts what is left out."""
+
+    def __init__(
+        self,
+        options: DataOptions,
+        needs_target: bool,
+        needs_pairs: bool,
+        seed: int,
+        count_tokens: CountTokens | None,
+        folder: Path | None,
+    ) -> None:
+        self._options = options
+        self._needs_target, self._needs_pairs = needs_target, needs_pairs
+        self._seed, self._count, self._folder = seed, count_tokens, folder
+        self.dropped: Counter[str] = Counter()
+        self.notes: list[str] = []
+
+    def read_part(self, part: Part) -> tuple[PromptStore, dict[str, range]]:
+        """All sources of a part as one store, and where in it each lies, if they are a list."""
+        sources = self._options.sources(part)
+        if not self._options.is_listed(part):
+            limit = self._options.limit if part == "train" else None
+            return self.read(sources[0], part, limit), {}
+        stores = [self.read(source, part) for source in sources]
+        counts = amounts(sources, [len(store) for store in stores])
+        drawn = [
+            _renamed(_drawn(store, amount, self._seed, source.title), source.title)
+            for source, store, amount in zip(sources, stores, counts, strict=True)
+        ]
+        places, start = {}, 0
+        for source, amount in zip(sources, counts, strict=True):
+            places[source.title] = range(start, start + amount)
+            start += amount
+        return PromptStore(chain.from_iterable(drawn), self._folder), places
+
+    def read(self, source: SourceOptions, part: Part, limit: int | None = None) -> PromptStore:
+        """The usable prompts of one source."""
+        tally = Tally()
 
         def fits(prompt: Prompt) -> bool:
-            reason = _too_long(prompt, options, needs_target, count_tokens)
+            reason = _too_long(prompt, self._options, self._needs_target, self._count)
             if reason:
-                drop(reason)
+                tally.drop(reason, prompt.id)
             return reason is None
 
         rows = read_prompts(
             source,
-            options,
+            self._options,
             part=part,
-            needs_target=needs_target,
-            needs_pairs=needs_pairs,
-            drop=drop,
+            needs_target=self._needs_target,
+            needs_pairs=self._needs_pairs,
+            tally=tally,
         )
-        prompts = PromptStore(islice(filter(fits, rows), limit), folder)
+        prompts = PromptStore(islice(filter(fits, rows), limit), self._folder)
+        self.notes += tally.lines()
+        for reason, count in tally.dropped.items():
+            self.dropped[reason if part == "train" else f"eval: {reason}"] += count
         if not prompts:
-            raise DataError(f"every row of {source} is too long; raise data.max_*_tokens")
+            raise DataError(nothing_left(tally))
         return prompts
 
-    train = read(options.train, "train", options.limit)
-    held_out = train[:0]
-    if options.eval is not None:
-        held_out = read(options.eval, "eval")
-    elif options.holdout:
-        rest, held_out = _hold_out(train, options.holdout, seed)
-        dropped["copy of a held-out prompt"] = len(train) - len(rest) - len(held_out)
-        train = rest
-    elif options.train == EMBEDDED:
-        held_out = read(EMBEDDED, "eval")
-    return LoadedData(train, held_out, dict(+dropped))
+
+def nothing_left(tally: Tally) -> str:
+    """What to say of a source none of whose rows can be used."""
+    if all(reason.endswith("too long") for reason in tally.dropped):
+        return f"every row of {tally.source} is too long; raise data.max_*_tokens"
+    return f"no row of {tally.source} can be used ({tally.reasons}); give rows that can"
+
+
+def amounts(sources: Sequence[SourceOptions], there: Sequence[int]) -> list[int]:
+    """Rows of each source: all, `take`, or by weight as many as the scarcest weighted source allows."""
+    weights = [getattr(source, "weight", None) for source in sources]
+    unit = min((count / w for w, count in zip(weights, there, strict=True) if w), default=0.0)
+    found = []
+    for source, weight, count in zip(sources, weights, there, strict=True):
+        amount = source.take or (max(1, round(unit * weight)) if weight else count)
+        if amount > count:
+            raise DataError(
+                f"{source.source} has {count} usable rows, and take is {amount}; lower it"
+            )
+        found.append(amount)
+    return found
+
+
+def _drawn(store: PromptStore, amount: int, seed: int, name: str) -> PromptStore:
+    if amount == len(store):
+        return store
+    chosen = Random(derive_seed(seed, "mixture", name)).sample(range(len(store)), amount)
+    return store.picked(sorted(chosen))
+
+
+def _renamed(prompts: Iterable[Prompt], name: str) -> Iterator[Prompt]:
+    return (prompt.model_copy(update={"id": f"{name}:{prompt.id}"}) for prompt in prompts)
 
 
 def read_prompts(
-    source: str,
+    source: str | SourceOptions,
     options: DataOptions,
     *,
     part: Part = "train",
     needs_target: bool = False,
     needs_pairs: bool = False,
-    drop: Callable[[str], None] = lambda reason: None,
+    tally: Tally | None = None,
 ) -> Iterator[Prompt]:
     """Stream the prompts of one source; DataError names the file and line of the first bad row.
 
-    `part` says which split of a data set is meant: `options.split` or `options.eval_split`. With
-    `needs_pairs`, `drop` is told why a labelled row cannot be used.
+    A source that is a text is read by `options`; `part` says which split of a data set is meant. `tally`
+    is told how rows were read, and why one cannot be used.
     """
-    if needs_pairs and part == "train" and source == EMBEDDED:
+    if isinstance(source, str):
+        source = options.source(source, part)
+    tally = Tally() if tally is None else tally
+    if needs_pairs and part == "train" and source.source == EMBEDDED:
         raise DataError(
             f"{EMBEDDED} has no labelled pairs, which this method trains on; name a file with prompt, "
             "chosen and rejected in data.train"
         )
-    split = options.split if part == "train" else options.eval_split
-    stem, rows = open_rows(source, part, options.subset, split)
-    if source == EMBEDDED:
-        options = DataOptions()
-    first_use: dict[str, int] = {}
-    for number, (where, row) in enumerate(rows, start=1):
-        labelled = needs_pairs and (part == "train" or any(name in row for name in ANSWERS[0]))
-        read = _labelled if labelled else _prompt
-        prompt = read(where, row, options, f"{stem}-{number}")
+    found = read_entries(
+        source.source,
+        source,
+        part=part,
+        subset=source.subset,
+        split=source.split or {"train": "train", "eval": "test"}[part],
+        pairs=needs_pairs,
+        tally=tally,
+    )
+    first_use: dict[str, str] = {}
+    for placed in found:
+        wants_pair = needs_pairs and (part == "train" or placed.entry.chosen is not None)
+        prompt = _prompt(placed, needs_target=needs_target, wants_pair=wants_pair)
         if isinstance(prompt, str):
-            drop(prompt)
+            tally.drop(prompt, placed.where)
             continue
-        if needs_target and prompt.target is None:
-            raise DataError(
-                f"{where} has no target response, which this run needs for every prompt; name its "
-                "column in data.response_field, or end the messages with an assistant turn"
-            )
         if prompt.id in first_use:
             raise DataError(
-                f"{where} repeats the id {prompt.id!r} of row {first_use[prompt.id]}; name a column of "
+                f"{placed.where} repeats the id {prompt.id!r} of {first_use[prompt.id]}; name a column of "
                 "unique ids in data.id_field, or set it to null to number the rows"
             )
-        first_use[prompt.id] = number
+        first_use[prompt.id] = placed.where
         yield prompt
-    if not first_use:
-        raise DataError(f"{source} holds no rows; name a source with prompts in data.{part}")
+
+
+def _prompt(placed: Placed, *, needs_target: bool, wants_pair: bool) -> Prompt | str:
+    """An entry as the method needs it, or why it cannot be used. Raises DataError where answers are missing."""
+    entry = placed.entry
+    if wants_pair and entry.chosen is None and not entry.flaw:
+        raise DataError(placed.without_pair)
+    if wants_pair and (entry.flaw or entry.tie):
+        return entry.flaw or "tie"
+    if needs_target and entry.target is None:
+        if entry.flaw or entry.tie:
+            return entry.flaw or "tie"
+        raise DataError(
+            f"{placed.where} has no target response, which this run needs for every prompt; name its "
+            "column in data.response_field, or end the messages with an assistant turn"
+        )
+    pair = (entry.chosen, entry.rejected) if wants_pair else (None, None)
+    return Prompt(
+        id=placed.id,
+        messages=entry.messages,
+        target=entry.target,
+        chosen=pair[0],
+        rejected=pair[1],
+    )
 
 
 def round_subset(count: int, *, round: int, size: int, seed: int) -> Sequence[int]:
@@ -241,75 +393,3 @@ def _hold_out(prompts: PromptStore, count: int, seed: int) -> tuple[PromptStore,
     known = {prompt.messages for prompt in held_out}
     rest = (number for number, prompt in enumerate(prompts) if prompt.messages not in known)
     return prompts.picked(rest), held_out
-
-
-# Rows to prompts
-
-
-def _prompt(where: str, row: Row, options: DataOptions, default_id: str) -> Prompt:
-    turns = _turns(where, row, options)
-    answered = turns[-1].role == "assistant"
-    answer = turns.pop().content if answered else _cell(row, options.response_field)
-    target = None if answer is None else filled_text(where, options.response_field or "", answer)
-    identity = _identity(where, row, options, default_id)
-    return Prompt(id=identity, messages=tuple(turns), target=target)
-
-
-def _labelled(where: str, row: Row, options: DataOptions, default_id: str) -> Prompt | str:
-    """A labelled pair as a prompt with its two answers, or why it is none."""
-    found = preference(where, row, default_id, default_id, None)
-    if isinstance(found, str):
-        return found
-    if found.tie:
-        return "tie"
-    answer = _cell(row, options.response_field)
-    return Prompt(
-        id=_identity(where, row, options, default_id),
-        messages=found.messages,
-        # Where the data have no answer of their own, the chosen one is what a model should say.
-        target=found.target or found.chosen
-        if answer is None
-        else filled_text(where, options.response_field or "", answer),
-        chosen=found.chosen,
-        rejected=found.rejected,
-    )
-
-
-def _identity(where: str, row: Row, options: DataOptions, default: str) -> str:
-    given = _cell(row, options.id_field)
-    identity = default if given is None else given
-    if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise DataError(f"{where}: {options.id_field!r} must be a text or a whole number")
-    return str(identity)
-
-
-def _turns(where: str, row: Row, options: DataOptions) -> list[Message]:
-    messages, field = _cell(row, options.messages_field), options.messages_field or ""
-    prompt = _cell(row, options.prompt_field)
-    if messages is None and isinstance(prompt, list):
-        messages, field = prompt, options.prompt_field
-    if messages is not None:
-        return conversation(where, field, messages)
-    if prompt is None:
-        raise DataError(_missing(where, row, options))
-    text = filled_text(where, options.prompt_field, prompt)
-    extra = _cell(row, options.input_field)
-    if extra is not None and extra != "":
-        text = f"{text}\n\n{filled_text(where, options.input_field or '', extra)}"
-    return [Message(role="user", content=text)]
-
-
-def _cell(row: Row, field: str | None) -> object:
-    return row.get(field) if field else None
-
-
-def _missing(where: str, row: Row, options: DataOptions) -> str:
-    wanted = [field for field in (options.prompt_field, options.messages_field) if field]
-    needs = " or ".join(map(repr, wanted))
-    if any(field in row for field in wanted):
-        return f"{where}: {needs} is empty; fill it in or remove the row"
-    found = ", ".join(repr(str(name)[:40]) for name in row) or "none"
-    return (
-        f"{where} has no {needs} (its columns: {found}); set data.prompt_field or data.messages_field "
-        "(Alpaca's: prompt_field instruction, input_field input, response_field output)"
-    )

@@ -1,49 +1,64 @@
-"""Rows out of files, folders, Hugging Face data sets and the embedded set, each with its place."""
+"""Rows out of files, folders, Hugging Face data sets and the embedded set, and the turns that rows hold."""
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any
 
+from prefloop.data.files import READERS, Located, Row, data_file, read_file
 from prefloop.errors import DataError
 from prefloop.records import Message
 
+__all__ = ["EMBEDDED", "Located", "Row", "conversation", "filled_text", "is_data_file", "open_rows"]
+
 EMBEDDED = "embedded:instructions"
-
-Row: TypeAlias = Mapping[str, object]
-
-Located: TypeAlias = tuple[str, Row]
-"""Where a row was found ("train.jsonl:12"), and the row."""
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
+def is_data_file(source: str | Path) -> bool:
+    """Whether the name has the ending of a file that is read, be the file there or not."""
+    return data_file(Path(source)) is not None
+
+
 def open_rows(
-    source: str, part: str, subset: str | None, split: str
+    source: str, part: str, subset: str | None, split: str, *, pairs: bool = False
 ) -> tuple[str, Iterator[Located]]:
     """The stem that generated ids begin with, and the rows; `part` is "train" or "eval".
 
-    Raises DataError where the source does not exist or is none that can be read.
+    `pairs`: where "train" or "test" is no split, one with preferences stands for it. Raises DataError
+    where the source does not exist or is none that can be read.
     """
     if source.startswith("embedded:"):
         if source != EMBEDDED:
             raise DataError(f"there is no {source!r}; the only embedded data set is {EMBEDDED!r}")
-        return part, _read_jsonl(Path(__file__).parent / "instructions" / f"{part}.jsonl")
+        own = data_file(Path(__file__).parent / "instructions" / f"{part}.jsonl")
+        assert own is not None
+        return part, read_file(own)
     path = Path(source).expanduser()
-    suffix = path.suffix.lower()
+    file = data_file(path)
     if path.is_file():
-        if suffix not in READERS:
-            raise DataError(f"{source} ends in none of {', '.join(READERS)}; convert or rename it")
-        return path.stem, READERS[suffix](path)
-    if path.is_dir() or (suffix not in READERS and _HUB_NAME.fullmatch(source)):
-        return f"{path.name}-{split}", _read_dataset(source, path, subset, split)
+        if file is None:
+            raise DataError(_unknown_ending(source, path))
+        return file.stem, read_file(file)
+    if path.is_dir() or (file is None and _HUB_NAME.fullmatch(source)):
+        from prefloop.data.hub import read_data_set
+
+        return f"{path.name}-{split}", read_data_set(source, path, subset, split, pairs=pairs)
     raise DataError(_not_there(source, path))
+
+
+_UNPACK = {".zip", ".tar", ".tgz", ".7z", ".rar", ".gz", ".zst", ".bz2", ".xz"}
+
+
+def _unknown_ending(source: str, path: Path) -> str:
+    known = ", ".join(READERS)
+    if path.suffix.lower() in _UNPACK:
+        return f"{source} is an archive without {known} before its ending; unpack or rename it"
+    return f"{source} ends in none of {known}; convert or rename it"
 
 
 def _not_there(source: str, path: Path) -> str:
@@ -57,107 +72,16 @@ def _not_there(source: str, path: Path) -> str:
     return f"no file or folder {source}; {hint}"
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Bytes are decoded line by line, so that a wrong encoding can be named by its line.
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); mend that first") from error
+# Turns.
 
-
-def _object(where: str, value: object) -> Located:
-    if not isinstance(value, dict):
-        raise DataError(f'{where} is not an object; every row must be one, as {{"prompt": "Hi"}}')
-    return where, value
-
-
-def _json(path: Path, text: str, first_line: int = 1) -> object:
-    try:
-        # Without the line's end, at which what is missing would be named as the next line's fault.
-        return json.loads(text.rstrip())
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(f"{path}:{line} is not JSON ({error.msg}); correct this line") from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end
-        reason = str(error).partition(";")[0]
-        raise DataError(f"{path}:{first_line} cannot be read ({reason}); correct it") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Located]:
-    for number, line in _lines(path):
-        if line.strip():
-            yield _object(f"{path}:{number}", _json(path, line, number))
-
-
-def _read_json(path: Path) -> Iterator[Located]:
-    """One list of objects, held in memory while it is read; else objects line by line."""
-    _, start = next(_lines(path), (0, ""))
-    if not start.lstrip().startswith("["):
-        yield from _read_jsonl(path)
-        return
-    rows = _json(path, "".join(line for _, line in _lines(path)))
-    assert isinstance(rows, list)
-    for number, row in enumerate(rows, start=1):
-        yield _object(f"{path}, item {number}", row)
-
-
-def _read_csv(path: Path) -> Iterator[Located]:
-    reader = csv.DictReader((line for _, line in _lines(path)), strict=True)
-    try:
-        for row in reader:
-            if None in row:
-                raise csv.Error("more cells than the header has")
-            first = reader.line_num - sum(cell.count("\n") for cell in row.values() if cell)
-            yield f"{path}:{first}", {name: cell or None for name, cell in row.items()}
-    except csv.Error as error:
-        where = f"{path}:{reader.reader.line_num}"
-        raise DataError(f"{where} is not CSV ({error}); check its quotes and commas") from error
-
-
-READERS: Mapping[str, Callable[[Path], Iterator[Located]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": lambda path: _read_dataset(str(path), path, None, "train"),
+_ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
-
-
-def _read_dataset(source: str, path: Path, subset: str | None, split: str) -> Iterator[Located]:
-    # Imported here: it takes seconds that `prefloop --help` must not wait for.
-    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-    from datasets.utils import logging
-
-    logging.set_verbosity(logging.CRITICAL)  # what it logs of an error is said below
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    name = str(path)
-    try:
-        if path.is_file():
-            data = load_dataset("parquet", data_files=name, split=split, streaming=True)
-        elif any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
-            data = load_from_disk(name)
-        else:
-            data = load_dataset(name, subset, split=split)
-        if isinstance(data, DatasetDict):
-            if split not in data:
-                raise ValueError(f"no split {split!r}, there are: {', '.join(data)}")
-            data = data[split]
-        # A saved data set may ask for tensors; rows must be plain Python.
-        for number, row in enumerate(data.with_format(None), start=1):
-            yield f"{source}, row {number}", row
-    except (DatasetsError, OSError, ValueError, RuntimeError, IndexError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        remedy = (
-            "write the file again"
-            if path.is_file()
-            else "check its name, data.split, data.eval_split, data.subset and the network"
-        )
-        raise DataError(f"{source} cannot be read as a data set ({reason}); {remedy}") from error
+_KEYS = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
+# What a turn may hold beside its text that would be lost without a word; "" and null are nothing.
+_LOST = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "images")
 
 
 def conversation(
@@ -165,29 +89,87 @@ def conversation(
 ) -> list[Message]:
     """Check that turns are {role, content}: a system turn if any, then user and assistant in turn.
 
-    `answer_only` takes a lone assistant turn. Raises DataError with `where` and `field`.
+    ShareGPT's {from, value} with its roles, the role "developer", content as parts of text, and turns as
+    {input, output} are read as well. `answer_only`: may begin with the assistant, as the continuation of a
+    prompt. Raises DataError with `where` and `field`.
     """
-    if not isinstance(value, list) or not value:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise DataError(f"{where}: {field!r} must be a filled list of {{role, content}} turns")
     turns: list[Message] = []
-    for number, turn in enumerate(value):
+    for number, turn in enumerate(_flat(value)):
         name = f"{field}[{number}]"
-        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-            raise DataError(f'{where}: {name} must be an object with "role" and "content"')
-        lone = answer_only and len(value) == 1
-        expected = "assistant" if lone or (turns and turns[-1].role == "user") else "user"
-        role = turn["role"]
-        if role != expected and (role != "system" or number):
+        role, content = _turn(where, name, turn)
+        after_user = turns and turns[-1].role == "user"
+        expected = {"assistant"} if after_user else {"user"}
+        if answer_only and not turns:
+            expected |= {"assistant"}
+        if role not in expected and (role != "system" or number):
             raise DataError(
-                f"{where}: {name} has the role {role!r} where {expected!r} must stand; let user and "
-                "assistant alternate, after one system turn at most"
+                f"{where}: {name} has the role {role!r} where {'assistant' if after_user else 'user'!r} must "
+                "stand; let user and assistant alternate, after one system turn at most"
             )
-        turns.append(
-            Message(role=role, content=filled_text(where, f"{name}.content", turn["content"]))
-        )
+        turns.append(Message(role=role, content=content))
     if turns[-1].role == "system":
         raise DataError(f"{where}: {field!r} holds a system turn only; add the user's")
     return turns
+
+
+def _flat(value: Sequence[object]) -> Iterator[object]:
+    """Turns; {input, output} is two of them."""
+    for turn in value:
+        if isinstance(turn, Mapping) and {k for k, v in turn.items() if v is not None} == {
+            "input",
+            "output",
+        }:
+            yield {"role": "user", "content": turn["input"]}
+            yield {"role": "assistant", "content": turn["output"]}
+        else:
+            yield turn
+
+
+def _turn(where: str, name: str, turn: object) -> tuple[str, str]:
+    keys = isinstance(turn, Mapping) and next(
+        (pair for pair in _KEYS if all(turn.get(key) is not None for key in pair)), None
+    )
+    if not isinstance(turn, Mapping) or not keys:
+        called = isinstance(turn, Mapping) and (turn.get("tool_calls") or turn.get("function_call"))
+        if called:
+            raise DataError(_of_tools(where, name))
+        raise DataError(f'{where}: {name} must be an object with "role" and "content"')
+    lost = next((key for key in _LOST if turn.get(key)), None)
+    if lost in ("tool_calls", "function_call"):
+        raise DataError(_of_tools(where, name))
+    if lost:
+        raise DataError(
+            f"{where}: {name} has {lost!r}, which would be lost; remove it from the data"
+        )
+    role = _ROLES.get(str(turn[keys[0]]).lower(), str(turn[keys[0]]))
+    if role == "assistant" and (turn.get("weight") == 0 or turn.get("train") is False):
+        raise DataError(
+            f"{where}: {name} is marked as not to be trained on, and marks of turns are not read; remove "
+            "the mark, or cut the conversation before it"
+        )
+    return role, _content(where, f"{name}.{keys[1]}", turn[keys[1]])
+
+
+def _of_tools(where: str, name: str) -> str:
+    return f"{where}: {name} calls a tool, and tools are not read; remove conversations with tools"
+
+
+def _content(where: str, name: str, value: object) -> str:
+    """A turn's text; a list of text parts is joined."""
+    if not isinstance(value, list):
+        return filled_text(where, name, value)
+    texts: list[str] = []
+    for number, part in enumerate(value):
+        given: Any = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(given, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(
+                f"{where}: {name}[{number}] is of type {kind!r}, and only text is read; remove it from the data"
+            )
+        texts.append(given)
+    return filled_text(where, name, "".join(texts))
 
 
 def filled_text(where: str, field: str, value: object) -> str:

@@ -44,6 +44,19 @@ def answer_measures(
     return measures
 
 
+def set_measures(
+    names: Sequence[str], groups: Sequence[Candidates], start: Sequence[Candidates], *, seed: int
+) -> dict[str, float | None]:
+    """`answer_measures` of each evaluation set by itself: "score_on_NAME". Its prompts' ids begin with "NAME:"."""
+    found: dict[str, float | None] = {}
+    for name in names:
+        own = [group for group in groups if group.prompt.id.startswith(f"{name}:")]
+        before = [group for group in start if group.prompt.id.startswith(f"{name}:")]
+        measures = answer_measures(own, before, seed=seed)
+        found |= {f"{measure}_on_{name}": value for measure, value in measures.items()}
+    return found
+
+
 def prompt_values(
     groups: Sequence[Candidates], start: Sequence[Candidates]
 ) -> dict[str, dict[str, float]]:

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import prefloop.generate.engines
 import prefloop.judges
 import prefloop.methods
 from prefloop.config import plugin_name, plugin_names
-from prefloop.data.prompts import read_prompts
+from prefloop.data.entries import Tally
+from prefloop.data.prompts import Part, amounts, nothing_left, read_prompts
 from prefloop.data.rows import EMBEDDED as EMBEDDED_DATA
-from prefloop.data.rows import READERS
-from prefloop.errors import RecipeError, nearest
+from prefloop.data.rows import is_data_file
+from prefloop.errors import DataError, RecipeError, nearest
 from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
 from prefloop.models.sources import local_folder
 from prefloop.recipe import Recipe
 from prefloop.recipe.check_template import check_template
-from prefloop.records import Message, Prompt
+from prefloop.records import Message
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Look for what would stop the run, loading no model; returns notes that need no change.
 
     Raises RecipeError or DataError: a judge or target that the method needs and has not, a
-    prompt set, tracker or model folder that does not exist, data whose first rows do not parse.
+    prompt set, tracker or model folder that does not exist, a row of local data that cannot be read.
     """
     PromptSet(recipe.method.prompt_set)
     check_curve(recipe)
@@ -149,21 +149,14 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
 
 
 def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]]) -> Iterator[str]:
-    """Parse as many rows as the first round needs: a short read also tells that there are too few.
+    """Read every row of local data, and say how; data sets on the hub are left to the run.
 
-    `asked` gets a conversation of each sequence of roles that is among them.
+    `asked` gets a conversation of each sequence of roles that is among the prompts.
     """
     data, size = recipe.data, recipe.loop.prompts_per_round
-    if _on_the_hub(data.train):
-        yield f"data.train {data.train} is not here: it will be looked up on the Hugging Face Hub"
-    else:
-        prompts = read_prompts(
-            data.train,
-            data,
-            needs_target=recipe.needs_target,
-            needs_pairs=recipe.method.needs_pairs,
-        )
-        found = _read(islice(prompts, min(size + data.holdout, sys.maxsize)), asked)
+    counts = yield from _count_prompts(recipe, "train", asked)
+    if None not in counts:
+        found = sum(amounts(data.sources("train"), [count or 0 for count in counts]))
         usable = min(found, data.limit or found) - data.holdout
         if usable < size:
             raise RecipeError(
@@ -175,30 +168,43 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
             "there are no held-out prompts to measure on; name a file in data.eval, or hold some of "
             "data.train out with data.holdout"
         )
-    if data.eval is not None and _on_the_hub(data.eval):
-        yield f"data.eval {data.eval} is not here: it will be looked up on the Hugging Face Hub"
-    elif data.eval is not None:
+    yield from _count_prompts(recipe, "eval", asked)
+
+
+def _count_prompts(
+    recipe: Recipe, part: Part, asked: dict[tuple[str, ...], tuple[Message, ...]]
+) -> Generator[str, None, list[int | None]]:
+    """Usable prompts of each source, None for one on the hub; yields how each was read."""
+    counts: list[int | None] = []
+    for source in recipe.data.sources(part):
+        if _on_the_hub(source.source):
+            yield f"data.{part} {source.source} is not here: it will be looked up on the Hugging Face Hub"
+            counts.append(None)
+            continue
+        tally = Tally()
         prompts = read_prompts(
-            data.eval,
-            data,
-            part="eval",
+            source,
+            recipe.data,
+            part=part,
             needs_target=recipe.needs_target,
             needs_pairs=recipe.method.needs_pairs,
+            tally=tally,
         )
-        _read(islice(prompts, recipe.evaluate.prompts), asked)
-
-
-def _read(prompts: Iterable[Prompt], asked: dict[tuple[str, ...], tuple[Message, ...]]) -> int:
-    count = 0
-    for prompt in prompts:
-        count += 1
-        asked.setdefault(tuple(message.role for message in prompt.messages), prompt.messages)
-    return count
+        count = 0
+        for prompt in prompts:
+            count += 1
+            asked.setdefault(tuple(message.role for message in prompt.messages), prompt.messages)
+        counts.append(count)
+        if not count:
+            raise DataError(nothing_left(tally))
+        if source.source != EMBEDDED_DATA:
+            yield from tally.lines()
+    return counts
 
 
 def _on_the_hub(source: str) -> bool:
     path = Path(source).expanduser()
-    is_local = source.startswith((".", "embedded:")) or path.suffix in READERS or path.exists()
+    is_local = source.startswith((".", "embedded:")) or is_data_file(path) or path.exists()
     return not is_local and source.count("/") == 1
 
 

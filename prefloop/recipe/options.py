@@ -121,7 +121,7 @@ class EvaluateOptions(Options):
     """What is measured on held-out prompts."""
 
     prompts: int = Field(default=64, ge=1)
-    """Held-out prompts answered for each measurement; fewer where the data hold fewer."""
+    """Held-out prompts answered for each measurement, of each set where data.eval is a list; fewer where there are fewer."""
     sampling: Sampling | None = None
     """How they are answered; null takes the method's sampling."""
     every_round: bool = True

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from prefloop.config import SHIPPED, Options, build, dump_yaml, here_or_shipped, read_recipe
+from prefloop.data.formats import FieldOptions
 from prefloop.errors import RecipeError, nearest
 from prefloop.train.options import RewardModelOptions, RewardTrainOptions
 
@@ -15,8 +16,8 @@ FOLDER = Path("rewards")
 """Where trained reward models lie: rewards/NAME."""
 
 
-class RewardDataOptions(Options):
-    """Labelled pairs, in the shapes that docs/reward-models.md shows."""
+class RewardDataOptions(FieldOptions):
+    """Labelled pairs, in the formats that docs/data.md shows."""
 
     train: tuple[str, ...] = Field(min_length=1)
     """Files, folders or Hub data sets with labelled pairs."""

@@ -18,7 +18,13 @@ from typing import Any
 from rich.console import Console
 
 from prefloop.errors import GuardStop
-from prefloop.evaluate.answers import ANSWER, answer_measures, check_guards, no_verdict_rate
+from prefloop.evaluate.answers import (
+    ANSWER,
+    answer_measures,
+    check_guards,
+    no_verdict_rate,
+    set_measures,
+)
 from prefloop.machine import Stopwatch
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
@@ -193,6 +199,7 @@ class _Loop:
         start = self.rundir.round(-1).records("answers", Candidates)
         answers = round_dir.records("answers", Candidates)
         measures = answer_measures(answers, start, seed=self.recipe.seed)
+        measures |= set_measures(self._eval_sets(), answers, start, seed=self.recipe.seed)
         if self.recipe.judge is not None:
             measures["no_verdict_rate"] = no_verdict_rate(answers)
         if self.recipe.evaluate.introspection:
@@ -211,6 +218,11 @@ class _Loop:
             round_dir, "evaluate", {"prompts": len(answers), **unscored}, watch, glance(measures)
         )
         return result
+
+    def _eval_sets(self) -> list[str]:
+        """Names of the evaluation sets, where there are several to be measured apart."""
+        data = self.recipe.data
+        return [source.title for source in data.sources("eval")] if data.is_listed("eval") else []
 
     def _answer_held_out(self, round_dir: RoundDir) -> None:
         """An answer to each held-out prompt, scored, with its log-probs under this policy and the initial one."""

@@ -13,11 +13,12 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from prefloop.config import parse_yaml
+from prefloop.data.formats import FieldOptions
 from prefloop.data.preferences import (
     LabelledPairs,
     Preference,
@@ -44,6 +45,9 @@ from prefloop.records import read_json, write_jsonl
 from prefloop.run_folder import alone_in, differences, give_usual_modes, write_atomically
 from prefloop.train import checkpoint
 
+if TYPE_CHECKING:
+    from prefloop.train.reward_trainer import EncodedPair
+
 HELD_OUT = "held_out.jsonl"
 REPORT = "report.json"
 Say = Callable[[str], None]
@@ -67,7 +71,7 @@ def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str
     if (folder / REPORT).is_file():
         say(f"{folder} is trained and measured already")
         return dict(read_json(folder / REPORT))
-    train, held_out, dropped = load_pairs(recipe)
+    train, held_out, dropped = load_pairs(recipe, say)
     write_jsonl(folder / HELD_OUT, held_out)
     say(f"data     {len(train):,} pairs to train on, {len(held_out):,} held out, by prompt")
     fit = _fit_head if recipe.model.tuning == "head" else _train
@@ -91,14 +95,22 @@ def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str
 
 
 def load_pairs(
-    recipe: RewardRecipe,
+    recipe: RewardRecipe, say: Say = lambda line: None
 ) -> tuple[list[Preference], list[Preference], dict[str, int]]:
-    """Training pairs, held-out pairs, and rows dropped by reason. Raises DataError."""
+    """Training pairs, held-out pairs, and rows dropped by reason; `say` is told how rows were read. Raises DataError."""
     read: list[LabelledPairs] = []
     for source in recipe.data.train:
-        found = read_preferences(
-            source, margin_field=recipe.data.margin_field, split=recipe.data.split
+        fields = FieldOptions(
+            **{name: getattr(recipe.data, name) for name in FieldOptions.model_fields}
         )
+        found = read_preferences(
+            source,
+            margin_field=recipe.data.margin_field,
+            fields=fields,
+            split=recipe.data.split,
+        )
+        for line in found.notes:
+            say(f"data     {line}")
         read.append(found.model_copy(update={"pairs": found.pairs[: recipe.data.limit]}))
     pairs = [pair for found in read for pair in found.pairs]
     train, held_out = split_by_prompt(pairs, recipe.data.holdout, recipe.seed)
@@ -149,12 +161,13 @@ def _train(
         assert chosen is not None, "cut, not refused"
         assert rejected is not None, "cut, not refused"
         encoded.append(EncodedPair(pair.id, chosen, rejected, pair.margin))
+    encoded, same = _that_differ(encoded, window)
     facts = train_reward_model(base.model, encoded, recipe.train, folder / "training", recipe.seed)
     model: Any = base.model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload(safe_merge=True)
     setattr(model.config, CONFIG_KEY, {"max_length": window})
-    facts |= {"seconds": watch.seconds}
+    facts |= {"seconds": watch.seconds, "equal_after_cut": same}
     part = folder / ".model"
     shutil.rmtree(part, ignore_errors=True)
     with quiet():
@@ -171,6 +184,16 @@ def _train(
         f"{facts['last_loss']:.3f}  {watch.seconds} s"
     )
     return facts
+
+
+def _that_differ(pairs: list[EncodedPair], window: int) -> tuple[list[EncodedPair], int]:
+    """The pairs whose sides still differ where the window ends, and how many do not: they teach nothing."""
+    kept = [pair for pair in pairs if pair.chosen.ids != pair.rejected.ids]
+    if not kept:
+        raise DataError(
+            f"all {len(pairs)} pairs are equal in the first {window} tokens; raise train.max_length"
+        )
+    return kept, len(pairs) - len(kept)
 
 
 def _fit_head(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -92,7 +93,11 @@ class Session:
             folder=self.rundir.path,
         )
         self.rundir.event(
-            "data", train=len(data.train), eval=len(data.eval), dropped=dict(data.dropped)
+            "data",
+            train=len(data.train),
+            eval=len(data.eval),
+            dropped=dict(data.dropped),
+            notes=list(data.notes),
         )
         return data
 
@@ -103,12 +108,15 @@ class Session:
         return everything.picked(chosen)
 
     def held_out(self) -> PromptStore:
-        """The evaluation prompts: the first ones of the evaluation data."""
+        """The evaluation prompts: the first ones of the evaluation data, of each set where there are several."""
         if not self.data.eval:
             raise DataError(
                 "there are no evaluation prompts; name a file in data.eval, or hold some out with data.holdout"
             )
-        return self.data.eval[: self.recipe.evaluate.prompts]
+        most = self.recipe.evaluate.prompts
+        if sets := self.data.eval_sets.values():
+            return self.data.eval.picked(chain.from_iterable(places[:most] for places in sets))
+        return self.data.eval[:most]
 
     # The policy, at different places of the run.
 

@@ -95,7 +95,7 @@ def test_a_margin_is_read_where_its_column_is_named(tmp_path):
         ({"chosen": "x", "rejected": "y"}, r"has neither 'prompt' nor 'messages'"),
         ({"prompt": "Hi", "chosen": 1, "rejected": "y"}, r"'chosen' is int, not text"),
         (
-            {"prompt": "Hi", "chosen": "x", "rejected": "y", "annotators": [3]},
+            {"prompt": "Hi", "response_1": "x", "response_2": "y", "annotators": [3]},
             r"'annotators' must be",
         ),
         (

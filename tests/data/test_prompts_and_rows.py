@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -154,7 +155,10 @@ def test_messages_that_end_with_the_assistant_give_the_target(tmp_path):
 
 def test_messages_come_before_prompt_and_a_null_option_turns_them_off(tmp_path):
     path = jsonl(tmp_path / "m.jsonl", [{"prompt": "P", "response": "R", "messages": TURNS}])
-    assert [(p.text, p.target) for p in read(path)] == [("Hi", "Hello")]
+    with pytest.raises(DataError, match=r"m\.jsonl:1: 'prompt' would be lost beside 'messages'"):
+        read(path)
+    ignoring = read(path, ignore=("prompt", "response"))
+    assert [(p.text, p.target) for p in ignoring] == [("Hi", "Hello")]
     assert [(p.text, p.target) for p in read(path, messages_field=None)] == [("P", "R")]
 
 
@@ -203,7 +207,7 @@ def test_rows_are_streamed(tmp_path):
 BAD_LINES = {
     "not JSON": ("{oops}", "is not JSON (Expecting property name enclosed in double quotes)"),
     "no object": ("[1, 2]", "is not an object"),
-    "no prompt": ('{"question": "q"}', "has no 'prompt' or 'messages' (its columns: 'question')"),
+    "no prompt": ('{"text": "q"}', "has no 'prompt' or 'messages' (its columns: 'text')"),
     "null prompt": ('{"prompt": null}', "'prompt' or 'messages' is empty"),
     "empty prompt": ('{"prompt": " "}', "'prompt' is empty"),
     "number": ('{"prompt": 5}', "'prompt' is int, not text"),
@@ -211,7 +215,7 @@ BAD_LINES = {
     "list response": ('{"prompt": "a", "response": ["b"]}', "'response' is list, not text"),
     "half a pair": ('{"prompt": "\\ud800"}', "'prompt' holds half of a surrogate pair"),
     "bad id": ('{"prompt": "a", "id": 1.5}', "'id' must be a text or a whole number"),
-    "same id": ('{"prompt": "a", "id": "first"}', "repeats the id 'first' of row 1"),
+    "same id": ('{"prompt": "a", "id": "first"}', "repeats the id 'first' of"),
     "messages text": ('{"messages": "a"}', "'messages' must be a filled list"),
     "no messages": ('{"messages": []}', "'messages' must be a filled list"),
     "turn text": ('{"messages": ["a"]}', 'messages[0] must be an object with "role" and "content"'),
@@ -314,7 +318,9 @@ def test_a_word_that_is_no_file_is_not_asked_of_the_hub(tmp_path, monkeypatch):
 
 def test_an_unknown_extension_lists_the_known_ones(tmp_path):
     (tmp_path / "a.xlsx").write_text("")
-    with pytest.raises(DataError, match=r"ends in none of \.jsonl, \.json, \.csv, \.parquet"):
+    with pytest.raises(
+        DataError, match=r"ends in none of \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.parquet"
+    ):
         read(str(tmp_path / "a.xlsx"))
 
 
@@ -367,15 +373,15 @@ def test_a_row_of_a_data_set_is_named_by_its_number(tmp_path, hf_cache):
     from datasets import Dataset
 
     Dataset.from_list([*QA, {"prompt": "", "response": "b"}]).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DataError, match=r"saved, row 7: 'prompt' is empty"):
+    with pytest.raises(DataError, match=r"saved, row 7: 'prompt' or 'messages' is empty"):
         read(str(tmp_path / "saved"))
 
 
 def test_an_unknown_split_names_those_there_are(tmp_path, hf_cache):
     from datasets import Dataset, DatasetDict
 
-    DatasetDict({"train_sft": Dataset.from_list(QA)}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DataError, match=r"no split 'train', there are: train_sft.*data\.split"):
+    DatasetDict({"first": Dataset.from_list(QA)}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(DataError, match=r"no split 'train', there are: first.*data\.split"):
         read(str(tmp_path / "saved"))
 
 
@@ -383,7 +389,7 @@ def test_a_hub_data_set_that_cannot_be_reached_is_an_error(hf_cache, monkeypatch
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub (offline)\nmore")
 
-    monkeypatch.setattr("datasets.load_dataset", offline)
+    monkeypatch.setattr("datasets.load_dataset_builder", offline)
     with pytest.raises(
         DataError, match=r"nobody/nothing cannot be read .*\(Couldn't reach.*network$"
     ):
@@ -400,6 +406,10 @@ def test_a_hub_data_set_gets_its_subset_and_split(hf_cache, monkeypatch):
         return Dataset.from_list(QA)
 
     monkeypatch.setattr("datasets.load_dataset", hub)
+    monkeypatch.setattr(
+        "datasets.load_dataset_builder",
+        lambda *_: SimpleNamespace(config=SimpleNamespace(data_files=None)),
+    )
     load("owner/name.v2", eval="owner/name.v2", subset="clean", eval_split="validation")
     assert asked == [
         ("owner/name.v2", "clean", "train"),

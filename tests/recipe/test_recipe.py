@@ -477,7 +477,9 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
     Path("deep").mkdir()
     text = IAL_RECIPE + "data: {train: few.jsonl, holdout: 1}\nloop: {prompts_per_round: 2}\n"
     Path("deep/r.yaml").write_text(text + "train: {batch_size: 2, micro_batch_size: 2}\n")
-    assert check_recipe(load_recipe("deep/r.yaml")) == []
+    assert check_recipe(load_recipe("deep/r.yaml")) == [
+        "few.jsonl: 3 rows read as prompt_response from prompt, response"
+    ]
     Path("few.jsonl").rename("deep/few.jsonl")
     with pytest.raises(DataError, match=r"few\.jsonl"):
         check_recipe(load_recipe("deep/r.yaml"))

@@ -505,3 +505,36 @@ def test_too_few_pairs_are_an_error_with_numbers(tmp_path):
 def test_a_base_that_is_not_there_is_one_sentence():
     with pytest.raises(ModelError, match="does not exist"):
         reward.load_base(RewardModelOptions(source="./nowhere", tuning="full"), 0)
+
+
+def test_pairs_that_are_equal_after_the_cut_are_left_out_and_counted(
+    encoder_folder: str, pairs_file: str, tmp_path: Path
+) -> None:
+    long = " ".join(["very"] * 30)
+    equal = {"prompt": "which", "chosen": f"{long} good", "rejected": f"{long} bad"}
+    rows = "".join(
+        json.dumps({**equal, "prompt": f"which w{n % 20} w{n // 20}"}) + "\n" for n in range(40)
+    )
+    (tmp_path / "pairs.jsonl").write_text(Path(pairs_file).read_text() + rows)
+    made = recipe(encoder_folder, str(tmp_path / "pairs.jsonl"), epochs=1)
+    train, _, _ = load_pairs(made)
+    cut = sum(pair.chosen.startswith("very very") for pair in train)
+    facts = train_reward(made, tmp_path / "reward")["training"]
+    assert facts["equal_after_cut"] == cut > 10
+    assert facts["pairs"] == len(train) - cut
+
+
+def test_a_recipe_all_of_whose_pairs_are_equal_after_the_cut_is_refused(
+    encoder_folder: str, tmp_path: Path
+) -> None:
+    long = " ".join(["very"] * 30)
+    rows = [
+        {"prompt": f"which w{n}", "chosen": f"{long} good", "rejected": f"{long} bad"}
+        for n in range(20)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = recipe(encoder_folder, str(tmp_path / "pairs.jsonl"), epochs=1)
+    with pytest.raises(
+        DataError, match=r"are equal in the first 24 tokens; raise train\.max_length"
+    ):
+        train_reward(made, tmp_path / "reward")

@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from prefloop.data.rows import READERS, Located
+from prefloop.data.files import DataFile, Located, read_file
 from prefloop.errors import DataError
 
 Row = dict[str, Any]
@@ -151,4 +151,4 @@ def _read(folder: str, name: str, convert: Callable[[Row], Row | None]) -> Datas
 @lru_cache(maxsize=2)
 def _located(path: Path, changed_ns: int) -> tuple[Located, ...]:
     """A file's rows with their locations; cached, as MMLU's 57 subjects read the same file."""
-    return tuple(READERS[".jsonl"](path))
+    return tuple(read_file(DataFile(path, str(path), ".jsonl", "")))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from prefloop.data.prompts import DataOptions, read_prompts
-from prefloop.data.rows import READERS
+from prefloop.data.rows import is_data_file
 from prefloop.errors import DataError, JudgeError
 from prefloop.evaluate.cache import answers_of, cached_records, digest, held_out_prompts
 from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, Suite
@@ -131,7 +131,7 @@ class WinRate(Measure):
     def _has_stored_answers(self) -> bool:
         """Whether the opponent is a file or the targets, not a model; a missing file counts, and is reported later."""
         path = Path(self.opponent).expanduser()
-        return self.opponent == TARGETS or (path.suffix.lower() in READERS and not path.is_dir())
+        return self.opponent == TARGETS or (is_data_file(path) and not path.is_dir())
 
     def _opponent_answers(self, prompts: Sequence[Prompt], subject: Subject) -> list[str]:
         if self._has_stored_answers:
