@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from prefloop.config import Options
 from prefloop.machine import Bar
-from prefloop.records import Prompt
+from prefloop.records import Prompt, Response
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -52,6 +52,26 @@ class OpenJudge(Protocol):
         A verdict depends on the prompt's messages and target and on the group, on nothing else.
         """
         ...
+
+
+@runtime_checkable
+class TokenJudge(OpenJudge, Protocol):
+    """A judge at work that asks the policy how likely its answers are: it sees the tokens that were sampled."""
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
+        """As `score`, of responses with their tokens."""
+        ...
+
+
+def score_responses(
+    judge: OpenJudge, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+) -> list[Verdict]:
+    """Verdicts on responses: on their tokens where the judge looks at tokens, else on their texts."""
+    if isinstance(judge, TokenJudge):
+        return judge.score_sampled(prompts, groups)
+    return judge.score(prompts, [[response.text for response in group] for group in groups])
 
 
 class Judge(Options):
@@ -105,7 +125,17 @@ class CachedJudge:
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
         """As the judge at work would, without its doing anything twice."""
-        keys = [_content(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
+        return self.score_sampled(prompts, [[Response(text=text) for text in g] for g in groups])
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
+        """As the judge at work would, without its doing anything twice."""
+        by_tokens = isinstance(self._judge, TokenJudge)
+        keys = [
+            _content(prompt, group, by_tokens)
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
         new = {
             key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known
         }
@@ -114,8 +144,8 @@ class CachedJudge:
         # A single batch is left to the bar of whoever does the work.
         with Bar("judge", len(new)) if len(new) > self.BATCH else nullcontext() as bar:
             while batch := list(islice(places, self.BATCH)):
-                verdicts = self._judge.score(
-                    [prompts[p] for p in batch], [groups[p] for p in batch]
+                verdicts = score_responses(
+                    self._judge, [prompts[p] for p in batch], [groups[p] for p in batch]
                 )
                 found |= {keys[p]: verdict for p, verdict in zip(batch, verdicts, strict=True)}
                 if bar is not None:
@@ -126,9 +156,12 @@ class CachedJudge:
         return [found[key] for key in keys]
 
 
-def _content(prompt: Prompt, group: Sequence[str]) -> bytes:
+def _content(prompt: Prompt, group: Sequence[Response], by_tokens: bool) -> bytes:
+    """A hash of all that a verdict depends on; of the tokens only where the judge looks at them."""
     parts = [text for m in prompt.messages for text in (m.role, m.content)]
-    parts += [repr(prompt.target), str(len(group)), *group]
+    parts += [repr(prompt.target), str(len(group)), *(response.text for response in group)]
+    if by_tokens:
+        parts += [f"{response.finish} {response.token_ids}" for response in group]
     digest = sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")

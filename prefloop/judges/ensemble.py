@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, mo
 import prefloop.judges
 from prefloop.config import build, find_plugin, plugin_name
 from prefloop.errors import RecipeError
-from prefloop.judges import ALONE, Judge, NoVerdict, OpenJudge, Verdict, finite
-from prefloop.records import Prompt
+from prefloop.judges import ALONE, Judge, NoVerdict, OpenJudge, Verdict, finite, score_responses
+from prefloop.records import Prompt, Response
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -59,9 +59,7 @@ class Ensemble(Judge):
     @model_validator(mode="after")
     def _weights_fit(self) -> Ensemble:
         given = self.weights
-        if given is not None and (
-            len(given) != len(self.judges) or not all(w > 0 for w in given)
-        ):
+        if given is not None and (len(given) != len(self.judges) or not all(w > 0 for w in given)):
             raise ValueError(
                 f"judge.weights must hold {len(self.judges)} positive numbers, one a judge"
             )
@@ -115,7 +113,12 @@ class _OpenEnsemble:
     combine: str
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        columns = [judge.score(prompts, groups) for judge in self.judges]
+        return self.score_sampled(prompts, [[Response(text=text) for text in g] for g in groups])
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
+        columns = [score_responses(judge, prompts, groups) for judge in self.judges]
         return [self._group([column[n] for column in columns]) for n in range(len(groups))]
 
     def _group(self, verdicts: Sequence[Verdict]) -> Verdict:

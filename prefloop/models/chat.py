@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -19,6 +19,13 @@ from prefloop.records import Message
 _OPEN = "\ue0f0"
 _MARK = _OPEN + "{}\ue0f1"
 _MARKS = re.compile(_OPEN + "(\\d+)\ue0f1")
+
+
+class Answer(NamedTuple):
+    """What a policy said, and what it thought before."""
+
+    text: str
+    reasoning: str = ""
 
 
 class Chat:
@@ -42,11 +49,58 @@ class Chat:
         self.end_id = self._end_of_turn()
         self.stop_ids = frozenset({self.end_id, tokenizer.eos_token_id} - {None})
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation up to where the assistant's answer begins."""
+    def prompt_ids(self, messages: Sequence[Message], prefix: str = "") -> list[int]:
+        """Tokens of a conversation up to where the assistant's answer begins, or begins anew after `prefix`."""
+        prompt = self._ids(messages, add_generation_prompt=True)
+        return prompt + (self.completion_ids(messages, prefix, ended=False) if prefix else [])
+
+    def completion_ids(
+        self, messages: Sequence[Message], answer: str, *, ended: bool = True
+    ) -> list[int]:
+        """Tokens of an answer that no policy sampled, in its conversation; with the end token if it ended."""
+        prompt = self._ids(messages, add_generation_prompt=True)
+        said = Message(role="assistant", content=answer)
+        whole = self._ids((*messages, said), add_generation_prompt=False)
+        rest = whole[len(prompt) :]
+        ids = self.text_ids(answer)
+        if whole[: len(prompt)] == prompt and self.end_id in rest:
+            rest = rest[: len(rest) - 1 - rest[::-1].index(self.end_id)]
+            ids = rest if self.decode(rest) == answer else ids
+        return [*ids, self.end_id] if ended else ids
+
+    def option_ids(
+        self, messages: Sequence[Message], options: Sequence[str], prefix: str = ""
+    ) -> list[int]:
+        """The token by which each option goes on; GenerationError where two have the same one."""
+        begun = self.completion_ids(messages, prefix, ended=False) if prefix else []
+        found = [
+            self.completion_ids(messages, prefix + option, ended=False)[len(begun)]
+            for option in options
+        ]
+        if len(set(found)) < len(found):
+            raise GenerationError(
+                f"the options {', '.join(options)} do not differ in their first token; "
+                "use options that do, such as digits or letters"
+            )
+        return found
+
+    def is_ended(self, ids: Sequence[int]) -> bool:
+        """Whether sampled tokens end with one that ends a turn."""
+        return bool(ids) and ids[-1] in self.stop_ids
+
+    def split(self, ids: Sequence[int]) -> Answer:
+        """The answer in sampled tokens."""
+        return Answer(self.decode(ids[:-1] if self.is_ended(ids) else ids).strip())
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """What ends a turn that is trained on."""
+        return (self.end_id,)
+
+    def _ids(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         found: list[str] = []
         turns = [{"role": m.role, "content": self._mask(m.content, found)} for m in messages]
-        text = self._render(turns, add_generation_prompt=True)
+        text = self._render(turns, add_generation_prompt=add_generation_prompt)
         ids: list[int] = []
         for place, piece in enumerate(_MARKS.split(text)):
             ids += self.text_ids(found[int(piece)]) if place % 2 else self._encode(piece)

@@ -39,7 +39,7 @@ class Metered:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """As the engine does; counted."""
         found = self._engine.score(requests, answers, top=top)
@@ -57,8 +57,7 @@ class Metered:
 
     def _read(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            prefix = self._chat.text_ids(request.prefix) if request.prefix else []
-            self._counts[READ] += len(self._chat.prompt_ids(request.messages)) + len(prefix)
+            self._counts[READ] += len(self._chat.prompt_ids(request.messages, request.prefix))
 
 
 class RunEngine:

@@ -54,7 +54,9 @@ class Divergence(Measure):
         def work(part: Sequence[tuple[Prompt, Response]], number: int) -> list[Item]:
             return _score(part, subject)
 
-        asked = digest([(prompt.messages, answer.text) for prompt, answer in rows])
+        asked = digest(
+            [(prompt.messages, answer.text, answer.token_ids) for prompt, answer in rows]
+        )
         items = cached_records(subject.folder / asked, rows, Item, work, chunk=self.chunk)
         sums = [item.values["kl_answer"] for item in items]
         sizes = [float(item.texts["tokens"]) for item in items]
@@ -72,12 +74,10 @@ class Divergence(Measure):
 def _score(rows: Sequence[tuple[Prompt, Response]], subject: Subject) -> list[Item]:
     assert subject.initial is not None
     asks = [Request(messages=prompt.messages) for prompt, _ in rows]
-    texts = [answer.text for _, answer in rows]
-    now, before = subject.engine.score(asks, texts), subject.initial.score(asks, texts)
+    answers = [answer for _, answer in rows]
+    now, before = subject.engine.score(asks, answers), subject.initial.score(asks, answers)
     items = []
-    for (prompt, answer), mine, theirs in zip(rows, now, before, strict=True):
-        # An answer that was cut off was never ended by the policy: its last token is not the policy's.
-        drawn = len(mine.logprobs) - (answer.finish == "length")
-        gap = sum(mine.logprobs[:drawn]) - sum(theirs.logprobs[:drawn])
+    for (prompt, _), mine, theirs in zip(rows, now, before, strict=True):
+        gap, drawn = sum(mine.logprobs) - sum(theirs.logprobs), len(mine.logprobs)
         items.append(Item(id=prompt.id, values={"kl_answer": gap}, texts={"tokens": str(drawn)}))
     return items

@@ -14,7 +14,7 @@ from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, 
 from prefloop.evaluate.questions import drawn
 from prefloop.evaluate.stats import clustered_mean
 from prefloop.evaluate.win_rates import points
-from prefloop.records import Request
+from prefloop.records import Request, Response
 
 
 class Preferences(Measure):
@@ -78,8 +78,9 @@ class Preferences(Measure):
         assert subject.initial is not None
         asks = [Request(messages=pair.messages) for pair in pairs] * 2
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        now = [sum(scored.logprobs) for scored in subject.engine.score(asks, texts)]
-        before = [sum(scored.logprobs) for scored in subject.initial.score(asks, texts)]
+        answers = [Response(text=text) for text in texts]
+        now = [sum(scored.logprobs) for scored in subject.engine.score(asks, answers)]
+        before = [sum(scored.logprobs) for scored in subject.initial.score(asks, answers)]
         ratios = [a - b for a, b in zip(now, before, strict=True)]
         items = []
         for place, pair in enumerate(pairs):

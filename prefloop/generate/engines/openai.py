@@ -70,7 +70,7 @@ class _OpenAIEngine:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """Cannot be had."""
         raise NotImplementedError(_NO_LOGPROBS)
