@@ -71,7 +71,7 @@ def score_responses(
     """Verdicts on responses: on their tokens where the judge looks at tokens, else on their texts."""
     if isinstance(judge, TokenJudge):
         return judge.score_sampled(prompts, groups)
-    return judge.score(prompts, [[response.text for response in group] for group in groups])
+    return judge.score(prompts, [tuple(response.text for response in g) for g in groups])
 
 
 class Judge(Options):

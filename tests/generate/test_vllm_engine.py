@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from prefloop.generate.engines.vllm import VLLM, VLLMEngine
 from prefloop.generate.vllm_server import _answer
 from prefloop.generate.weight_check import probe
 from prefloop.models.chat import Chat
-from prefloop.records import Message, Request, Sampling, Scored
+from prefloop.records import Message, Request, Response, Sampling, Scored
 from tests.stand_in.vllm.entrypoints.cli.main import fingerprint, logprobs
 
 STAND_IN = Path(__file__).parents[1] / "stand_in"
@@ -37,10 +38,12 @@ class Trainer:
     def __init__(self, chat: Chat, *folders: Path) -> None:
         self.chat, self.weights = chat, fingerprint(*folders)
 
-    def score(self, requests: list[Request], answers: list[str], *, top: int = 0) -> list[Scored]:
+    def score(
+        self, requests: list[Request], answers: list[Response], *, top: int = 0
+    ) -> list[Scored]:
         found = []
         for request, answer in zip(requests, answers, strict=True):
-            ids = self.chat.answer_ids(answer)
+            ids = self.chat.completion_ids(request.messages, answer.text)
             row = [*self.chat.prompt_ids(request.messages), *ids]
             pairs = list(pairwise(row))[-len(ids) :]
             chosen = tuple(logprobs(self.weights, before)[token] for before, token in pairs)
@@ -155,8 +158,8 @@ def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(
 ):
     engine = opened()
     load_weights(engine, model)
-    (scored,) = engine.score(requests(1), ["Yes."], top=3)
-    (expected,) = Trainer(chat, model).score(requests(1), ["Yes."])
+    (scored,) = engine.score(requests(1), [Response(text="Yes.")], top=3)
+    (expected,) = Trainer(chat, model).score(requests(1), [Response(text="Yes.")])
     assert scored.token_ids == expected.token_ids
     assert scored.logprobs == pytest.approx(expected.logprobs)
     assert scored.offsets[-1] == (4, 4)
@@ -164,7 +167,7 @@ def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(
         row = logprobs(fingerprint(model), token)
         assert list(scored.top_logprobs[place + 1]) == pytest.approx(sorted(row)[-3:][::-1])
         assert len(scored.top_texts[place + 1]) == 3
-    assert engine.score(requests(1), ["Yes."])[0].top_texts == ()
+    assert engine.score(requests(1), [Response(text="Yes.")])[0].top_texts == ()
 
 
 def test_options_are_chosen_from_by_their_probabilities(opened, load_weights, model, chat):
@@ -173,8 +176,7 @@ def test_options_are_chosen_from_by_their_probabilities(opened, load_weights, mo
     (row,) = engine.choose(requests(1), ["1", "2", "3"])
     last = chat.prompt_ids(requests(1)[0].messages)[-1]
     known = [logprobs(fingerprint(model), last)[chat.text_ids(o)[0]] for o in ("1", "2", "3")]
-    assert sum(row) == pytest.approx(1.0)
-    assert row[0] / row[1] == pytest.approx(2.718281828459045 ** (known[0] - known[1]))
+    assert row == pytest.approx([math.exp(logprob) for logprob in known])
     with pytest.raises(GenerationError, match="do not differ in their first token"):
         engine.choose(requests(1), ["yes", "yellow"])
 

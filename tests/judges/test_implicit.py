@@ -56,7 +56,7 @@ def open_on(policy: Policy, **options: Any) -> OpenJudge:
 def log_softmax(policy: Policy, answer: str) -> tuple[torch.Tensor, list[int]]:
     """(T, V) of the answer's tokens, by a plain forward pass."""
     chat = HFEngine(policy.model, policy.tokenizer).chat
-    prompt, ids = chat.prompt_ids(PROMPT.messages), chat.answer_ids(answer)
+    prompt, ids = chat.prompt_ids(PROMPT.messages), chat.completion_ids(PROMPT.messages, answer)
     with torch.no_grad():
         logits = policy.model(torch.tensor([prompt + ids])).logits[0]
     return logits[len(prompt) - 1 : -1].float().log_softmax(-1), ids

@@ -162,7 +162,10 @@ def test_decoupled_confidence_against_a_slow_reference(tokenizer: Any) -> None:
 
     def slow(text: str, amount: float) -> float:
         chat = Chat(tokenizer)
-        prompt, answer = chat.prompt_ids(PROMPTS[0].messages), chat.answer_ids(text)
+        prompt, answer = (
+            chat.prompt_ids(PROMPTS[0].messages),
+            chat.completion_ids(PROMPTS[0].messages, text),
+        )
         total = 0.0
         for place, token in enumerate(answer):
             ids = torch.tensor([prompt + answer[:place]])

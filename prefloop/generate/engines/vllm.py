@@ -84,9 +84,13 @@ class VLLM(EngineOptions):
             base_model(self.url)
 
     def open(self, setting: EngineContext) -> VLLMEngine:
-        """Starts nothing yet: which weights to serve is told later."""
-        from prefloop.generate.engines.vllm import VLLMEngine
-
+        """Starts nothing yet: which weights to serve is told later. RecipeError for what vLLM cannot serve."""
+        if setting.lora_others:
+            raise RecipeError(
+                f"the adapter changes {', '.join(setting.lora_others)}, and vLLM serves adapters of linear "
+                "modules only; leave out the section engine to generate in process, or name linear "
+                "modules in model.lora.target_modules"
+            )
         return VLLMEngine(self, setting)
 
     @property
