@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from prefloop.errors import GenerationError
+from prefloop.errors import GenerationError, RecipeError
 from prefloop.generate.engine import EngineContext, Weights
 from prefloop.generate.engines.vllm import VLLM, VLLMEngine
 from prefloop.generate.vllm_server import _answer
@@ -189,6 +189,51 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(opened, load_
         GenerationError, match=r"refuses a request \(maximum context length is 2048"
     ):
         engine.sample(long, SAMPLING, seed=0)
+
+
+def test_every_sampling_value_goes_along_with_every_request(
+    opened, load_weights, model, monkeypatch
+):
+    """A server that runs already may take a repetition penalty from its model's generation_config."""
+    engine = opened()
+    load_weights(engine, model)
+    bodies: list[dict[str, Any]] = []
+    real = engine._server.ask_all
+
+    def listening(path: str, asked: list[dict[str, Any]], done: Any) -> Any:
+        bodies.extend(asked)
+        return real(path, asked, done)
+
+    monkeypatch.setattr(engine._server, "ask_all", listening)
+    (answer,) = engine.sample(requests(1), SAMPLING, seed=1)
+    engine.score(requests(1), [answer])
+    engine.choose(requests(1), ["1", "2"])
+    assert len(bodies) == 3
+    off = {"top_k": 0, "min_p": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+    for body in bodies:
+        assert {key: body[key] for key in off} == off
+        assert body["presence_penalty"] == body["frequency_penalty"] == 0.0
+        assert "temperature" in body
+
+
+def test_sampled_tokens_are_scored_as_they_were_drawn(opened, load_weights, model):
+    engine = opened()
+    load_weights(engine, model)
+    asks = requests(6)
+    for answer, scored in zip(
+        found := engine.sample(asks, SAMPLING, seed=1), engine.score(asks, found), strict=True
+    ):
+        assert scored.token_ids == answer.token_ids
+        assert scored.mean_logprob == pytest.approx(answer.mean_logprob)
+    assert engine.score(asks[:1], [Response(text="", finish="length")])[0].token_ids == ()
+
+
+def test_an_adapter_of_more_than_linear_modules_is_refused(chat, tmp_path):
+    setting = EngineContext(
+        chat, "float32", 8, ("q_proj",), False, tmp_path / "log", ("mlp.experts.gate_up_proj",)
+    )
+    with pytest.raises(RecipeError, match=r"changes mlp\.experts\.gate_up_proj, and vLLM serves"):
+        VLLM().open(setting)
 
 
 # Weights.
