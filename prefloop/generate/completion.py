@@ -33,7 +33,7 @@ def sampled_response(
     """
     place, whole, reasoning = stop_place(chat, ids, sampling.stop), tuple(ids), ""
     if request.prefix:
-        text = chat.decode(ids[:-1] if chat.is_ended(ids) else ids)[:place]
+        text = _before(_continuation(chat, ids), sampling.stop)
     else:
         text, reasoning = chat.split(ids)
         if place is not None:
@@ -55,6 +55,17 @@ def stop_place(chat: Chat, ids: Sequence[int], stop: Sequence[str]) -> int | Non
     return min((place for place in map(text.find, stop) if place >= 0), default=None)
 
 
+def _before(text: str, stop: Sequence[str]) -> str:
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=None)]
+
+
+def _continuation(chat: Chat, ids: Sequence[int]) -> str:
+    """What tokens say after other text. Some decoders drop the space before a text's first word."""
+    first = chat.text_ids("x")
+    said = ids[:-1] if chat.is_ended(ids) else ids
+    return chat.decode([*first, *said])[len(chat.decode(first)) :]
+
+
 def _stopped(
     chat: Chat,
     request: Request,
@@ -64,8 +75,7 @@ def _stopped(
     answer: str,
 ) -> tuple[str, tuple[int, ...]]:
     """Text and tokens of an answer that a stop text ended, at a place of all that was decoded."""
-    found = [at for at in map(answer.find, stop) if at >= 0]
-    text = answer[: min(found)].strip() if found else answer
+    text = _before(answer, stop).strip()
     before = chat.decode(ids)[:place]
     for count in range(len(ids), -1, -1):
         if chat.decode(ids[:count]) == before:
@@ -112,8 +122,11 @@ def _ends(chat: Chat, ids: Sequence[int]) -> list[int]:
         "" if token in special else text
         for token, text in zip(ids, chat.token_texts(ids), strict=True)
     ]
-    if "".join(texts) == whole:
-        return list(accumulate(map(len, texts)))
+    said = "".join(texts)
+    if said.endswith(whole):
+        # Some decoders drop the space before a text's first word.
+        dropped = len(said) - len(whole)
+        return [max(0, end - dropped) for end in accumulate(map(len, texts))]
     # Some tokens are parts of a character, or say another thing at the beginning: beginning by beginning.
     ends = [len(chat.decode(ids[: n + 1])) for n in range(len(ids))]
     # Parts of a character may be decoded as more characters than it is.

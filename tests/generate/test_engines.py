@@ -197,3 +197,16 @@ def test_fake_answers_are_in_the_policys_tokens(tokenizer):
     engine = Fake().open(EngineContext(chat, "float32", None, (), False, Path("unused")))
     [answer] = engine.sample(requests("a"), Sampling(), seed=1)
     assert list(answer.token_ids) == chat.completion_ids(requests("a")[0].messages, answer.text)
+
+
+def test_what_a_server_keeps_apart_as_thought_is_no_part_of_the_answer(tokenizer):
+    def answer(body: dict[str, Any]) -> tuple[int, object]:
+        whole = completion("Four.")
+        whole["choices"][0]["message"]["reasoning_content"] = "2 and 2"
+        return 200, whole
+
+    with serve(answer) as server:
+        made = OpenAI(**{k: v for k, v in options(server.url).items() if k != "name"})
+        setting = EngineContext(Chat(tokenizer), "float32", None, (), False, Path("unused"))
+        [found] = made.open(setting).sample(requests("a"), Sampling(), seed=1)
+    assert (found.text, found.reasoning, found.token_ids) == ("Four.", "2 and 2", ())

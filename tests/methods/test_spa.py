@@ -93,7 +93,7 @@ def test_the_tenth_is_of_the_round_however_it_is_chunked() -> None:
     """Of chunks of three nothing would be smoothed, of chunks of five one each."""
     labels, detector = Fixed({}, (1.0, 0.0)), Fixed({6: (0.0, 1.0), 7: (0.0, 2.0)}, (2.0, 0.0))
     given = actors(1, labels, detector)
-    ranked = [g for g in SPA().rank(list(SPA().generate(PROMPTS, given)), given)]  # type: ignore[arg-type]
+    ranked = list(SPA().rank(list(SPA().generate(PROMPTS, given)), given))  # type: ignore[arg-type]
     whole = list(SPA().pair(ranked, 1))  # type: ignore[arg-type]
     for size in (1, 3, 5):
         pairing = SPA().pairing(iter(ranked), 1)  # type: ignore[arg-type]

@@ -138,5 +138,7 @@ def _ask(
 
 def _response(reply: Reply) -> Response:
     return Response(
-        text=reply.text.strip(), finish="length" if reply.finish == "length" else "stop"
+        text=reply.text.strip(),
+        reasoning=reply.reasoning,
+        finish="length" if reply.finish == "length" else "stop",
     )
