@@ -55,11 +55,16 @@ class Prompt(Record):
 
 
 class Response(Record):
-    """One answer as a model gave it."""
+    """One answer: as a model gave it, or as the data hold it."""
 
     text: str
+    """The answer that people and judges read."""
     token_ids: tuple[int, ...] = ()
-    """The sampled tokens, end-of-turn included when the model reached it."""
+    """The tokens that the policy sampled, thought and end of turn included. They are what is scored and trained
+    on; the text is never encoded again. Empty where the policy sampled none (targets, labelled pairs, infilled
+    flaws, another model's answers): only then is the text encoded, in its conversation."""
+    reasoning: str = ""
+    """What the model thought before it answered, where its template keeps thoughts apart."""
     mean_logprob: float | None = None
     """Mean log-probability per token (nats) under the policy that sampled it, at temperature 1."""
     finish: Finish = "stop"
@@ -97,6 +102,9 @@ class Pair(Record):
     """Which candidate became what, for example {"chosen": "refined", "rejected": "flawed"}."""
     unfinished: tuple[str, ...] = ()
     """Roles whose answer the length limit cut off: trained on without an end-of-turn token."""
+    token_ids: dict[str, tuple[int, ...]] = {}
+    """By role, the tokens that the policy sampled: what is trained on. A role that is not here was not sampled
+    by the policy, and its text is encoded in its conversation."""
     scores: dict[str, float] = {}
     """The judge's scores of chosen and rejected, where a judge decided."""
     ratings: dict[str, float] = {}
@@ -106,6 +114,14 @@ class Pair(Record):
     def id(self) -> str:
         """Unique within a run."""
         return f"{self.round:04d}/{self.prompt_id}"
+
+    def answer(self, role: str) -> Response:
+        """The answer of one role as it is trained on; empty where the pair has none."""
+        return Response(
+            text=getattr(self, role) or "",
+            token_ids=self.token_ids.get(role, ()),
+            finish="length" if role in self.unfinished else "stop",
+        )
 
 
 class Reject(Record):
@@ -145,11 +161,11 @@ class Request(Record):
 
 
 class Scored(Record):
-    """A given answer under a model. T tokens, end-of-turn included as the last one."""
+    """A given answer under a model. T tokens; the last one is end-of-turn, unless the answer was cut off."""
 
     token_ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
-    """[T] character span of each token in the answer; (n, n) for end-of-turn."""
+    """[T] character span of each token in the answer's text; empty ones for end-of-turn and for thoughts."""
     logprobs: tuple[float, ...]
     """[T] log-probability (nats) of each token at temperature 1, given the prompt and those before it."""
     top_texts: tuple[tuple[str, ...], ...] = ()
@@ -159,8 +175,8 @@ class Scored(Record):
 
     @property
     def mean_logprob(self) -> float:
-        """Mean log-probability per token (nats)."""
-        return sum(self.logprobs) / len(self.logprobs)
+        """Mean log-probability per token (nats); 0 for an answer that was cut off before its first token."""
+        return sum(self.logprobs) / max(1, len(self.logprobs))
 
 
 class RoundResult(Record):

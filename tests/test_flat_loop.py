@@ -56,7 +56,8 @@ def test_its_loss_is_the_librarys(flat: dict[str, Any]) -> None:
 
 def test_its_log_probs_are_the_librarys(flat: dict[str, Any], model: Any, tokenizer: Any) -> None:
     chat = Chat(tokenizer)
-    prompt = chat.prompt_ids((Message(role="user", content="Why?"),))
-    group = TokenGroup(prompt=tuple(prompt), completions=(tuple(chat.answer_ids("So.")),))
+    asked = (Message(role="user", content="Why?"),)
+    completion = tuple(chat.completion_ids(asked, "So."))
+    group = TokenGroup(prompt=tuple(chat.prompt_ids(asked)), completions=(completion,))
     expected = padded_logprobs(model, [group])[0][0].sum()
     torch.testing.assert_close(flat["log_prob"](model, tokenizer, "Why?", "So."), expected)

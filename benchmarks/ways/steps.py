@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prefloop.models.chat import Chat
 from prefloop.models.policy import Policy
+from prefloop.records import Message
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.losses import dpo, spacp
 from prefloop.train.packing import TokenGroup
@@ -58,10 +59,14 @@ def read_groups(path: Path, policy: Policy, count: int) -> list[TokenGroup]:
     groups = []
     for line in path.read_text("utf-8").splitlines()[:count]:
         row = json.loads(line)
-        turns = [types.SimpleNamespace(**turn) for turn in row["prompt"]]
-        answers = [row[role][0]["content"] for role in ("chosen", "rejected")]
-        prompt = tuple(chat.prompt_ids(turns))  # type: ignore[arg-type]
-        groups.append(TokenGroup(prompt, tuple(tuple(chat.answer_ids(text)) for text in answers)))
+        turns = [Message(**turn) for turn in row["prompt"]]
+        completions = [
+            tuple(
+                row.get(f"{role}_token_ids") or chat.completion_ids(turns, row[role][0]["content"])
+            )
+            for role in ("chosen", "rejected")
+        ]
+        groups.append(TokenGroup(tuple(chat.prompt_ids(turns)), tuple(completions)))
     return groups
 
 

@@ -32,9 +32,10 @@ def export_pairs(
     """Write pairs as one file that ``datasets.load_dataset`` reads and TRL's ``DPOTrainer`` trains on.
 
     Columns: `prompt` (the turns), `chosen` and `rejected` (one assistant turn each), `target` (null
-    where the method has none), `margin`, `round`, `prompt_id`. "sharegpt" is JSON lines with
-    `conversations`, `chosen` and `rejected` as {from, value} turns, as LLaMA-Factory reads rankings. A
-    folder gets `pairs.jsonl` or `pairs.parquet`. The file appears whole or not at all, and replaces an older one.
+    where the method has none), `margin`, `round`, `prompt_id`; `chosen_token_ids` and `rejected_token_ids`, the
+    tokens that the policy sampled (null where it sampled none), end of turn included where it ended. "sharegpt" is
+    JSON lines with `conversations`, `chosen` and `rejected` as {from, value} turns, as LLaMA-Factory reads rankings.
+    A folder gets `pairs.jsonl` or `pairs.parquet`. The file appears whole or not at all, and replaces an older one.
     Raises DataError where there are no pairs, or answers without another beside them, or the name fits
     no format; RunFolderError where the file cannot be written.
     """
@@ -66,6 +67,7 @@ def as_row(pair: Pair) -> Row:
         "margin": pair.margin,
         "round": pair.round,
         "prompt_id": pair.prompt_id,
+        **{f"{role}_token_ids": _tokens(pair, role) for role in ("chosen", "rejected")},
     }
 
 
@@ -77,6 +79,10 @@ def _as_sharegpt(row: Row) -> Row:
     }
     answers = {name: turns[name][0] for name in ("chosen", "rejected")}
     return {"conversations": turns["prompt"], **answers, **{name: row[name] for name in _FIELDS}}
+
+
+def _tokens(pair: Pair, role: str) -> list[int] | None:
+    return list(pair.token_ids[role]) if role in pair.token_ids else None
 
 
 def _destination(place: Path, format: Format) -> Path:
@@ -129,6 +135,8 @@ def _write_parquet(rows: Iterator[Row], path: Path) -> int:
             "margin": pa.float64(),
             "round": pa.int64(),
             "prompt_id": pa.string(),
+            "chosen_token_ids": pa.list_(pa.int64()),
+            "rejected_token_ids": pa.list_(pa.int64()),
         }
     )
     count = 0

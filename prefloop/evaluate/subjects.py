@@ -174,7 +174,7 @@ class _InitialEngine:
             return self.engine.sample(requests, sampling, seed=seed, label=label)
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         with self.policy.at_start():
             return self.engine.score(requests, answers, top=top)

@@ -91,6 +91,8 @@ class Reply:
     """The server's finish_reason: "stop", "length" ..."""
     tokens: tuple[Token, ...] = ()
     """Empty where log-probs were not asked for, or are not offered."""
+    reasoning: str = ""
+    """What the model thought, where the server keeps it apart."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +264,10 @@ def _reply(completion: Any) -> Reply:
     if not isinstance(text, str):
         raise TypeError(f"message.content is of type {type(text).__name__}")
     logprobs = (choice.get("logprobs") or {}).get("content") or ()
-    return Reply(text, str(choice.get("finish_reason")), tuple(map(_token, logprobs)))
+    # vLLM's name and that of most others.
+    thought = message.get("reasoning") or message.get("reasoning_content") or ""
+    finish = str(choice.get("finish_reason"))
+    return Reply(text, finish, tuple(map(_token, logprobs)), str(thought))
 
 
 def _token(entry: Mapping[str, Any]) -> Token:

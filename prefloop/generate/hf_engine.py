@@ -21,6 +21,12 @@ from transformers import PreTrainedModel
 
 from prefloop.errors import GenerationError
 from prefloop.generate.cache_attention import slot_attention
+from prefloop.generate.completion import (
+    completion_ids,
+    sampled_response,
+    scored_answer,
+    stop_place,
+)
 from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.decode import STEP_TOKENS, Sampled, Task, decode
 from prefloop.generate.engine import TokenScores
@@ -38,7 +44,7 @@ from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions
 from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
-# B rows, T positions, V vocabulary.
+# B rows, T positions, V vocabulary, O options.
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -75,12 +81,14 @@ class HFEngine:
         """One response per request, in their order."""
 
         def ended(ids: list[int]) -> bool:
-            return ids[-1] in self.chat.stop_ids or self._cut(ids, sampling.stop) is not None
+            return self.chat.is_ended(ids) or stop_place(self.chat, ids, sampling.stop) is not None
 
         prompts = [self._prompt(request) for request in requests]
         found = self._decode(_tasks(prompts, sampling, seed), sampling, ended, label)
         return [
-            self._response(found[place], sampling, bool(request.prefix))
+            sampled_response(
+                self.chat, request, sampling, found[place].ids, _finite(found[place].logprobs)
+            )
             for place, request in enumerate(requests)
         ]
 
@@ -184,16 +192,21 @@ class HFEngine:
             yield
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """Log-probability of each given answer."""
-        wanted = []
-        for request, answer in zip(requests, answers, strict=True):
-            prompt = self._prompt(request)
-            wanted.append(Wanted(prompt + self.chat.answer_ids(answer), len(prompt)))
+        rows = [
+            completion_ids(self.chat, request, answer)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+        prompts = [self._prompt(request) for request in requests]
+        wanted = [Wanted(p + ids, len(p)) for p, ids in zip(prompts, rows, strict=True) if ids]
+        found = iter(self._score(wanted, top))
+        nothing = TokenScores([], [], [], [])
+        scores = [next(found) if ids else nothing for ids in rows]
         return [
-            self._scored(row, scores, answer)
-            for row, scores, answer in zip(wanted, self._score(wanted, top), answers, strict=True)
+            scored_answer(self.chat, answer, ids, s.logprobs, s.top_ids, s.top_logprobs)
+            for answer, ids, s in zip(answers, rows, scores, strict=True)
         ]
 
     def score_tokens(
@@ -233,57 +246,27 @@ class HFEngine:
     def choose(
         self, requests: Sequence[Request], options: Sequence[str]
     ) -> list[tuple[float, ...]]:
-        """Probability of each option as the next token, renormalised over the options."""
-        firsts = self.chat.first_ids(options)
+        """Probability of each option as the next token."""
         rows = [self._prompt(request) for request in requests]
+        firsts = [self.chat.option_ids(r.messages, options, r.prefix) for r in requests]
         with _evaluating(self.model):
 
             def forward(places: list[int]) -> list[tuple[float, ...]]:
                 batch = [rows[place] for place in places]
                 ids_BT, mask_BT = _pad(batch, self.model.device, left=True)
-                logits_BV = _last_logits(self.model, ids_BT, mask_BT)
-                return [tuple(p) for p in logits_BV[:, firsts].softmax(dim=-1).tolist()]
+                probs_BV = _last_logits(self.model, ids_BT, mask_BT).softmax(dim=-1)
+                first_BO = torch.tensor([firsts[p] for p in places], device=probs_BV.device)
+                return [tuple(row) for row in probs_BV.gather(1, first_BO).tolist()]
 
             return self._batched(rows, forward)
 
     def _prompt(self, request: Request) -> list[int]:
-        prefix = self.chat.text_ids(request.prefix) if request.prefix else []
-        return self.chat.prompt_ids(request.messages) + prefix
-
-    def _response(self, sampled: Sampled, sampling: Sampling, continues: bool) -> Response:
-        ids = sampled.ids
-        stopped = ids[-1] in self.chat.stop_ids
-        text = self.chat.decode(ids[:-1] if stopped else ids)
-        cut = self._cut(ids, sampling.stop)
-        if cut is not None:
-            text = text[:cut]
-        return Response(
-            text=text if continues else text.strip(),
-            token_ids=tuple(ids),
-            mean_logprob=sum(_finite(sampled.logprobs)) / len(ids),
-            finish="length" if not stopped and cut is None else "stop",
-        )
-
-    def _cut(self, ids: list[int], stop: Sequence[str]) -> int | None:
-        """Where in the answer's text the first stop text begins."""
-        if not stop:
-            return None
-        text = self.chat.decode(ids)
-        return min((place for place in map(text.find, stop) if place >= 0), default=None)
+        return self.chat.prompt_ids(request.messages, request.prefix)
 
     def _logits(self, rows: list[list[int]]) -> Tensor:
         ids_BT, mask_BT = _pad(rows, self.model.device, left=False)
         logits_BTV: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
         return logits_BTV
-
-    def _scored(self, row: Wanted, scores: TokenScores, answer: str) -> Scored:
-        return Scored(
-            token_ids=tuple(row.ids[row.start :]),
-            offsets=(*self.chat.text_offsets(answer), (len(answer), len(answer))),
-            logprobs=tuple(scores.logprobs),
-            top_texts=tuple(map(self.chat.token_texts, scores.top_ids)),
-            top_logprobs=tuple(map(tuple, scores.top_logprobs)),
-        )
 
     def _batched(
         self, rows: list[list[int]], work: Callable[[list[int]], list[T]], share: int = 1

@@ -89,7 +89,7 @@ def _tokens_at(answer: str, offsets: Sequence[tuple[int, int]]) -> dict[int, tup
 def infill_flaws(
     engine: Engine,
     requests: Sequence[Request],
-    answers: Sequence[str],
+    answers: Sequence[Response],
     sampling: Sampling,
     *,
     seed: int,
@@ -100,8 +100,9 @@ def infill_flaws(
     a replacement of several tokens is finished by sampling from the policy up to the word's end.
     """
     scored = engine.score(requests, answers, top=_ALTERNATIVES)
+    texts = [answer.text for answer in answers]
     plans: list[list[_Option]] = []
-    for number, (answer, score) in enumerate(zip(answers, scored, strict=True)):
+    for number, (answer, score) in enumerate(zip(texts, scored, strict=True)):
         draw = random.Random(derive_seed(seed, "word", number))
         plans.append(_draw_plan(_options(answer, score), draw))
     flaws: list[Infill | None] = [None] * len(answers)
@@ -112,9 +113,7 @@ def infill_flaws(
         chosen = [plans[n][attempt] for n in todo]
         finished = engine.sample(
             [
-                requests[n].model_copy(
-                    update={"prefix": answers[n][: option.start] + option.begins}
-                )
+                requests[n].model_copy(update={"prefix": texts[n][: option.start] + option.begins})
                 for n, option in zip(todo, chosen, strict=True)
             ],
             sampling.model_copy(update={"max_new_tokens": _MAX_WORD_TOKENS}),
@@ -122,7 +121,7 @@ def infill_flaws(
             label="infill",
         )
         for n, option, rest in zip(todo, chosen, finished, strict=True):
-            flaws[n] = _splice(answers[n], option, rest)
+            flaws[n] = _splice(texts[n], option, rest)
     return flaws
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from prefloop.generate.engine import Engine
-from prefloop.records import Message, Request
+from prefloop.records import Message, Request, Response
 
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15, "float16": 0.03}
 """Mean absolute difference of a token's log-probs (nats) that rounding may explain, by the weights' dtype."""
@@ -39,7 +39,7 @@ def probe(engine: Engine) -> list[float]:
     requests = [
         Request(messages=(Message(role="user", content=question),)) for question, _ in _DIALOGUES
     ]
-    scored = engine.score(requests, [answer for _, answer in _DIALOGUES])
+    scored = engine.score(requests, [Response(text=answer) for _, answer in _DIALOGUES])
     return [logprob for answer in scored for logprob in answer.logprobs]
 
 

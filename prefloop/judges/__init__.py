@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from prefloop.config import Options
 from prefloop.machine import Bar
-from prefloop.records import Prompt
+from prefloop.records import Prompt, Response
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -52,6 +52,26 @@ class OpenJudge(Protocol):
         A verdict depends only on the prompt's messages and target and on the group.
         """
         ...
+
+
+@runtime_checkable
+class TokenJudge(OpenJudge, Protocol):
+    """A judge at work that asks the policy how likely its answers are: it sees the tokens that were sampled."""
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
+        """As `score`, of responses with their tokens."""
+        ...
+
+
+def score_responses(
+    judge: OpenJudge, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+) -> list[Verdict]:
+    """Verdicts on responses: on their tokens where the judge looks at tokens, else on their texts."""
+    if isinstance(judge, TokenJudge):
+        return judge.score_sampled(prompts, groups)
+    return judge.score(prompts, [tuple(response.text for response in g) for g in groups])
 
 
 class Judge(Options):
@@ -104,22 +124,28 @@ class CachedJudge:
         self._cache: dict[bytes, Verdict] = {}
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
+        """The judge's verdicts on texts; see `score_sampled`."""
+        return self.score_sampled(prompts, [[Response(text=text) for text in g] for g in groups])
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
         """The judge's verdicts; groups that are in the cache, or repeated, are not judged again."""
-        keys = [_cache_key(prompt, group) for prompt, group in zip(prompts, groups, strict=True)]
-        index_of_new = {
+        by_tokens = isinstance(self._judge, TokenJudge)
+        keys = [
+            _cache_key(prompt, group, by_tokens)
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        new = {
             key: index for index, key in reversed(list(enumerate(keys))) if key not in self._cache
         }
-        indices = iter(sorted(index_of_new.values()))
+        indices = iter(sorted(new.values()))
         verdict_of = {key: self._cache[key] for key in keys if key in self._cache}
-        # A single batch needs no bar of its own beside the engine's.
-        with (
-            Bar("judge", len(index_of_new))
-            if len(index_of_new) > self.BATCH_SIZE
-            else nullcontext() as bar
-        ):
+        # A single batch is left to the bar of whoever does the work.
+        with Bar("judge", len(new)) if len(new) > self.BATCH_SIZE else nullcontext() as bar:
             while batch := list(islice(indices, self.BATCH_SIZE)):
-                verdicts = self._judge.score(
-                    [prompts[i] for i in batch], [groups[i] for i in batch]
+                verdicts = score_responses(
+                    self._judge, [prompts[i] for i in batch], [groups[i] for i in batch]
                 )
                 verdict_of |= {keys[i]: verdict for i, verdict in zip(batch, verdicts, strict=True)}
                 if bar is not None:
@@ -130,9 +156,12 @@ class CachedJudge:
         return [verdict_of[key] for key in keys]
 
 
-def _cache_key(prompt: Prompt, group: Sequence[str]) -> bytes:
+def _cache_key(prompt: Prompt, group: Sequence[Response], by_tokens: bool) -> bytes:
+    """A hash of all that a verdict depends on; of the tokens only where the judge looks at them."""
     parts = [text for m in prompt.messages for text in (m.role, m.content)]
-    parts += [repr(prompt.target), str(len(group)), *group]
+    parts += [repr(prompt.target), str(len(group)), *(response.text for response in group)]
+    if by_tokens:
+        parts += [f"{response.finish} {response.token_ids}" for response in group]
     digest = sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")

@@ -13,8 +13,8 @@ from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, mo
 import prefloop.judges
 from prefloop.config import build, find_plugin, plugin_name
 from prefloop.errors import RecipeError
-from prefloop.judges import ALONE, Judge, NoVerdict, OpenJudge, Verdict, finite
-from prefloop.records import Prompt
+from prefloop.judges import ALONE, Judge, NoVerdict, OpenJudge, Verdict, finite, score_responses
+from prefloop.records import Prompt, Response
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -115,7 +115,12 @@ class _OpenEnsemble:
     combine: str
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        verdicts_by_judge = [judge.score(prompts, groups) for judge in self.judges]
+        return self.score_sampled(prompts, [[Response(text=text) for text in g] for g in groups])
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
+        verdicts_by_judge = [score_responses(judge, prompts, groups) for judge in self.judges]
         return [
             self._group([verdicts[n] for verdicts in verdicts_by_judge]) for n in range(len(groups))
         ]

@@ -1,6 +1,6 @@
 """A language model's implicit reward as judge: how much likelier it made an answer than its reference does.
 
-Shapes: T tokens of one answer, end-of-turn included, V vocabulary.
+Shapes: T tokens of one answer, end-of-turn included unless the answer was cut off, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from prefloop.errors import JudgeError
 from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
-from prefloop.records import Prompt, Request
+from prefloop.records import Prompt, Request, Response
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ class Implicit(Judge):
                 "judge 'implicit' compares the policy with the initial one, but no policy is loaded "
                 "here; name judge.model and judge.reference, or choose another judge"
             )
-        return _OpenImplicit(policy, initial, self.beta, self.decoupled)
+        return _OpenImplicit(policy, initial, self.beta, self.decoupled, self.needs_policy)
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,24 @@ class _OpenImplicit:
     initial: Callable[[], AbstractContextManager[Engine]]
     beta: float
     decoupled: float
+    own_tokens: bool
+    """Whether sampled tokens are the policy's own; other models read the texts in tokens of theirs."""
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
-        judged = [bool(group) and all(text.strip() for text in group) for group in groups]
-        asks, texts = [], []
+        return self.score_sampled(prompts, [[Response(text=text) for text in g] for g in groups])
+
+    def score_sampled(
+        self, prompts: Sequence[Prompt], groups: Sequence[Sequence[Response]]
+    ) -> list[Verdict]:
+        judged = [bool(group) and all(r.text.strip() for r in group) for group in groups]
+        asks, answers = list[Request](), list[Response]()
         for prompt, group, fine in zip(prompts, groups, judged, strict=True):
             if fine:
                 asks += [Request(messages=prompt.messages)] * len(group)
-                texts += list(group)
-        ratios = iter(self._ratios(asks, texts) if asks else ())
+                answers += group
+        if not self.own_tokens:
+            answers = [answer.model_copy(update={"token_ids": ()}) for answer in answers]
+        ratios = iter(self._ratios(asks, answers) if asks else ())
         return [
             self._verdict([next(ratios) for _ in group]) if fine else EMPTY
             for group, fine in zip(groups, judged, strict=True)
@@ -109,25 +118,25 @@ class _OpenImplicit:
         # Exactly 0 for all happens only before the first update; a tie would be a made-up score.
         return finite([self.beta * ratio for ratio in ratios]) if any(ratios) else UNMOVED
 
-    def _ratios(self, asks: Sequence[Request], texts: Sequence[str]) -> Iterator[float]:
+    def _ratios(self, asks: Sequence[Request], answers: Sequence[Response]) -> Iterator[float]:
         """log pi(y|x) - log pi_ref(y|x) of each answer, summed over its tokens."""
         if self.decoupled:
-            asked = list(zip(asks, texts, strict=True))
+            asked = list(zip(asks, answers, strict=True))
             for start in range(0, len(asked), _AT_ONCE):
                 yield from self._decoupled(asked[start : start + _AT_ONCE])
             return
-        now = self.policy.score(asks, texts)
+        now = self.policy.score(asks, answers)
         with self.initial() as reference:
-            before = reference.score(asks, texts)
+            before = reference.score(asks, answers)
         for mine, theirs in zip(now, before, strict=True):
             yield sum(mine.logprobs) - sum(theirs.logprobs)
 
-    def _decoupled(self, batch: Sequence[tuple[Request, str]]) -> list[float]:
-        now = [_log_softmax(self.policy, ask, text) for ask, text in batch]
+    def _decoupled(self, batch: Sequence[tuple[Request, Response]]) -> list[float]:
+        now = [_log_softmax(self.policy, ask, answer) for ask, answer in batch]
         ratios = []
         with self.initial() as reference:
-            for (ask, text), (now_TV, ids) in zip(batch, now, strict=True):
-                before_TV, theirs = _log_softmax(reference, ask, text)
+            for (ask, answer), (now_TV, ids) in zip(batch, now, strict=True):
+                before_TV, theirs = _log_softmax(reference, ask, answer)
                 if ids != theirs:
                     raise JudgeError(
                         "judge.reference reads the answers in other tokens than judge.model; "
@@ -149,20 +158,22 @@ def decoupled_ratio(now_TV: Tensor, before_TV: Tensor, ids: Sequence[int], amoun
     return float((away_TV - before_TV).gather(1, picked).sum())
 
 
-def _log_softmax(engine: Any, ask: Request, text: str) -> tuple[Tensor, list[int]]:
+def _log_softmax(engine: Any, ask: Request, answer: Response) -> tuple[Tensor, list[int]]:
     """Log-probs (T, V), float32, at each token of an answer, and its token ids; one answer at a time."""
     import torch
+
+    from prefloop.generate.completion import completion_ids
 
     if not hasattr(engine, "model") or not hasattr(engine, "chat"):
         raise JudgeError(
             "judge.decoupled needs the whole vocabulary's log-probs, which this engine does not give; "
             "generate in process, or set judge.decoupled: 0"
         )
-    prompt, answer = engine.chat.prompt_ids(ask.messages), engine.chat.answer_ids(text)
-    ids_BT = torch.tensor([prompt + answer], device=engine.model.device)
+    prompt, ids = engine.chat.prompt_ids(ask.messages), completion_ids(engine.chat, ask, answer)
+    ids_BT = torch.tensor([prompt + ids], device=engine.model.device)
     with torch.inference_mode():
-        logits_TV = engine.model(input_ids=ids_BT, logits_to_keep=len(answer) + 1).logits[0, :-1]
-    return logits_TV.float().log_softmax(dim=-1), answer
+        logits_TV = engine.model(input_ids=ids_BT, logits_to_keep=len(ids) + 1).logits[0, :-1]
+    return logits_TV.float().log_softmax(dim=-1), ids
 
 
 def _always(engine: Engine) -> Initial:

@@ -9,9 +9,10 @@ from hashlib import sha256
 from itertools import count, permutations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from prefloop.errors import JudgeError
+from prefloop.generate.engine import MIN_MASS, among
 from prefloop.judges import ALONE, EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Message, Prompt, Request
 
@@ -24,6 +25,7 @@ RATINGS = ("1", "2", "3", "4", "5")
 SIDES = ("A", "B")
 SIDES_OR_TIE = ("A", "B", "C")
 MARK_LENGTH = 6
+NO_RATING = NoVerdict("would not say a rating")
 
 
 class SelfJudge(Judge):
@@ -40,6 +42,9 @@ class SelfJudge(Judge):
     """What to judge by ("honesty"); without it, overall quality."""
     ties: bool = False
     """pairwise: offer "equally good" as a third choice; it counts as half a win."""
+    min_mass: float = Field(default=MIN_MASS, ge=0.0, le=1.0)
+    """No verdict where the model gives all ratings together less than this probability: it would say something
+    else, and how it divides the rest says nothing. 0 takes every answer."""
     model: str | None = None
     """Folder, Hub id or embedded:NAME of a causal language model that judges instead of the policy."""
 
@@ -72,7 +77,8 @@ class SelfJudge(Judge):
                 "judge 'self_judge' asks the policy, but no policy is loaded here; "
                 "name a model in judge.model, or choose another judge"
             )
-        return _OpenSelfJudge(policy, question(self.mode, prompts, self.criterion, self.ties))
+        asked = question(self.mode, prompts, self.criterion, self.ties)
+        return _OpenSelfJudge(policy, asked, self.min_mass)
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,7 @@ def question(
 class _OpenSelfJudge:
     engine: Engine
     question: Question
+    min_mass: float
 
     def score(self, prompts: Sequence[Prompt], groups: Sequence[Sequence[str]]) -> list[Verdict]:
         refusals = [self.question.refusal(group) for group in groups]
@@ -159,9 +166,13 @@ class _OpenSelfJudge:
         requests = [Request(messages=messages) for group in asked for messages in group]
         rows = iter(self.engine.choose(requests, self.question.options) if requests else ())
         return [
-            refusal or finite(self.question.read([next(rows) for _ in questions], len(group)))
+            refusal or self._read([next(rows) for _ in questions], len(group))
             for group, refusal, questions in zip(groups, refusals, asked, strict=True)
         ]
+
+    def _read(self, rows: Sequence[Sequence[float]], size: int) -> Verdict:
+        known = [shares for row in rows if (shares := among(row, self.min_mass)) is not None]
+        return finite(self.question.read(known, size)) if len(known) == len(rows) else NO_RATING
 
 
 def expected_rating(probabilities: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from prefloop.config import Options
 from prefloop.generate.engine import Engine
 from prefloop.generate.templates import PromptSet
-from prefloop.judges import Judge, NoVerdict, OpenJudge
+from prefloop.judges import Judge, NoVerdict, OpenJudge, score_responses
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Request, Response, Sampling
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ Reference = Literal["initial", "round_start"]
 Generator = Literal["current", "frozen"]
 Layout = Literal["single", "turns"]
 Trains = Literal["groups", "tokens"]
+Pairing = Callable[[Sequence[Candidates]], Iterator[Pair | Reject]]
+"""Training examples from one chunk of ranked groups."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ def unfinished(roles: Mapping[str, Response]) -> tuple[str, ...]:
     return tuple(role for role, response in roles.items() if response.finish == "length")
 
 
+def sampled_tokens(roles: Mapping[str, Response]) -> dict[str, tuple[int, ...]]:
+    """The tokens of the roles whose response the policy sampled."""
+    return {role: response.token_ids for role, response in roles.items() if response.token_ids}
+
+
 def further(asked: Request, answer: str, turn: Sequence[Message]) -> Request:
     """The conversation of `asked` and its answer, going on with `turn`."""
     said = Message(role="assistant", content=answer)
@@ -55,10 +62,11 @@ def scored(
     """The groups with the judge's scores of these responses; of all, where none is named."""
     assert judge is not None, "a method that ranks by the judge declares needs_judge"
     names_of = [tuple(names or group.responses) for group in groups]
-    verdicts = judge.score(
+    verdicts = score_responses(
+        judge,
         [group.prompt for group in groups],
         [
-            tuple(group.responses[name].text for name in asked)
+            [group.responses[name] for name in asked]
             for group, asked in zip(groups, names_of, strict=True)
         ],
     )
@@ -78,15 +86,17 @@ def unranked(group: Candidates, reason: str, verdict: NoVerdict) -> Reject:
 def pair_of(group: Candidates, chosen: str, rejected: str, round: int) -> Pair:
     """The pair of two named responses of a group."""
     names = {"chosen": chosen, "rejected": rejected}
+    responses = {role: group.responses[name] for role, name in names.items()}
     return Pair(
         prompt_id=group.prompt.id,
         round=round,
         prompt=group.prompt.messages,
-        chosen=group.responses[chosen].text,
-        rejected=group.responses[rejected].text,
+        chosen=responses["chosen"].text,
+        rejected=responses["rejected"].text,
         target=group.prompt.target,
         origin=names,
-        unfinished=unfinished({role: group.responses[name] for role, name in names.items()}),
+        unfinished=unfinished(responses),
+        token_ids=sampled_tokens(responses),
         scores={role: group.scores[name] for role, name in names.items() if name in group.scores},
     )
 
@@ -165,6 +175,14 @@ class Method(Options):
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Training examples from ranked groups; gates live here."""
         raise NotImplementedError
+
+    def pairing(self, ranked: Iterable[Candidates], round: int) -> Pairing:
+        """How one chunk after the other of a round's ranked groups is paired: by `pair`.
+
+        For methods whose pairs depend on the whole round: `ranked` are all of its groups, to be read here or not
+        at all. Called again where a stage is resumed, with the same groups.
+        """
+        return lambda groups: self.pair(groups, round)
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """Per-example loss of B groups; pure. `progress` in [0, 1] is the position in the round."""

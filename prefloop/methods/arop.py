@@ -15,15 +15,24 @@ from pydantic import Field
 
 from prefloop.config import Options
 from prefloop.data.text_distance import edit_share, fold_whitespace
+from prefloop.generate.engine import MIN_MASS, among
 from prefloop.generate.infill import infill_flaws
-from prefloop.methods import Actors, Layout, Method, further, unfinished
+from prefloop.judges.self_judge import NO_RATING, RATINGS, expected_rating
+from prefloop.methods import (
+    Actors,
+    Layout,
+    Method,
+    further,
+    sampled_tokens,
+    unfinished,
+    unranked,
+)
 from prefloop.methods._gates import Gates
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Response, derive_seed
 
 if TYPE_CHECKING:
     from prefloop.train.losses import GroupLogps, LossOutput
 
-_RATINGS = ("1", "2", "3", "4", "5")
 _FINAL = "Final answer:"
 _Said = tuple[Request, Response]
 
@@ -39,6 +48,8 @@ class Margin(Options):
     """severity, axes: M of a flaw rated 1."""
     m_max: float = Field(default=2.0, ge=0.0)
     """severity, axes: M of a flaw rated 5."""
+    min_mass: float = Field(default=MIN_MASS, ge=0.0, le=1.0)
+    """severity, axes: no pair where the model gives all ratings together less than this probability."""
     axes: dict[str, Annotated[float, Field(ge=0.0)]] = Field(
         default={"helpfulness": 1 / 3, "harmlessness": 1 / 3, "honesty": 1 / 3}
     )
@@ -164,12 +175,13 @@ class AROP(Method):
             responses["refined"] = response
             if splits:
                 # The analysis before the final answer is thinking, not part of y_w; without the final
-                # answer nothing is left, and the gates count an empty answer.
+                # answer nothing is left, and the gates count an empty answer. What is left was not sampled as
+                # an answer of its own, so it has no tokens of its own.
                 before, final, answer = response.text.rpartition(_FINAL)
                 critique = before if final else answer
                 responses["critique"] = response.model_copy(update={"text": critique.strip()})
-                responses["refined"] = response.model_copy(
-                    update={"text": answer.strip() if final else ""}
+                responses["refined"] = Response(
+                    text=answer.strip() if final else "", finish=response.finish
                 )
         return list(zip(refine_asks, refined, strict=True))
 
@@ -185,7 +197,7 @@ class AROP(Method):
             flaws = infill_flaws(
                 actors.policy,
                 [Request(messages=prompt.messages) for prompt in prompts],
-                [response.text for response in refined],
+                refined,
                 self.sampling,
                 seed=derive_seed(actors.seed, "flawed"),
             )
@@ -206,20 +218,30 @@ class AROP(Method):
         if self.margin.kind == "confidence":
             asks = [Request(messages=group.prompt.messages) for group in groups]
             for name in ("refined", "flawed"):
-                scored = actors.policy.score(asks, [g.responses[name].text for g in groups])
+                scored = actors.policy.score(asks, [g.responses[name] for g in groups])
                 for rating, score in zip(ratings, scored, strict=True):
                     rating[f"confidence_{name}"] = score.mean_logprob
+        unrated: set[int] = set()
         for axis in self.margin.rated_axes():
             key = f"severity_{axis}" if axis else "severity"
-            for rating, value in zip(ratings, self._severity(groups, axis, actors), strict=True):
-                rating[key] = value
-        for group, rating in zip(groups, ratings, strict=True):
-            yield group.model_copy(update={"ratings": rating})
+            for n, value in enumerate(self._severity(groups, axis, actors)):
+                if value is None:
+                    unrated.add(n)
+                else:
+                    ratings[n][key] = value
+        for n, group in enumerate(groups):
+            if n in unrated:
+                yield unranked(group, "no severity", NO_RATING)
+            else:
+                yield group.model_copy(update={"ratings": ratings[n]})
 
     def _severity(
         self, groups: Sequence[Candidates], axis: str | None, actors: Actors
-    ) -> list[float]:
-        """Expected rating 1 to 5, over the probabilities of the rating tokens, never sampled text."""
+    ) -> list[float | None]:
+        """Expected rating 1 to 5, over the probabilities of the rating tokens, never sampled text.
+
+        None where they have less than `margin.min_mass` together.
+        """
         asks = [
             Request(
                 messages=actors.prompts.render(
@@ -232,8 +254,9 @@ class AROP(Method):
             )
             for group in groups
         ]
-        rows = actors.policy.choose(asks, _RATINGS)
-        return [sum(p * rating for rating, p in enumerate(row, start=1)) for row in rows]
+        rows = actors.policy.choose(asks, RATINGS)
+        found = [among(row, self.margin.min_mass) for row in rows]
+        return [None if row is None else expected_rating(row) for row in found]
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
         """Refined over flawed, with its margin, where the gates let it pass."""
@@ -252,6 +275,7 @@ class AROP(Method):
                 margin=self.margin.of(refined.text, flawed.text, group.ratings),
                 ratings=group.ratings,
                 unfinished=unfinished({"chosen": refined, "rejected": flawed}),
+                token_ids=sampled_tokens({"chosen": refined, "rejected": flawed}),
                 origin={"chosen": "refined" if self.refine else "draft_a", "rejected": "flawed"},
             )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from prefloop.methods import Actors, Method, Trains, scored, unfinished
+from prefloop.methods import Actors, Method, Trains, sampled_tokens, scored, unfinished
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, Sampling, derive_seed
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class PPO(Method):
                 rejected="",
                 origin={"chosen": ANSWER},
                 unfinished=unfinished({"chosen": answer}),
+                token_ids=sampled_tokens({"chosen": answer}),
                 scores={"chosen": group.scores[ANSWER] - penalty},
             )
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from prefloop.judges import NoVerdict
+from prefloop.judges import NoVerdict, score_responses
 from prefloop.judges.implicit import Implicit
-from prefloop.methods import Actors, Generator, Reference, scored, unranked
-from prefloop.methods._pair_method import PairMethod, drafts, pair_metrics
+from prefloop.methods import Actors, Generator, Pairing, Reference, scored, unranked
+from prefloop.methods._pair_method import PairMethod, best_over_worst, drafts, pair_metrics
 from prefloop.records import Candidates, Pair, Prompt, Reject, as_tuple
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class SPA(PairMethod):
     alpha: float = Field(default=0.1, ge=0.0, le=0.5)
     """Label smoothing of the least confident pairs. IAL section 4.2: 0.1."""
     least_confident: float = Field(default=10.0, ge=0.0, le=100.0)
-    """The paper's K: per cent of a chunk's pairs whose labels are smoothed. IAL section 4.2: 10."""
+    """The paper's K: per cent of a round's pairs whose labels are smoothed. IAL section 4.2: 10."""
     decoupling: Annotated[_Weight | _Weights, BeforeValidator(as_tuple)] = (0.5, 0.25, 0.125)
     """The paper's lambda, by round after the seed round: how far the detecting policy is extrapolated away from the initial one; 0 is the policy itself."""
 
@@ -85,9 +85,10 @@ class SPA(PairMethod):
         ranked = list(scored(groups, judge))
         ordered = [group for group in ranked if isinstance(group, Candidates)]
         sure = iter(
-            detector.score(
+            score_responses(
+                detector,
                 [group.prompt for group in ordered],
-                [[response.text for response in group.responses.values()] for group in ordered],
+                [list(group.responses.values()) for group in ordered],
             )
         )
         for group in ranked:
@@ -105,24 +106,35 @@ class SPA(PairMethod):
         return self.decoupling[min(round - 1, len(self.decoupling) - 1)]
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """The draft of the higher implicit reward over the other; the least sure of these labels are smoothed."""
+        """As `pairing` does, where these are all groups of the round."""
         groups = list(ranked)
-        results = list(super().pair(groups, round))
-        confidences = {g.prompt.id: g.ratings.get(_CONFIDENCE) for g in groups}
+        yield from self.pairing(groups, round)(groups)
+
+    def pairing(self, ranked: Iterable[Candidates], round: int) -> Pairing:
+        """The draft of the higher implicit reward over the other; the round's least sure labels are smoothed."""
         sure = {
-            result.prompt_id: found
-            for result in results
-            if isinstance(result, Pair) and (found := confidences[result.prompt_id]) is not None
+            pair.prompt_id: pair.ratings[_CONFIDENCE]
+            for pair in (self._labelled(group, round) for group in ranked)
+            if isinstance(pair, Pair) and pair.ratings
         }
-        doubtful = set(least(sure, self.least_confident))
-        for result in results:
-            if isinstance(result, Pair) and result.prompt_id in sure:
-                update: dict[str, object] = {"ratings": {_CONFIDENCE: sure[result.prompt_id]}}
-                if result.prompt_id in doubtful:
-                    update["smoothing"] = self.alpha
-                yield result.model_copy(update=update)
-            else:
-                yield result
+        doubtful = frozenset(least(sure, self.least_confident))
+
+        def smoothed(groups: Sequence[Candidates]) -> Iterator[Pair | Reject]:
+            for group in groups:
+                pair = self._labelled(group, round)
+                if isinstance(pair, Pair) and pair.prompt_id in doubtful:
+                    pair = pair.model_copy(update={"smoothing": self.alpha})
+                yield pair
+
+        return smoothed
+
+    def _labelled(self, group: Candidates, round: int) -> Pair | Reject:
+        """The group's pair with how sure its label is, where the policy gave it."""
+        result = best_over_worst(group, self.gates, round)
+        sure = group.ratings.get(_CONFIDENCE)
+        if isinstance(result, Reject) or sure is None:
+            return result
+        return result.model_copy(update={"ratings": {_CONFIDENCE: sure}})
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """(1 - alpha) DPO + alpha DPO with the pair the other way round, of B pairs."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from prefloop.methods import Actors, Generator, Reference
+from prefloop.methods import Actors, Generator, Reference, sampled_tokens
 from prefloop.methods._pair_method import PairMethod, pair_metrics
 from prefloop.records import Candidates, Pair, Prompt, Reject, Request, derive_seed
 
@@ -94,6 +94,7 @@ class SPAC(PairMethod):
                         "sample": sample.text,
                         "origin": {**found.origin, _SAMPLE: _SAMPLE},
                         "unfinished": (*found.unfinished, *cut),
+                        "token_ids": found.token_ids | sampled_tokens({_SAMPLE: sample}),
                     }
                 )
             yield found

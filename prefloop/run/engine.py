@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from prefloop.generate.engine import Engine, EngineContext, OutsideEngine, Probe, Weights
 from prefloop.models.chat import Chat
@@ -39,7 +40,7 @@ class Metered:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """As the engine does; counted."""
         found = self._engine.score(requests, answers, top=top)
@@ -57,8 +58,7 @@ class Metered:
 
     def _read(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            prefix = self._chat.text_ids(request.prefix) if request.prefix else []
-            self._counts[READ] += len(self._chat.prompt_ids(request.messages)) + len(prefix)
+            self._counts[READ] += len(self._chat.prompt_ids(request.messages, request.prefix))
 
 
 class RunEngine:
@@ -83,6 +83,7 @@ class RunEngine:
                     lora_modules=_adapted(policy),
                     trust_remote_code=model.trust_remote_code,
                     log=self._rundir.path / "engine.log",
+                    lora_others=_adapted_otherwise(policy),
                 )
             )
             self._opened = True
@@ -111,9 +112,19 @@ class RunEngine:
 
 
 def _adapted(policy: Policy) -> tuple[str, ...]:
+    """Last names of the linear modules that have an adapter."""
+    found = {
+        name.rpartition(".")[2]
+        for name, module in policy.model.named_modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    }
+    return tuple(sorted(found))
+
+
+def _adapted_otherwise(policy: Policy) -> tuple[str, ...]:
+    """Parameters with an adapter of their own, and modules that are trained whole."""
     if not isinstance(policy.model, PeftModel):
         return ()
     config = policy.model.peft_config[policy.model.active_adapter]
     assert isinstance(config, LoraConfig)
-    names = config.target_modules or ()
-    return tuple(sorted({name.rpartition(".")[2] for name in names}))
+    return (*(config.target_parameters or ()), *(config.modules_to_save or ()))

@@ -22,7 +22,7 @@ HELD_OUT = "held-out"
 """Stands for the round in seeds: the prompts meet the same random numbers after every round, so that rounds compare."""
 Sample = Callable[[list[Request], int], list[Response]]
 """Answers to requests, drawn from a seed, by the policy that is measured."""
-Score = Callable[[Sequence[Prompt], Sequence[str]], list[Verdict]]
+Score = Callable[[Sequence[Prompt], Sequence[Response]], list[Verdict]]
 """A judge's verdict on each answer."""
 
 
@@ -31,7 +31,7 @@ def answer_and_score(
 ) -> tuple[list[Candidates], dict[str, int]]:
     """One scored answer a prompt, and how often the judge had no verdict, by its reason."""
     answers = sample([Request(messages=prompt.messages) for prompt in prompts], seed)
-    verdicts = score(prompts, [answer.text for answer in answers])
+    verdicts = score(prompts, answers)
     groups, failures = [], dict[str, int]()
     for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True):
         if isinstance(verdict, NoVerdict):

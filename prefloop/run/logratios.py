@@ -13,7 +13,7 @@ from prefloop.generate.hf_engine import HFEngine
 from prefloop.machine import Bar
 from prefloop.models.sources import quiet
 from prefloop.recipe import load_recipe
-from prefloop.records import Pair, PairRatios, Request, Scored, TokenLogps
+from prefloop.records import Pair, PairRatios, Request, Response, Scored, TokenLogps
 from prefloop.report.facts import LOGRATIOS, read_ratios
 from prefloop.run.session import Session
 from prefloop.run_folder import RoundDir, RunDir, read_run, write_atomically
@@ -65,46 +65,45 @@ def _picked(round_dir: RoundDir, count: int) -> list[Pair]:
 
 def _compare(session: Session, round_dir: RoundDir, pairs: Sequence[Pair]) -> Iterator[PairRatios]:
     method = session.recipe.method
-    texts = [
-        {role: text for role in method.roles if (text := getattr(pair, role))} for pair in pairs
+    answers = [
+        {role: answer for role in method.roles if (answer := pair.answer(role)).text}
+        for pair in pairs
     ]
     if method.reference == "round_start":
         # First: where the rounds are gone through in order, it is in memory.
         before = session.rundir.round(round_dir.number - 1)
-        references = _scores(session.engine_after(before), pairs, texts)
-    policies = _scores(session.engine_after(round_dir), pairs, texts)
+        references = _scores(session.engine_after(before), pairs, answers)
+    policies = _scores(session.engine_after(round_dir), pairs, answers)
     if method.reference == "initial":
         with session.initial_policy():
-            references = _scores(session.engine_after(round_dir), pairs, texts)
-    for pair, answers, policy, reference in zip(pairs, texts, policies, references, strict=True):
+            references = _scores(session.engine_after(round_dir), pairs, answers)
+    for pair, of_pair, policy, reference in zip(pairs, answers, policies, references, strict=True):
         yield PairRatios(
             pair=pair.id,
             roles={
-                role: _tokens(answers[role], policy[role], reference[role], role in pair.unfinished)
-                for role in answers
+                role: _tokens(answer.text, policy[role], reference[role])
+                for role, answer in of_pair.items()
             },
         )
 
 
 def _scores(
-    engine: HFEngine, pairs: Sequence[Pair], texts: Sequence[dict[str, str]]
+    engine: HFEngine, pairs: Sequence[Pair], answers: Sequence[dict[str, Response]]
 ) -> list[dict[str, Scored]]:
     flat = [
-        (Request(messages=pair.prompt), text)
-        for pair, answers in zip(pairs, texts, strict=True)
-        for text in answers.values()
+        (Request(messages=pair.prompt), answer)
+        for pair, of_pair in zip(pairs, answers, strict=True)
+        for answer in of_pair.values()
     ]
-    scored = iter(engine.score([ask for ask, _ in flat], [text for _, text in flat]))
-    return [{role: next(scored) for role in answers} for answers in texts]
+    scored = iter(engine.score([ask for ask, _ in flat], [answer for _, answer in flat]))
+    return [{role: next(scored) for role in of_pair} for of_pair in answers]
 
 
-def _tokens(text: str, policy: Scored, reference: Scored, unfinished: bool) -> TokenLogps:
-    """`unfinished`: the answer was cut off, so its training knew no end-of-turn."""
-    count = len(policy.token_ids) - unfinished
+def _tokens(text: str, policy: Scored, reference: Scored) -> TokenLogps:
     return TokenLogps(
-        pieces=tuple(pieces(text, policy.offsets[:count])),
-        policy=policy.logprobs[:count],
-        reference=reference.logprobs[:count],
+        pieces=tuple(pieces(text, policy.offsets)),
+        policy=policy.logprobs,
+        reference=reference.logprobs,
     )
 
 

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from prefloop.evaluate.answers import (
     set_measures,
 )
 from prefloop.machine import Stopwatch
+from prefloop.methods import Pairing
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
 from prefloop.records import (
@@ -153,8 +155,14 @@ class _Loop:
         self._chunked(round_dir, "ranked", lambda: round_dir.stream("candidates", Candidates), work)
 
     def _pair(self, round_dir: RoundDir) -> None:
+        @cache
+        def pairing() -> Pairing:
+            """Made for the first chunk: it may read all that was ranked."""
+            ranked = round_dir.stream("ranked", Candidates)
+            return self.recipe.method.pairing(ranked, round_dir.number)
+
         def work(groups: Sequence[Candidates], seed: int) -> Iterable[Record]:
-            return list(self.recipe.method.pair(groups, round_dir.number))
+            return list(pairing()(groups))
 
         self._chunked(round_dir, "pairs", lambda: round_dir.stream("ranked", Candidates), work)
         pairs, reasons = round_dir.count("pairs"), round_dir.reasons()
@@ -237,12 +245,12 @@ class _Loop:
             groups, failures = answer_and_score(prompts, sample, self.session.score_answers, seed)
             self._count_failures(failures)
             asks = [Request(messages=prompt.messages) for prompt in prompts]
-            texts = [group.responses[ANSWER].text for group in groups]
+            answers = [group.responses[ANSWER] for group in groups]
             # Divergence compares two models: both are asked in process.
             with self.session.policy_after(round_dir).merged():
-                now = engine.score(asks, texts)
+                now = engine.score(asks, answers)
             with self.session.initial_policy():
-                initial = engine.score(asks, texts)
+                initial = engine.score(asks, answers)
             for group, here, before in zip(groups, now, initial, strict=True):
                 ratings = {"logprob": here.mean_logprob, "logprob_initial": before.mean_logprob}
                 yield group.model_copy(update={"ratings": ratings})

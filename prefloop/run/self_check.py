@@ -174,7 +174,7 @@ def _moved(policy: Policy) -> Iterator[None]:
     if not isinstance(policy.model, PeftModel):
         yield
         return
-    trained = policy.trainable_parameters()
+    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
     before = [weight.detach().clone() for weight in trained]
     generator = torch.Generator().manual_seed(0)
     try:

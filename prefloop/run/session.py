@@ -27,7 +27,14 @@ from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.generate.weight_check import probe
-from prefloop.judges import CachedJudge, Judge, NoVerdict, OpenJudge, Verdict
+from prefloop.judges import (
+    CachedJudge,
+    Judge,
+    NoVerdict,
+    OpenJudge,
+    Verdict,
+    score_responses,
+)
 from prefloop.judges.similarity import Similarity
 from prefloop.machine import Bar, Stopwatch, keep_freed_memory
 from prefloop.methods import Actors, Trains
@@ -275,14 +282,16 @@ class Session:
         with quiet():
             return CachedJudge(self.recipe.judge.open(None, self.prompt_set))
 
-    def score_answers(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Verdict]:
+    def score_answers(
+        self, prompts: Sequence[Prompt], answers: Sequence[Response]
+    ) -> list[Verdict]:
         """The judge's scores of single answers; without a judge, similarity to the targets there are."""
         judge = self._judge(self.engine_at(self._place))
         if judge is None:
             if not all(prompt.target for prompt in prompts):
                 return [NoVerdict("no judge, no target")] * len(prompts)
             judge = Similarity().open(None, self.prompt_set)
-        return judge.score(prompts, [(text,) for text in texts])
+        return score_responses(judge, prompts, [(answer,) for answer in answers])
 
     def _in_training(self) -> HeldOut:
         """How the policy that is being trained is measured, without losing its place."""

@@ -84,7 +84,7 @@ class Pass(NamedTuple):
 def encode_pairs(
     chat: Chat, pairs: Sequence[Pair], roles: Sequence[str], window: int | None
 ) -> list[Example]:
-    """Tokenise pairs; a completion is the answer and its end-of-turn token.
+    """Pairs as tokens: the sampled ones where a policy wrote the answer, else the text's and its end of turn.
 
     Raises TrainingError for a pair longer than `window`, the model's context length in tokens.
     """
@@ -105,9 +105,10 @@ def encode_pairs(
 
 
 def _completion(chat: Chat, pair: Pair, role: str) -> tuple[int, ...]:
+    answer = pair.answer(role)
     # An answer that was cut off never ended its turn, so training must not say that it did.
-    encode = chat.text_ids if role in pair.unfinished else chat.answer_ids
-    return tuple(encode(getattr(pair, role)))
+    ended = answer.finish == "stop"
+    return answer.token_ids or tuple(chat.completion_ids(pair.prompt, answer.text, ended=ended))
 
 
 def schedule(count: int, *, epochs: int, batch_size: int, seed: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ PAIRS = [
         target="best" if i else None,
         margin=i / 2,
         scores={"chosen": 1.0},
+        token_ids={"chosen": (7, 8, 9)},
     )
     for i in range(3)
 ]
@@ -52,6 +53,8 @@ def test_a_row_is_conversational(tmp_path):
         "margin": 0.5,
         "round": 1,
         "prompt_id": "p1",
+        "chosen_token_ids": [7, 8, 9],
+        "rejected_token_ids": None,
     }
 
 

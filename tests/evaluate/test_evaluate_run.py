@@ -260,7 +260,10 @@ def test_acs_is_what_the_policies_own_log_probs_say(shell: Shell, model_folder: 
         found = []
         for pair in pairs:
             for text in (pair.chosen, pair.rejected):
-                prompt, answer = chat.prompt_ids(pair.messages), chat.answer_ids(text)
+                prompt, answer = (
+                    chat.prompt_ids(pair.messages),
+                    chat.completion_ids(pair.messages, text),
+                )
                 with torch.no_grad():
                     logits = policy.model(input_ids=torch.tensor([prompt + answer])).logits[0]
                 logps = logits[len(prompt) - 1 : -1].log_softmax(-1)

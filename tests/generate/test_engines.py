@@ -10,8 +10,9 @@ import pytest
 
 import prefloop.generate.engines
 from prefloop.config import find_plugin, plugin_names
-from prefloop.errors import ApiError, RecipeError
+from prefloop.errors import ApiError, GenerationError, RecipeError
 from prefloop.generate.engine import EngineContext, EngineOptions, Weights
+from prefloop.generate.engines.fake import Fake
 from prefloop.generate.engines.openai import OpenAI
 from prefloop.models.chat import Chat
 from prefloop.recipe import Recipe
@@ -134,6 +135,11 @@ def test_answers_come_from_the_server_in_order_with_seeds_of_their_own(tokenizer
     assert [r.text for r in found] == ["a!", "b!", "", "c!"]
     assert [r.finish for r in found] == ["stop", "length", "stop", "stop"]
     assert {body["top_k"] for body in bodies} == {3}
+    # What is off is said as well: the server's model may have defaults of its own.
+    off = {"min_p": 0.0, "top_p": 1.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
+    off |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    for body in bodies:
+        assert {key: body[key] for key in off} == off
     assert {(body["max_tokens"], body["temperature"]) for body in bodies} == {(9, 0.5)}
     assert len({body["seed"] for body in bodies}) == 4
     assert all(0 <= body["seed"] < 2**31 for body in bodies)
@@ -144,3 +150,63 @@ def test_a_server_that_is_gone_in_the_middle_is_one_sentence(tokenizer):
     engine = made.open(EngineContext(Chat(tokenizer), "float32", None, (), False, Path("unused")))
     with pytest.raises(ApiError, match="cannot be reached"):
         engine.sample(requests("a"), Sampling(), seed=0)
+
+
+def test_an_option_that_is_off_is_sent_as_off(tokenizer):
+    bodies = asked_with(tokenizer, Sampling(temperature=1.0, max_new_tokens=9))
+    assert bodies[0]["top_k"] == 0
+    assert "stop" not in bodies[0]
+
+
+def test_a_server_that_takes_openais_fields_only_gets_no_others(tokenizer):
+    standard = {"sampling_fields": "standard"}
+    [body] = asked_with(tokenizer, Sampling(max_new_tokens=9, stop=("x",)), **standard)
+    assert body.keys() == {
+        *("model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop"),
+        *("presence_penalty", "frequency_penalty"),
+    }
+    with pytest.raises(GenerationError, match="cannot send top_k and min_p; leave them out"):
+        asked_with(tokenizer, Sampling(top_k=5), **standard)
+
+
+def test_openais_own_server_wants_its_own_fields():
+    own = {"url": "https://api.openai.com/v1", "model": "m"}
+    with pytest.raises(ValueError, match=r"set engine\.sampling_fields to standard"):
+        OpenAI(**own)
+    assert OpenAI(**own, sampling_fields="standard").sampling_fields == "standard"
+
+
+def asked_with(tokenizer: Any, sampling: Sampling, **more: Any) -> list[dict[str, Any]]:
+    """What the server is asked for one answer."""
+    bodies = []
+
+    def answer(body: dict[str, Any]) -> str:
+        bodies.append(body)
+        return "Hi"
+
+    with serve(answer) as server:
+        made = OpenAI(**{k: v for k, v in options(server.url, **more).items() if k != "name"})
+        setting = EngineContext(Chat(tokenizer), "float32", None, (), False, Path("unused"))
+        made.open(setting).sample(requests("a"), sampling, seed=1)
+    return bodies
+
+
+def test_fake_answers_are_in_the_policys_tokens(tokenizer):
+    """What comes after trains on them."""
+    chat = Chat(tokenizer)
+    engine = Fake().open(EngineContext(chat, "float32", None, (), False, Path("unused")))
+    [answer] = engine.sample(requests("a"), Sampling(), seed=1)
+    assert list(answer.token_ids) == chat.completion_ids(requests("a")[0].messages, answer.text)
+
+
+def test_what_a_server_keeps_apart_as_thought_is_no_part_of_the_answer(tokenizer):
+    def answer(body: dict[str, Any]) -> tuple[int, object]:
+        whole = completion("Four.")
+        whole["choices"][0]["message"]["reasoning_content"] = "2 and 2"
+        return 200, whole
+
+    with serve(answer) as server:
+        made = OpenAI(**{k: v for k, v in options(server.url).items() if k != "name"})
+        setting = EngineContext(Chat(tokenizer), "float32", None, (), False, Path("unused"))
+        [found] = made.open(setting).sample(requests("a"), Sampling(), seed=1)
+    assert (found.text, found.reasoning, found.token_ids) == ("Four.", "2 and 2", ())

@@ -3,7 +3,7 @@
 import pytest
 
 from prefloop.generate.engines.fake import FakeEngine
-from prefloop.records import Message, Request, Sampling
+from prefloop.records import Message, Request, Response, Sampling
 
 
 def ask(text: str, prefix: str = "") -> Request:
@@ -45,7 +45,7 @@ def test_a_function_replaces_the_babble() -> None:
 
 @pytest.mark.parametrize("answer", ["", "One word", " two  words two\n"])
 def test_scores_cover_every_word_and_the_end(answer: str) -> None:
-    scored = FakeEngine().score([ask("x")], [answer], top=3)[0]
+    scored = FakeEngine().score([ask("x")], [Response(text=answer)], top=3)[0]
     spans = [answer[start:end].strip() for start, end in scored.offsets]
     assert spans == [*answer.split(), ""]
     assert scored.offsets[-1] == (len(answer), len(answer))

@@ -73,7 +73,15 @@ def test_both_ways_draw_the_same_answers(
 ) -> None:
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 20
-    model.generation_config = GenerationConfig(repetition_penalty=9.0, pad_token_id=1)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.1,
+        top_k=1,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=12,
+        pad_token_id=1,
+    )
     sampling = Sampling(temperature=1.0, top_k=60, max_new_tokens=12)
     expected = HFEngine(model, tokenizer).sample(requests() * 3, sampling, seed=3)
     monkeypatch.setattr(hf_engine, "slot_decoding_unsupported", lambda *_: "a test says so")

@@ -11,13 +11,17 @@ import torch
 from prefloop.errors import GenerationError
 from prefloop.generate import hf_engine
 from prefloop.generate.hf_engine import HFEngine
-from prefloop.records import Message, Request, Sampling
+from prefloop.records import Message, Request, Response, Sampling
 
 QUESTIONS = ["Why?", "A rather longer question about nothing at all", "x", "Name two birds.", "Hm"]
 
 
 def requests(count: int = 5) -> list[Request]:
     return [Request(messages=(Message(role="user", content=q),)) for q in QUESTIONS[:count]]
+
+
+def said(texts: list[str]) -> list[Response]:
+    return [Response(text=text) for text in texts]
 
 
 def test_greedy_equals_generate(model: Any, tokenizer: Any) -> None:
@@ -79,9 +83,10 @@ def test_scores_equal_a_plain_forward_pass(model: Any, tokenizer: Any) -> None:
     engine = HFEngine(model, tokenizer, batch_size=8)
     answers = ["Because.", "", "y", "Owl and wren", "ok then"]
     for request, answer, scored in zip(
-        requests(), answers, engine.score(requests(), answers, top=3), strict=True
+        requests(), answers, engine.score(requests(), said(answers), top=3), strict=True
     ):
-        prompt, rest = engine.chat.prompt_ids(request.messages), engine.chat.answer_ids(answer)
+        prompt = engine.chat.prompt_ids(request.messages)
+        rest = engine.chat.completion_ids(request.messages, answer)
         with torch.no_grad():
             logps = (
                 model(torch.tensor([prompt + rest])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -93,12 +98,14 @@ def test_scores_equal_a_plain_forward_pass(model: Any, tokenizer: Any) -> None:
         assert scored.top_logprobs[0][0] == pytest.approx(logps[0].max().item(), abs=1e-5)
 
 
-def test_choose_renormalises_over_the_options(model: Any, tokenizer: Any) -> None:
+def test_a_choice_is_the_probability_of_each_option_as_the_next_token(
+    model: Any, tokenizer: Any
+) -> None:
     engine = HFEngine(model, tokenizer)
     request = requests(1)[0]
     with torch.no_grad():
         logits = model(torch.tensor([engine.chat.prompt_ids(request.messages)])).logits[0, -1]
-    expected = logits[[engine.chat.text_ids(o)[0] for o in "12345"]].softmax(-1)
+    expected = logits.softmax(-1)[[engine.chat.text_ids(o)[0] for o in "12345"]]
     torch.testing.assert_close(torch.tensor(engine.choose([request], "12345")[0]), expected)
 
 

@@ -38,8 +38,8 @@ class ScriptedEngine(FakeEngine):
         self.prefixes += [request.prefix for request in requests]
         return [self.continuation for _ in requests]
 
-    def score(self, requests: Any, answers: Sequence[str], *, top: int = 0) -> list[Scored]:
-        return [self._tokens(answer) for answer in answers]
+    def score(self, requests: Any, answers: Sequence[Response], *, top: int = 0) -> list[Scored]:
+        return [self._tokens(answer.text) for answer in answers]
 
     def _tokens(self, answer: str) -> Scored:
         found = [match.span() for match in re.finditer(r" ?[^\s.,]+|\s|[.,]", answer)]
@@ -53,8 +53,12 @@ class ScriptedEngine(FakeEngine):
         )
 
 
+def said(texts: list[str]) -> list[Response]:
+    return [Response(text=text) for text in texts]
+
+
 def infill(answer: str, engine: Any, seed: int = 0) -> Infill | None:
-    return infill_flaws(engine, [ASK], [answer], Sampling(), seed=seed)[0]
+    return infill_flaws(engine, [ASK], said([answer]), Sampling(), seed=seed)[0]
 
 
 def assert_one_word_differs(answer: str, flaw: Infill) -> None:
@@ -179,7 +183,7 @@ def test_nothing_that_fits_gives_none(answer: str) -> None:
 def test_every_answer_gets_its_own_flaw_in_order() -> None:
     engine = ScriptedEngine({" west": -2.0})
     answers = ["go south", "the of", "look north"]
-    flaws = infill_flaws(engine, [ASK] * 3, answers, Sampling(), seed=0)
+    flaws = infill_flaws(engine, [ASK] * 3, said(answers), Sampling(), seed=0)
     texts = [flaw.text if flaw else None for flaw in flaws]
     assert texts == ["go west", None, "look west"]
 
@@ -188,12 +192,12 @@ def test_on_a_real_model_the_replacement_is_less_likely(model: Any, tokenizer: A
     """Same text before it, so the two log-probs are of the same position."""
     engine = HFEngine(model, tokenizer)
     answers = [f"{SENTENCE} Café {n} was open by {n * 7} — don't ask." * 3 for n in range(4)]
-    found = infill_flaws(engine, [ASK] * 4, answers, Sampling(), seed=0)
+    found = infill_flaws(engine, [ASK] * 4, said(answers), Sampling(), seed=0)
     flaws = [(a, flaw) for a, flaw in zip(answers, found, strict=True) if flaw is not None]
     assert flaws
     for answer, flaw in flaws:
         assert_one_word_differs(answer, flaw)
-        before, after = engine.score([ASK, ASK], [answer, flaw.text])
+        before, after = engine.score([ASK, ASK], said([answer, flaw.text]))
         place = len(answer[: flaw.start].encode())  # a token is a byte
         assert after.logprobs[place] < before.logprobs[place]
 
@@ -224,5 +228,5 @@ def test_alternatives_keep_their_space_where_the_decoder_drops_it() -> None:
     )
     engine = HFEngine(LlamaForCausalLM(config).eval(), tokenizer)
     ask = Request(messages=(Message(role="user", content="go"),))
-    scored = engine.score([ask], ["go south"], top=len(tokenizer))[0]
+    scored = engine.score([ask], said(["go south"]), top=len(tokenizer))[0]
     assert {*words, *(f" {word}" for word in words)} <= set(scored.top_texts[1])

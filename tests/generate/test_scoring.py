@@ -9,7 +9,7 @@ import torch
 
 from prefloop.generate import hf_engine, scoring
 from prefloop.generate.hf_engine import HFEngine
-from prefloop.records import Message, Request, Sampling
+from prefloop.records import Message, Request, Response, Sampling
 from tests.generate.test_decode import FAMILIES, family
 
 __all__ = ["family"]
@@ -173,7 +173,8 @@ def test_stop_texts_may_be_special_tokens_and_other_ends_are_the_models_own(
 
 def test_answers_to_one_question_are_scored_as_each_alone(model: Any, tokenizer: Any) -> None:
     request = Request(messages=(Message(role="user", content="Which bird is it, and why? " * 6),))
-    answers = ["An owl.", "An owl, by its face", "A wren", "", "An owl."]
+    texts = ["An owl.", "An owl, by its face", "A wren", "", "An owl."]
+    answers = [Response(text=text) for text in texts]
     together = HFEngine(model, tokenizer).score([request] * 5, answers, top=2)
     alone = [HFEngine(model, tokenizer).score([request], [a], top=2)[0] for a in answers]
     assert together == alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -18,13 +19,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import ones
 
-from prefloop.errors import GenerationError
+from prefloop.errors import GenerationError, RecipeError
 from prefloop.generate.engine import EngineContext, Weights
 from prefloop.generate.engines.vllm import VLLM, VLLMEngine
 from prefloop.generate.vllm_server import _answer
 from prefloop.generate.weight_check import probe
 from prefloop.models.chat import Chat
-from prefloop.records import Message, Request, Sampling, Scored
+from prefloop.records import Message, Request, Response, Sampling, Scored
 from tests.stand_in.vllm.entrypoints.cli.main import fingerprint, logprobs
 
 STAND_IN = Path(__file__).parents[1] / "stand_in"
@@ -37,10 +38,12 @@ class Trainer:
     def __init__(self, chat: Chat, *folders: Path) -> None:
         self.chat, self.weights = chat, fingerprint(*folders)
 
-    def score(self, requests: list[Request], answers: list[str], *, top: int = 0) -> list[Scored]:
+    def score(
+        self, requests: list[Request], answers: list[Response], *, top: int = 0
+    ) -> list[Scored]:
         found = []
         for request, answer in zip(requests, answers, strict=True):
-            ids = self.chat.answer_ids(answer)
+            ids = self.chat.completion_ids(request.messages, answer.text)
             row = [*self.chat.prompt_ids(request.messages), *ids]
             pairs = list(pairwise(row))[-len(ids) :]
             chosen = tuple(logprobs(self.weights, before)[token] for before, token in pairs)
@@ -155,8 +158,8 @@ def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(
 ):
     engine = opened()
     load_weights(engine, model)
-    (scored,) = engine.score(requests(1), ["Yes."], top=3)
-    (expected,) = Trainer(chat, model).score(requests(1), ["Yes."])
+    (scored,) = engine.score(requests(1), [Response(text="Yes.")], top=3)
+    (expected,) = Trainer(chat, model).score(requests(1), [Response(text="Yes.")])
     assert scored.token_ids == expected.token_ids
     assert scored.logprobs == pytest.approx(expected.logprobs)
     assert scored.offsets[-1] == (4, 4)
@@ -164,7 +167,7 @@ def test_scores_have_the_log_probs_and_likeliest_tokens_of_every_place(
         row = logprobs(fingerprint(model), token)
         assert list(scored.top_logprobs[place + 1]) == pytest.approx(sorted(row)[-3:][::-1])
         assert len(scored.top_texts[place + 1]) == 3
-    assert engine.score(requests(1), ["Yes."])[0].top_texts == ()
+    assert engine.score(requests(1), [Response(text="Yes.")])[0].top_texts == ()
 
 
 def test_options_are_chosen_from_by_their_probabilities(opened, load_weights, model, chat):
@@ -173,8 +176,7 @@ def test_options_are_chosen_from_by_their_probabilities(opened, load_weights, mo
     (row,) = engine.choose(requests(1), ["1", "2", "3"])
     last = chat.prompt_ids(requests(1)[0].messages)[-1]
     known = [logprobs(fingerprint(model), last)[chat.text_ids(o)[0]] for o in ("1", "2", "3")]
-    assert sum(row) == pytest.approx(1.0)
-    assert row[0] / row[1] == pytest.approx(2.718281828459045 ** (known[0] - known[1]))
+    assert row == pytest.approx([math.exp(logprob) for logprob in known])
     with pytest.raises(GenerationError, match="do not differ in their first token"):
         engine.choose(requests(1), ["yes", "yellow"])
 
@@ -187,6 +189,51 @@ def test_a_prompt_that_is_too_long_is_refused_in_the_servers_words(opened, load_
         GenerationError, match=r"refuses a request \(maximum context length is 2048"
     ):
         engine.sample(long, SAMPLING, seed=0)
+
+
+def test_every_sampling_value_goes_along_with_every_request(
+    opened, load_weights, model, monkeypatch
+):
+    """A server that runs already may take a repetition penalty from its model's generation_config."""
+    engine = opened()
+    load_weights(engine, model)
+    bodies: list[dict[str, Any]] = []
+    real = engine._server.ask_all
+
+    def listening(path: str, asked: list[dict[str, Any]], done: Any) -> Any:
+        bodies.extend(asked)
+        return real(path, asked, done)
+
+    monkeypatch.setattr(engine._server, "ask_all", listening)
+    (answer,) = engine.sample(requests(1), SAMPLING, seed=1)
+    engine.score(requests(1), [answer])
+    engine.choose(requests(1), ["1", "2"])
+    assert len(bodies) == 3
+    off = {"top_k": 0, "min_p": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+    for body in bodies:
+        assert {key: body[key] for key in off} == off
+        assert body["presence_penalty"] == body["frequency_penalty"] == 0.0
+        assert "temperature" in body
+
+
+def test_sampled_tokens_are_scored_as_they_were_drawn(opened, load_weights, model):
+    engine = opened()
+    load_weights(engine, model)
+    asks = requests(6)
+    for answer, scored in zip(
+        found := engine.sample(asks, SAMPLING, seed=1), engine.score(asks, found), strict=True
+    ):
+        assert scored.token_ids == answer.token_ids
+        assert scored.mean_logprob == pytest.approx(answer.mean_logprob)
+    assert engine.score(asks[:1], [Response(text="", finish="length")])[0].token_ids == ()
+
+
+def test_an_adapter_of_more_than_linear_modules_is_refused(chat, tmp_path):
+    setting = EngineContext(
+        chat, "float32", 8, ("q_proj",), False, tmp_path / "log", ("mlp.experts.gate_up_proj",)
+    )
+    with pytest.raises(RecipeError, match=r"changes mlp\.experts\.gate_up_proj, and vLLM serves"):
+        VLLM().open(setting)
 
 
 # Weights.

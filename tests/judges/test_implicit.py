@@ -16,10 +16,10 @@ from prefloop.errors import JudgeError
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
-from prefloop.judges import NoVerdict, OpenJudge, implicit
+from prefloop.judges import CachedJudge, NoVerdict, OpenJudge, implicit, score_responses
 from prefloop.judges.implicit import Implicit, decoupled_ratio
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
-from prefloop.records import Message, Prompt
+from prefloop.records import Message, Prompt, Response
 
 PROMPT = Prompt(id="p", messages=(Message(role="user", content="Where?"),))
 ANSWERS = ["in the north", "no", "nobody knows where"]
@@ -56,7 +56,7 @@ def open_on(policy: Policy, **options: Any) -> OpenJudge:
 def log_softmax(policy: Policy, answer: str) -> tuple[torch.Tensor, list[int]]:
     """(T, V) of the answer's tokens, by a plain forward pass."""
     chat = HFEngine(policy.model, policy.tokenizer).chat
-    prompt, ids = chat.prompt_ids(PROMPT.messages), chat.answer_ids(answer)
+    prompt, ids = chat.prompt_ids(PROMPT.messages), chat.completion_ids(PROMPT.messages, answer)
     with torch.no_grad():
         logits = policy.model(torch.tensor([prompt + ids])).logits[0]
     return logits[len(prompt) - 1 : -1].float().log_softmax(-1), ids
@@ -75,6 +75,33 @@ def test_the_score_is_beta_times_the_log_ratio_summed_over_the_answer(policy: Po
     assert verdict == pytest.approx([0.5 * ratio_by_hand(policy, a) for a in ANSWERS], abs=1e-4)
     assert isinstance(verdict, tuple)
     assert len(set(verdict)) == 3
+
+
+def test_what_the_policy_sampled_is_judged_token_by_token(policy: Policy) -> None:
+    """The tokens of a longer text, cut off: neither the text's own tokens nor an end are scored."""
+    chat = HFEngine(policy.model, policy.tokenizer).chat
+    ids = tuple(chat.text_ids(" no way"))
+    answer = Response(text="no way", token_ids=ids, finish="length")
+    judge = open_on(policy, beta=1.0)
+    [(found,)] = score_responses(judge, [PROMPT], [[answer]])  # type: ignore[misc]
+    by_hand = {text: ratio_by_hand(policy, text) for text in ("no way", " no way")}
+    end = ratio_by_hand(policy, " no way") - found
+    assert found not in (pytest.approx(value, abs=1e-4) for value in by_hand.values())
+    whole = answer.model_copy(update={"token_ids": (*ids, chat.end_id), "finish": "stop"})
+    [(ended,)] = score_responses(CachedJudge(judge), [PROMPT], [[whole]])  # type: ignore[misc]
+    assert ended == pytest.approx(by_hand[" no way"], abs=1e-4)
+    assert ended - found == pytest.approx(end, abs=1e-4)
+    detector = open_on(policy, beta=1.0, decoupled=0.7)
+    [(decoupled,)] = score_responses(detector, [PROMPT], [[whole]])  # type: ignore[misc]
+    assert decoupled == pytest.approx(ratio_by_hand(policy, " no way", 0.7), abs=1e-3)
+
+
+def test_a_cached_judge_of_tokens_tells_the_same_text_in_other_tokens_apart(policy: Policy) -> None:
+    chat = HFEngine(policy.model, policy.tokenizer).chat
+    judge = CachedJudge(open_on(policy))
+    kinds = [Response(text="no"), Response(text="no", token_ids=(*chat.text_ids(" no"), 1))]
+    first, second = score_responses(judge, [PROMPT] * 2, [[kind] for kind in kinds])
+    assert first != second
 
 
 def test_inside_merged_weights_the_reference_is_still_the_initial_policy(policy: Policy) -> None:
@@ -130,8 +157,11 @@ def test_two_other_models_can_be_compared(
     policy.tokenizer.save_pretrained(tmp_path)
     judge = Implicit(model=str(tmp_path), reference=str(model_folder))
     assert not judge.needs_policy
-    found = judge.open(None, PromptSet("compact")).score([PROMPT], [ANSWERS])[0]
-    assert found == pytest.approx(expected, abs=1e-4)
+    opened = judge.open(None, PromptSet("compact"))
+    assert opened.score([PROMPT], [ANSWERS])[0] == pytest.approx(expected, abs=1e-4)
+    # Another model's tokens are nothing to them: they read the texts.
+    foreign = [[Response(text=text, token_ids=(5, 6)) for text in ANSWERS]]
+    assert score_responses(opened, [PROMPT], foreign)[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_what_it_cannot_do_is_an_error() -> None:

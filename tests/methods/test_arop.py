@@ -59,10 +59,10 @@ class Rater(FakeEngine):
         self.rows = rows or []
         self.asked: list[str] = []
 
-    def score(self, requests: Any, answers: Sequence[str], *, top: int = 0) -> list[Scored]:
+    def score(self, requests: Any, answers: Sequence[Response], *, top: int = 0) -> list[Scored]:
         return [
             Scored(token_ids=(1, 0), offsets=((0, 1), (1, 1)), logprobs=(2 * mean, 0.0))
-            for mean in (self.confidences[answer] for answer in answers)
+            for mean in (self.confidences[answer.text] for answer in answers)
         ]
 
     def choose(
@@ -169,6 +169,8 @@ def test_the_papers_critique_is_kept_beside_the_answer() -> None:
     [found] = AROP(prompt_set="paper").generate(PROMPTS[:1], actors(critic(reply), "paper"))
     assert isinstance(found, Candidates)
     assert found.responses["refined"].text == "B is right."
+    # Part of what was sampled is no sample: it is encoded as the text that it is.
+    assert found.responses["refined"].token_ids == ()
     assert found.responses["critique"].text == "I write Final answer: later.\nA is wrong."
 
 
@@ -281,6 +283,22 @@ def test_a_severity_margin_is_linear_in_the_expected_rating(
     assert all(shown in asked for shown in ("Question 0?", "a b", "a c"))
 
 
+def test_a_flaw_that_the_model_would_not_rate_makes_no_pair() -> None:
+    """With 0.3 % of the mass on the ratings; with 3 % their shares count."""
+    rows = [(0.0, 0.0, 0.0, 0.0, mass) for mass in (0.003, 0.03)]
+    method = AROP(margin=Margin(kind="severity"))
+    groups = [group("a b", "a c"), group("a b", "a d")]
+    [none, rated] = method.rank(groups, actors(Rater(rows=rows)))
+    assert isinstance(none, Reject)
+    assert (none.stage, none.reason, none.detail) == (
+        "rank",
+        "no severity",
+        "would not say a rating",
+    )
+    assert isinstance(rated, Candidates)
+    assert rated.ratings == {"severity": 5.0}
+
+
 def test_an_axes_margin_is_the_weighted_sum_and_keeps_every_rating() -> None:
     """Ratings 5 and 2 make 2 and 0.5 of m_max = 2; weights 0.25 and 0.75: 0.5 + 0.375."""
     margin = Margin(kind="axes", m_max=2.0, axes={"honesty": 0.25, "tone": 0.75})
@@ -340,6 +358,21 @@ def test_a_flaw_that_is_none_is_rejected_with_both_texts(
     assert (reject.prompt_id, reject.stage, reject.reason) == ("p0", "pair", reason)
     assert repr(refined) in reject.detail
     assert repr(flawed) in reject.detail
+
+
+def test_a_pair_keeps_the_tokens_that_were_sampled_and_an_infilled_flaw_has_none() -> None:
+    candidates = group("It floats on water.", "It sinks on water.")
+    refined = candidates.responses["refined"].model_copy(update={"token_ids": (5, 6, 0)})
+    sampled = {**candidates.responses, "refined": refined}
+    pair = only(fixed(), candidates.model_copy(update={"responses": sampled}))
+    assert pair.token_ids == {"chosen": (5, 6, 0)}  # type: ignore[union-attr]
+    [made] = [
+        g
+        for g in AROP(flaw="infill", margin=Margin(kind="fixed")).generate(PROMPTS[:1], actors())
+        if isinstance(g, Candidates)
+    ]
+    found = only(fixed(flaw="infill"), made)
+    assert found.token_ids == {"chosen": made.responses["refined"].token_ids}  # type: ignore[union-attr]
 
 
 def test_a_pair_says_which_of_its_answers_were_cut_off() -> None:

@@ -89,6 +89,19 @@ def test_the_least_confident_tenth_is_smoothed_and_its_confidence_kept() -> None
     assert list(found.values()) == [(0.0, pytest.approx(sure))] * 9
 
 
+def test_the_tenth_is_of_the_round_however_it_is_chunked() -> None:
+    """Of chunks of three nothing would be smoothed, of chunks of five one each."""
+    labels, detector = Fixed({}, (1.0, 0.0)), Fixed({6: (0.0, 1.0), 7: (0.0, 2.0)}, (2.0, 0.0))
+    given = actors(1, labels, detector)
+    ranked = list(SPA().rank(list(SPA().generate(PROMPTS, given)), given))  # type: ignore[arg-type]
+    whole = list(SPA().pair(ranked, 1))  # type: ignore[arg-type]
+    for size in (1, 3, 5):
+        pairing = SPA().pairing(iter(ranked), 1)  # type: ignore[arg-type]
+        chunks = [ranked[n : n + size] for n in range(0, 10, size)]
+        assert [pair for chunk in chunks for pair in pairing(chunk)] == whole  # type: ignore[arg-type]
+    assert [p.prompt_id for p in whole if isinstance(p, Pair) and p.smoothing] == ["p7"]
+
+
 def test_the_detector_is_less_extrapolated_in_each_round() -> None:
     seen: list[tuple[float, float]] = []
     for round in (1, 2, 3, 4):
@@ -162,7 +175,10 @@ def test_decoupled_confidence_against_a_slow_reference(tokenizer: Any) -> None:
 
     def slow(text: str, amount: float) -> float:
         chat = Chat(tokenizer)
-        prompt, answer = chat.prompt_ids(PROMPTS[0].messages), chat.answer_ids(text)
+        prompt, answer = (
+            chat.prompt_ids(PROMPTS[0].messages),
+            chat.completion_ids(PROMPTS[0].messages, text),
+        )
         total = 0.0
         for place, token in enumerate(answer):
             ids = torch.tensor([prompt + answer[:place]])

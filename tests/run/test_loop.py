@@ -265,6 +265,42 @@ def test_a_frozen_generator_answers_as_the_initial_policy(finished, model_folder
     assert distance(finished("arop").folder, 1) > 1e-3
 
 
+def test_the_divergence_is_of_the_tokens_that_were_sampled(finished, model_folder):
+    """By plain forward passes; answers that the limit cut off have no end token that could count."""
+    outcome = finished("arop")
+    options = ModelOptions(source=str(model_folder), device="cpu", dtype="float32")
+    last = RunDir(outcome.folder).round(1)
+    initial, trained = Policy.load(options), Policy.load(options, last.policy)
+    chat = Chat(initial.tokenizer)
+    groups = last.records("answers", Candidates)
+    answers = [group.responses["answer"] for group in groups]
+    assert {answer.finish for answer in answers} == {"length"}
+    rows = [
+        TokenGroup(tuple(chat.prompt_ids(group.prompt.messages)), (answer.token_ids,))
+        for group, answer in zip(groups, answers, strict=True)
+    ]
+    with torch.no_grad():
+        sums = [
+            sum(group[0].sum().item() for group in padded_logprobs(policy.model, rows))
+            for policy in (trained, initial)
+        ]
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    assert outcome.results[-1].measures["kl"] == pytest.approx(
+        (sums[0] - sums[1]) / tokens, abs=1e-5
+    )
+
+
+def test_pairs_hold_the_tokens_that_were_sampled(finished):
+    for name in METHODS:
+        for round_dir in read_run(finished(name).folder).rounds():
+            groups = {g.prompt.id: g for g in round_dir.records("candidates", Candidates)}
+            for pair in round_dir.records("pairs", Pair):
+                said = groups[pair.prompt_id].responses
+                assert pair.token_ids == {
+                    role: said[candidate].token_ids for role, candidate in pair.origin.items()
+                }
+
+
 def test_full_tuning_saves_whole_models(model_folder, tmp_path):
     full = recipe(model_folder, "ial", model={"tuning": "full"}, loop={"rounds": 1}, evaluate=LIGHT)
     outcome = play(full, tmp_path / "full")

@@ -214,7 +214,7 @@ def test_the_learning_rate_of_a_round_is_multiplied_by_its_factor(
         assert [row["lr"] for row in rows] == pytest.approx([expected] * len(rows))
 
 
-def test_spa_labels_by_the_policys_way_from_the_initial_one_and_smooths_half_of_a_chunk(
+def test_spa_labels_by_the_policys_way_from_the_initial_one_and_smooths_half_of_a_round(
     make: Make, model_folder: Path, tmp_path: Path
 ) -> None:
     """Scores of round 1 are beta times log pi_1 - log pi_0 of its drafts, asked of each model by itself."""
@@ -222,15 +222,17 @@ def test_spa_labels_by_the_policys_way_from_the_initial_one_and_smooths_half_of_
     folder = play(recipe, tmp_path / "run").folder
     seed, later = pairs_of(folder, 0), pairs_of(folder, 1)
     assert {pair.smoothing for pair in seed} == {0.0}
-    assert [pair.smoothing for pair in later].count(0.1) == 4, "two of three in each of two chunks"
+    assert [pair.smoothing for pair in later].count(0.1) == 3, "of six in two chunks"
+    assert all(pair.token_ids.keys() == {"chosen", "rejected"} for pair in later)
+    assert not any(pair.token_ids for pair in seed), "labelled pairs were sampled by nobody"
     options = ModelOptions(source=str(model_folder), device="cpu", dtype="float32")
     trained = Policy.load(options, folder / "rounds/0000/policy")
     initial = Policy.load(options)
     for pair in later:
         asks = [Request(messages=pair.prompt)] * 2
-        texts = [pair.chosen, pair.rejected]
+        said = [pair.answer("chosen"), pair.answer("rejected")]
         now, before = (
-            [sum(s.logprobs) for s in HFEngine(p.model, p.tokenizer).score(asks, texts)]
+            [sum(s.logprobs) for s in HFEngine(p.model, p.tokenizer).score(asks, said)]
             for p in (trained, initial)
         )
         rewards = [0.5 * (a - b) for a, b in zip(now, before, strict=True)]

@@ -405,6 +405,17 @@ def test_an_unfinished_answer_is_scored_without_an_end_of_turn(tokenizer):
     assert list(rejected) == chat.text_ids(cut.rejected)
 
 
+def test_what_the_policy_sampled_is_trained_on_as_it_was_sampled(tokenizer):
+    """The text is not encoded again; the answer beside it, which nobody sampled, is."""
+    chat = Chat(tokenizer)
+    sampled = (*chat.text_ids(f"\n{PAIRS[0].chosen} "), chat.end_id)
+    pair = PAIRS[0].model_copy(update={"token_ids": {"chosen": sampled}})
+    [example] = encode_pairs(chat, [pair], ROLES, window=None)
+    assert example.group.completions[0] == sampled
+    assert list(example.group.completions[1]) == chat.completion_ids(pair.prompt, pair.rejected)
+    assert Pair.model_validate_json(pair.model_dump_json()) == pair
+
+
 def test_a_pair_longer_than_the_window_is_named(tokenizer):
     with pytest.raises(
         TrainingError, match=r"pair 0000/p0 has \d+ tokens and the model's window 9"

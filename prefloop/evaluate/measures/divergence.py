@@ -54,7 +54,7 @@ class Divergence(Measure):
         def work(part: Sequence[tuple[Prompt, Response]], number: int) -> list[Item]:
             return _score(part, subject)
 
-        key = digest([(prompt.messages, answer.text) for prompt, answer in rows])
+        key = digest([(prompt.messages, answer.text, answer.token_ids) for prompt, answer in rows])
         items = cached_records(subject.folder / key, rows, Item, work, chunk=self.chunk)
         sums = [item.values["kl_answer"] for item in items]
         sizes = [float(item.texts["tokens"]) for item in items]
@@ -74,17 +74,12 @@ class Divergence(Measure):
 def _score(rows: Sequence[tuple[Prompt, Response]], subject: Subject) -> list[Item]:
     assert subject.initial is not None
     requests = [Request(messages=prompt.messages) for prompt, _ in rows]
-    texts = [answer.text for _, answer in rows]
-    policy_scores, initial_scores = (
-        subject.engine.score(requests, texts),
-        subject.initial.score(requests, texts),
-    )
+    answers = [answer for _, answer in rows]
+    policy_scores = subject.engine.score(requests, answers)
+    initial_scores = subject.initial.score(requests, answers)
     items = []
-    for (prompt, answer), own, initial in zip(rows, policy_scores, initial_scores, strict=True):
-        # Scoring adds an end-of-turn token, which the policy did not sample where the answer was cut off.
-        sampled = len(own.logprobs) - (answer.finish == "length")
-        log_ratio = sum(own.logprobs[:sampled]) - sum(initial.logprobs[:sampled])
-        items.append(
-            Item(id=prompt.id, values={"kl_answer": log_ratio}, texts={"tokens": str(sampled)})
-        )
+    for (prompt, _), own, initial in zip(rows, policy_scores, initial_scores, strict=True):
+        log_ratio = sum(own.logprobs) - sum(initial.logprobs)
+        sampled = str(len(own.logprobs))
+        items.append(Item(id=prompt.id, values={"kl_answer": log_ratio}, texts={"tokens": sampled}))
     return items

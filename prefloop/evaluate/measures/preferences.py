@@ -14,7 +14,7 @@ from prefloop.evaluate.measures import Better, Item, Measure, Outcome, Subject, 
 from prefloop.evaluate.questions import drawn
 from prefloop.evaluate.stats import clustered_mean
 from prefloop.evaluate.win_rates import points
-from prefloop.records import Request
+from prefloop.records import Request, Response
 
 
 class Preferences(Measure):
@@ -80,8 +80,11 @@ class Preferences(Measure):
         assert subject.initial is not None
         requests = [Request(messages=pair.messages) for pair in pairs] * 2
         texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-        policy_logps = [sum(scored.logprobs) for scored in subject.engine.score(requests, texts)]
-        initial_logps = [sum(scored.logprobs) for scored in subject.initial.score(requests, texts)]
+        answers = [Response(text=text) for text in texts]
+        policy_logps = [sum(scored.logprobs) for scored in subject.engine.score(requests, answers)]
+        initial_logps = [
+            sum(scored.logprobs) for scored in subject.initial.score(requests, answers)
+        ]
         log_ratios = [
             policy - initial for policy, initial in zip(policy_logps, initial_logps, strict=True)
         ]

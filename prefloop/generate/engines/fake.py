@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
 from prefloop.records import Request, Response, Sampling, Scored, derive_seed
+
+if TYPE_CHECKING:
+    from prefloop.models.chat import Chat
 
 _WORDS = "red blue seven river quiet paper under Monday stone light north bread".split()
 
@@ -41,7 +45,7 @@ class FakeEngine:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """Log-probs that depend on the word alone; alternatives come from a fixed list."""
         return [self._scored(answer, top) for answer in answers]
@@ -57,15 +61,17 @@ class FakeEngine:
             rows.append(tuple(weight / sum(weights) for weight in weights))
         return rows
 
-    def _scored(self, answer: str, top: int) -> Scored:
+    def _scored(self, answer: Response, top: int) -> Scored:
+        text = answer.text
         offsets, ids, place = [], [], 0
-        for word in answer.split():
-            start = answer.index(word, place)
+        for word in text.split():
+            start = text.index(word, place)
             offsets.append((place, start + len(word)))
             ids.append(derive_seed(word) % 50_000)
             place = start + len(word)
-        offsets.append((len(answer), len(answer)))
-        ids.append(0)
+        if answer.finish == "stop":
+            offsets.append((len(text), len(text)))
+            ids.append(0)
         words = tuple(" " + word for word in _WORDS[:top])
         return Scored(
             token_ids=tuple(ids),
@@ -85,10 +91,28 @@ class Fake(EngineOptions):
 
     def open(self, setting: EngineContext) -> _OpenFake:
         """Needs nothing."""
-        return _OpenFake()
+        return _OpenFake(setting.chat)
 
 
 class _OpenFake(FakeEngine):
+    """Its babble in the policy's tokens, as if the policy had sampled it: what comes after trains on them."""
+
+    def __init__(self, chat: Chat) -> None:
+        super().__init__()
+        self._chat = chat
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
+    ) -> list[Response]:
+        """As FakeEngine, in the policy's tokens."""
+        found = super().sample(requests, sampling, seed=seed, label=label)
+        return [
+            answer.model_copy(
+                update={"token_ids": tuple(self._chat.completion_ids(ask.messages, answer.text))}
+            )
+            for ask, answer in zip(requests, found, strict=True)
+        ]
+
     def load_weights(self, weights: Weights, probe: Probe) -> None:
         """Its answers are nobody's."""
 

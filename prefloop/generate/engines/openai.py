@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
-from prefloop.errors import ApiError, RecipeError
+from pydantic import model_validator
+
+from prefloop.errors import ApiError, GenerationError, RecipeError
 from prefloop.generate.api_client import Ask, ChatServer, Refused, Reply, ServerOptions
 from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
 from prefloop.machine import Bar
@@ -22,6 +25,20 @@ class OpenAI(EngineOptions, ServerOptions):
 
     plays_policy: ClassVar[bool] = False
 
+    sampling_fields: Literal["all", "standard"] = "all"
+    """all: every sampling value goes along, also those that are off and those that only servers such as vLLM and
+    llama.cpp know (top_k, min_p, repetition_penalty), so that no server puts defaults of its model's in their
+    place. standard: OpenAI's own fields only, for servers that refuse others, as OpenAI's does."""
+
+    @model_validator(mode="after")
+    def _openais_own_server_refuses_others(self) -> OpenAI:
+        if self.sampling_fields == "all" and urlsplit(self.url).hostname == "api.openai.com":
+            raise ValueError(
+                "OpenAI's own server refuses requests with top_k, min_p or repetition_penalty; set "
+                "engine.sampling_fields to standard"
+            )
+        return self
+
     def check(self, *, tuning: str, lora_rank: int) -> None:
         """Whether the server answers and serves the model."""
         try:
@@ -35,14 +52,15 @@ class OpenAI(EngineOptions, ServerOptions):
 
     def open(self, setting: EngineContext) -> _OpenAIEngine:
         """Connects to nothing yet."""
-        return _OpenAIEngine(ChatServer(self))
+        return _OpenAIEngine(ChatServer(self), self.sampling_fields)
 
 
 class _OpenAIEngine:
     """An OutsideEngine over a chat server. Conversations go out as text, in the server's own template."""
 
-    def __init__(self, server: ChatServer) -> None:
+    def __init__(self, server: ChatServer, fields: Literal["all", "standard"]) -> None:
         self._server = server
+        self._fields = fields
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
@@ -51,7 +69,7 @@ class _OpenAIEngine:
         # A method that continues a begun answer asks for log-probs as well, which the check refuses.
         assert not any(request.prefix for request in requests)
         asks = [
-            _ask(request, sampling, derive_seed(seed, place))
+            _ask(request, sampling, derive_seed(seed, place), self._fields)
             for place, request in enumerate(requests)
         ]
         responses, refused = [Response(text="")] * len(asks), []
@@ -70,7 +88,7 @@ class _OpenAIEngine:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """Cannot be had."""
         raise NotImplementedError(_NO_LOGPROBS)
@@ -91,10 +109,22 @@ class _OpenAIEngine:
         """It has started nothing."""
 
 
-def _ask(request: Request, sampling: Sampling, seed: int) -> Ask:
-    """The request in OpenAI's words; what only some servers know goes along where it is switched on."""
-    options = sampling.model_dump(mode="json", exclude_defaults=True)
-    known = ("temperature", "top_p", "max_new_tokens")
+def _ask(
+    request: Request, sampling: Sampling, seed: int, fields: Literal["all", "standard"]
+) -> Ask:
+    """The request in OpenAI's words; values that are off are said too, for a server has defaults of its own."""
+    extra: dict[str, Any] = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    if sampling.stop:
+        extra["stop"] = list(sampling.stop)
+    if fields == "all":
+        # vLLM's and llama.cpp's words for the same penalty; each passes over the other's.
+        penalties = {"repetition_penalty": 1.0, "repeat_penalty": 1.0}
+        extra |= {"top_k": sampling.top_k, "min_p": sampling.min_p, **penalties}
+    elif sampling.top_k or sampling.min_p:
+        raise GenerationError(
+            "engine.sampling_fields: standard cannot send top_k and min_p; leave them out of the "
+            "recipe's sampling, or set engine.sampling_fields to all where the server knows them"
+        )
     return Ask(
         messages=request.messages,
         max_tokens=sampling.max_new_tokens,
@@ -102,11 +132,13 @@ def _ask(request: Request, sampling: Sampling, seed: int) -> Ask:
         top_p=sampling.top_p,
         # Several servers take 32 bits.
         seed=seed % 2**31,
-        extra={key: value for key, value in options.items() if key not in known},
+        extra=extra,
     )
 
 
 def _response(reply: Reply) -> Response:
     return Response(
-        text=reply.text.strip(), finish="length" if reply.finish == "length" else "stop"
+        text=reply.text.strip(),
+        reasoning=reply.reasoning,
+        finish="length" if reply.finish == "length" else "stop",
     )

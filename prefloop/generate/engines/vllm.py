@@ -15,6 +15,7 @@ import httpx2
 from pydantic import Field, model_validator
 
 from prefloop.errors import GenerationError, RecipeError
+from prefloop.generate.completion import completion_ids, sampled_response, scored_answer
 from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
 from prefloop.generate.vllm_server import Body, Refusal, Server
 from prefloop.generate.weight_check import mismatch, probe
@@ -83,9 +84,13 @@ class VLLM(EngineOptions):
             base_model(self.url)
 
     def open(self, setting: EngineContext) -> VLLMEngine:
-        """Starts nothing yet: which weights to serve is told later."""
-        from prefloop.generate.engines.vllm import VLLMEngine
-
+        """Starts nothing yet: which weights to serve is told later. RecipeError for what vLLM cannot serve."""
+        if setting.lora_others:
+            raise RecipeError(
+                f"the adapter changes {', '.join(setting.lora_others)}, and vLLM serves adapters of linear "
+                "modules only; leave out the section engine to generate in process, or name linear "
+                "modules in model.lora.target_modules"
+            )
         return VLLMEngine(self, setting)
 
     @property
@@ -124,6 +129,17 @@ def base_model(url: str) -> str:
 _BASE = "policy"
 
 _COMPLETIONS = "/v1/completions"
+
+_UNCHANGED = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""What no request leaves to the server: one that runs already may take its model's generation_config."""
 
 
 class VLLMEngine:
@@ -262,53 +278,69 @@ class VLLMEngine:
             for place, request in enumerate(requests)
         ]
         choices = self._complete(bodies, label)
-        stops = options.get("stop", ())
         return [
-            self._response(choice, stops, bool(request.prefix))
+            sampled_response(
+                self._chat,
+                request,
+                sampling,
+                choice["token_ids"],
+                choice["logprobs"]["token_logprobs"],
+            )
             for choice, request in zip(choices, requests, strict=True)
         ]
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[str], *, top: int = 0
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """Log-probability of each given answer."""
-        prompts = [self._prompt(request) for request in requests]
-        rows = [self._chat.answer_ids(answer) for answer in answers]
-        bodies = [
-            {"prompt": prompt + ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top}
-            for prompt, ids in zip(prompts, rows, strict=True)
+        rows = [
+            completion_ids(self._chat, request, answer)
+            for request, answer in zip(requests, answers, strict=True)
         ]
-        choices = self._complete(bodies, "score")
+        bodies = [
+            {
+                "prompt": self._prompt(request) + ids,
+                "max_tokens": 1,
+                "temperature": 0.0,
+                "prompt_logprobs": top,
+            }
+            for request, ids in zip(requests, rows, strict=True)
+            if ids
+        ]
+        choices = iter(self._complete(bodies, "score"))
+        found = [next(choices)["prompt_logprobs"][-len(ids) :] if ids else [] for ids in rows]
         return [
-            self._scored(choice["prompt_logprobs"][-len(ids) :], ids, answer, top)
-            for choice, ids, answer in zip(choices, rows, answers, strict=True)
+            self._scored(entries, ids, answer, top)
+            for entries, ids, answer in zip(found, rows, answers, strict=True)
         ]
 
     def choose(
         self, requests: Sequence[Request], options: Sequence[str]
     ) -> list[tuple[float, ...]]:
-        """Probability of each option as the next token, renormalised over the options."""
-        firsts = self._chat.first_ids(options)
+        """Probability of each option as the next token."""
+        firsts = [self._chat.option_ids(r.messages, options, r.prefix) for r in requests]
         bodies = [
             {
                 "prompt": self._prompt(request),
                 "max_tokens": 1,
                 "temperature": 0.0,
-                "logprobs": len(firsts),
-                "logprob_token_ids": firsts,
+                "logprobs": len(ids),
+                "logprob_token_ids": ids,
                 "return_tokens_as_token_ids": True,
             }
-            for request in requests
+            for request, ids in zip(requests, firsts, strict=True)
         ]
         rows = []
-        for choice in self._complete(bodies, "choose"):
+        for choice, ids in zip(self._complete(bodies, "choose"), firsts, strict=True):
             found = choice["logprobs"]["top_logprobs"][0]
-            rows.append(_softmax([found[f"token_id:{first}"] for first in firsts]))
+            rows.append(tuple(math.exp(found[f"token_id:{token}"]) for token in ids))
         return rows
 
     def _complete(self, bodies: Sequence[Body], label: str) -> list[Any]:
         """The one choice of each completion."""
-        named = [{"model": self._name, "return_token_ids": True, **body} for body in bodies]
+        named = [
+            {"model": self._name, "return_token_ids": True, **_UNCHANGED, **body} for body in bodies
+        ]
         with Bar(label, len(named)) as bar:
 
             def count(answer: Any) -> None:
@@ -324,40 +356,19 @@ class VLLMEngine:
         return [answer["choices"][0] for answer in answers]
 
     def _prompt(self, request: Request) -> list[int]:
-        prefix = self._chat.text_ids(request.prefix) if request.prefix else []
-        return self._chat.prompt_ids(request.messages) + prefix
+        return self._chat.prompt_ids(request.messages, request.prefix)
 
-    def _response(self, choice: Any, stops: Sequence[str], continues: bool) -> Response:
-        ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        stopped = ids[-1] in self._chat.stop_ids
-        text = self._chat.decode(ids[:-1] if stopped else ids)
-        cuts = [place for place in map(text.find, stops) if place >= 0]
-        if cuts:
-            text, stopped = text[: min(cuts)], True
-        return Response(
-            text=text if continues else text.strip(),
-            token_ids=tuple(ids),
-            mean_logprob=sum(logprobs) / len(logprobs),
-            finish="stop" if stopped else "length",
-        )
-
-    def _scored(self, rows: Sequence[Any], ids: list[int], answer: str, top: int) -> Scored:
+    def _scored(self, rows: Sequence[Any], ids: list[int], answer: Response, top: int) -> Scored:
         """`rows`: for each token of the answer, by token id, what vLLM says of it and of the likeliest ones."""
         known = [
             {int(token): float(entry["logprob"]) for token, entry in row.items()} for row in rows
         ]
-        likeliest = [sorted(row.items(), key=lambda one: -one[1])[:top] for row in known]
-        return Scored(
-            token_ids=tuple(ids),
-            offsets=(*self._chat.text_offsets(answer), (len(answer), len(answer))),
-            logprobs=tuple(row[token] for row, token in zip(known, ids, strict=True)),
-            top_texts=tuple(self._chat.token_texts([t for t, _ in row]) for row in likeliest)
-            if top
-            else (),
-            top_logprobs=tuple(tuple(lp for _, lp in row) for row in likeliest) if top else (),
+        likeliest = [sorted(row.items(), key=lambda one: -one[1])[:top] for row in known if top]
+        return scored_answer(
+            self._chat,
+            answer,
+            ids,
+            [row[token] for row, token in zip(known, ids, strict=True)],
+            [[token for token, _ in row] for row in likeliest],
+            [[logprob for _, logprob in row] for row in likeliest],
         )
-
-
-def _softmax(logprobs: Sequence[float]) -> tuple[float, ...]:
-    weights = [math.exp(logprob - max(logprobs)) for logprob in logprobs]
-    return tuple(weight / math.fsum(weights) for weight in weights)
