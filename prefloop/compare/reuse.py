@@ -12,14 +12,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import prefloop.methods
 from prefloop.config import plugin_name
 from prefloop.recipe import Recipe
-from prefloop.run_folder import REJECTS, RunDir
+from prefloop.run_folder import REJECTS, RoundDir, RunDir
 
 START = ("sft", "answers", "introspection")
 """What is shared of `rounds/start`; its measures are worked out in each cell."""
@@ -99,6 +98,7 @@ def inherit(run: RunDir, donors: Mapping[str, Path]) -> list[str]:
 
 
 def _copy(origin: Path, target: Path, stage: str) -> None:
+    RoundDir(origin, -1 if origin.name == "start" else int(origin.name)).verify(stage)
     names = ["policy", "train"] if stage == "sft" else [f"{stage}.jsonl"]
     for name in [*names, f"{stage}.done.json"]:
         if (origin / name).is_dir():
@@ -120,7 +120,8 @@ def _link(origin: str, target: str) -> None:
 
 def _copy_rejects(origin: Path, target: Path, stage: str) -> None:
     """The rejects up to the end of a stage; the origin may have added those of later ones."""
-    manifest = json.loads((origin / f"{stage}.done.json").read_text(encoding="utf-8"))
-    count = sum(manifest.get("rejects", {}).values())
-    with (origin / REJECTS).open(encoding="utf-8") as file:
-        (target / REJECTS).write_text("".join(islice(file, count)), encoding="utf-8")
+    facts = RoundDir(origin, 0).manifest(stage) or {}
+    # Of a stage that measures it is not said how many there were: there were none.
+    size = facts.get("growing", {}).get(REJECTS, [0])[0]
+    with (origin / REJECTS).open("rb") as file:
+        (target / REJECTS).write_bytes(file.read(size))

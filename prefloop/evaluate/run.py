@@ -33,8 +33,8 @@ from prefloop.evaluate.significance import differences, holm
 from prefloop.evaluate.subjects import Source, contents, find, held_out, names, opened
 from prefloop.evaluate.suites import Chosen, choose
 from prefloop.machine import environment, keep_freed_memory
-from prefloop.records import Sampling, read_json, read_jsonl, write_jsonl
-from prefloop.run_folder import alone_in, write_atomically
+from prefloop.records import Sampling, read_jsonl, write_jsonl
+from prefloop.run_folder import Manifest, alone_in, write_atomically
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")
@@ -60,12 +60,14 @@ class Options:
     data: str | None = None
     limit: int | None = None
     seed: int = 0
+    trust_remote_code: bool = False
+    """Run code that comes with a run's model, where its recipe asks for it."""
 
 
 def evaluate(options: Options, say: Say) -> dict[str, Any]:
     """Measure all subjects and write the report; returns it. `say` is told what is done. Raises PrefloopError."""
     keep_freed_memory()
-    sources = [find(text) for text in options.subjects]
+    sources = [find(text, trust=options.trust_remote_code) for text in options.subjects]
     called = names(sources)
     if twice := next((name for name in called if called.count(name) > 1), None):
         raise RecipeError(f"{twice} is named twice; name each subject once")
@@ -204,15 +206,24 @@ class SubjectRun:
             "facts": dict(outcome.facts or {}),
             "seconds": seconds,
         }
-        write_atomically(place / "outcome.json", json.dumps(row, allow_nan=False) + "\n")
+        json.dumps(row, allow_nan=False)  # ValueError: a measure's bug must not be kept
+        self._outcome(one).write(row, [place / "items.jsonl"])
         # What it kept on its way may be what the result leaves out.
         shutil.rmtree(subject.folder)
         self.say(f"{self.name}  {one.name}  {seconds:.1f} s")
         return {**row, "kept_from_before": False}
 
     def _read(self, one: Chosen) -> dict[str, Any] | None:
-        path = self._place(one) / "outcome.json"
-        return {**read_json(path), "kept_from_before": True} if path.is_file() else None
+        row = self._outcome(one).verify()
+        if row is None:
+            return None
+        del row["files"]
+        return {**row, "kept_from_before": True}
+
+    def _outcome(self, one: Chosen) -> Manifest:
+        place = self._place(one)
+        remedy = f"delete {place}, and the same command measures it again"
+        return Manifest(place / "outcome.json", remedy)
 
     def _place(self, one: Chosen) -> Path:
         # Once: a file that changes while it is measured must not lead elsewhere.

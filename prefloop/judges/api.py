@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL = NoVerdict("control tokens in the text")
 REFUSED = "the server refused the request"
+MALFORMED = "the server's reply cannot be read"
 # A server reads these in a message as its model's own turn marks: text could end its turn with them.
 _CONTROL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
@@ -105,6 +106,13 @@ class Reading(Record):
     """Probability of each option; None where there is no verdict."""
     failure: str | None = None
     """Why there is no verdict."""
+    check: str = ""
+    """Hash of the rest of the line."""
+
+    def checked(self) -> Reading:
+        """The same with its hash."""
+        rest = self.model_copy(update={"check": ""}).model_dump_json()
+        return self.model_copy(update={"check": blake2b(rest.encode(), digest_size=8).hexdigest()})
 
 
 class VerdictFile:
@@ -125,7 +133,7 @@ class VerdictFile:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             os.truncate(path, whole)
-        for number, line in enumerate(data[:whole].splitlines(), start=1):
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             try:
                 reading = Reading.model_validate_json(line)
             except ValidationError as error:
@@ -133,12 +141,17 @@ class VerdictFile:
                     f"{path}:{number} is no verdict ({error.errors()[0]['msg']}); delete that line, or "
                     "name another file in judge.verdicts"
                 ) from error
+            if reading.checked().check != reading.check:
+                raise JudgeError(
+                    f"{path}:{number} is not as it was written; delete that line, and its verdict is asked "
+                    "for again"
+                )
             self.known[reading.key] = reading
 
     def add(self, reading: Reading) -> None:
         """Append and keep; on disk when this returns, as one write, so that runs can share the file."""
         self.known[reading.key] = reading
-        line = (reading.model_dump_json() + "\n").encode()
+        line = (reading.checked().model_dump_json() + "\n").encode()
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(handle, line)
@@ -193,7 +206,8 @@ class _OpenApi:
                 if isinstance(answer, Refused):
                     # Not kept: another try may fare better, and cost nothing so far.
                     logger.warning("the judge's server refuses a request: %s", answer.detail)
-                    refused[key] = Reading(key=key, reply=answer.detail, failure=REFUSED)
+                    reason = MALFORMED if answer.malformed else REFUSED
+                    refused[key] = Reading(key=key, reply=answer.detail, failure=reason)
                 else:
                     self.file.add(read(key, answer, self.question.options))
                 bar.advance(items=1)

@@ -27,6 +27,7 @@ from prefloop.models.reward import (
     padded,
     padding_token,
     trained_with,
+    verify_reward,
     window_of,
 )
 from prefloop.records import Message, Prompt
@@ -74,6 +75,7 @@ class RewardModel(Judge):
         """Load model and tokenizer; JudgeError where that fails or the model gives no single score."""
         import torch
 
+        verify_reward(self.model)
         head = load_head(self.model)
         if head is not None:
             return _OpenHead(head, Embedder(head.source))
