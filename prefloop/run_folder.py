@@ -226,7 +226,9 @@ class RoundDir:
         """
         facts = self.manifest(stage)
         made_from = _INPUTS.get(stage)
-        if facts and made_from and facts.get("input", "") not in ("", self.digest(made_from)):
+        if facts is None or made_from is None or not self.sealed(made_from).path.exists():
+            return facts
+        if facts.get("input", "") not in ("", self.digest(made_from)):
             raise RunFolderError(
                 f"{stage} of {self.path} was made from another {made_from}.jsonl than lies there; "
                 f"{self.sealed(stage).remedy}"
@@ -246,6 +248,20 @@ class RoundDir:
         for stage in ("train", "sft"):
             self.sealed(stage).verify([path])
         return read_metrics(path) if path.exists() else []
+
+    def verify_begun(self, stage: str) -> dict[str, Any]:
+        """The note of a stage that is not finished, compared with its files; see chunks.Journal."""
+        remedy = self.sealed(stage).remedy
+        note = read_sealed(self.path / f"{stage}.progress.json", remedy)
+        for name in (f"{stage}.jsonl", REJECTS):
+            path, (wanted, seal) = self.path / name, note[name]
+            if (have := _size(path)) < wanted:
+                raise RunFolderError(
+                    f"{path} is shorter than when it was written ({have} bytes of {wanted}); {remedy}"
+                )
+            if path.exists() and hash_file(path, wanted) != seal:
+                raise RunFolderError(f"{path} is not as it was written; {remedy}")
+        return note
 
     def drop(self, stage: str) -> None:
         """Take a stage out, so that it is made again; of those that add to the rejects also the later ones."""
