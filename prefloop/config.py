@@ -26,7 +26,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value that YAML text stands for; RecipeError names `source`, line and column of a mistake."""
     try:
         value = yaml.load(text, Loader=_Loader)
-        json.dumps(value, default=str)  # ValueError where an alias stands inside its own anchor
+        # ValueError where an alias stands inside its own anchor, or aliases of aliases would fill the memory.
+        _count(value, set())
         return value
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -43,6 +44,22 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(
             f"{source} holds what cannot be read ({error}); write it plainly"
         ) from None
+
+
+_MOST_VALUES = 10**6
+
+
+def _count(value: object, around: set[int], so_far: int = 0) -> int:
+    """How many values there are once aliases are written out; ValueError where there is no end to them."""
+    so_far += 1
+    if so_far > _MOST_VALUES:
+        raise ValueError(f"more than {_MOST_VALUES:,} values, once its aliases are written out")
+    if isinstance(value, dict | list):
+        if id(value) in around:
+            raise ValueError("an alias inside its own anchor")
+        for inner in value.values() if isinstance(value, dict) else value:
+            so_far = _count(inner, around | {id(value)}, so_far)
+    return so_far
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

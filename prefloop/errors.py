@@ -18,7 +18,11 @@ can cause are assertions.
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class PrefloopError(Exception):
@@ -69,3 +73,46 @@ def nearest(word: str, known: list[str]) -> str:
     """The hint that ends an error about an unknown name: the nearest spelling, else all there are."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+
+
+_GOES_ON = "then the same command goes on where it stopped"
+_SYSTEM = {
+    errno.ENOSPC: ("the disk of {} is full", "free some space"),
+    errno.EDQUOT: ("the disk quota of {} is used up", "free some space or ask for more"),
+    errno.EFBIG: ("a file in {} grew larger than is allowed here", "raise the limit (ulimit -f)"),
+    errno.EIO: ("the disk of {} fails to read or write", "look into the system's log"),
+    errno.ENOMEM: (
+        "there is too little memory for {}",
+        "close other programs or use a smaller model",
+    ),
+}
+
+
+def system_failure(error: BaseException, place: Path | str) -> str | None:
+    """What the system refused at `place`, in a sentence with a remedy; None for any other error.
+
+    Libraries raise kinds of their own with the system's words in them, so those are looked for as well.
+    """
+    for one in _causes(error):
+        number = one.errno if isinstance(one, OSError) else None
+        for known, (what, remedy) in _SYSTEM.items():
+            if number == known or (number is None and os.strerror(known) in str(one)):
+                return f"{what.format(place)}; {remedy}, {_GOES_ON}"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is the want of memory, in the words of Python, numpy, torch or a driver."""
+    words = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc")
+    return any(
+        isinstance(one, MemoryError)
+        or type(one).__name__ == "OutOfMemoryError"
+        or (isinstance(one, RuntimeError | OSError) and any(word in str(one) for word in words))
+        for one in _causes(error)
+    )

@@ -148,7 +148,7 @@ class Sampling(Record):
     """Leave out tokens less likely than this share of the likeliest one's probability; 0 switches it off."""
     stop: Annotated[tuple[_Text, ...], BeforeValidator(as_tuple)] = ()
     """Texts that end an answer; the answer is what comes before."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1, le=2**20)
     """An answer that reaches this length is marked finish="length"."""
 
 
@@ -259,7 +259,7 @@ def read_json(path: Path) -> dict[str, object]:
     """Read a small JSON object of ours, such as a manifest."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not even UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not even UTF-8
         raise RunFolderError(
             f"{path} is damaged ({error}); delete {path.parent} to make all in it again"
         ) from error

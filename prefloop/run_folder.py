@@ -3,29 +3,32 @@
 A stage that writes records goes through a Journal: whole chunks only, and after each chunk the sizes
 of its files are noted. A killed stage is cut back to the last note and continues there. Its manifest,
 `STAGE.done.json`, is written last, by an atomic rename: where it lies, the stage is not run again.
+
+A manifest vouches for itself and for the files of its stage: sizes are compared when it is read, contents
+when a file is. What is not as it was written is named, never used (docs/reliability.md).
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from hashlib import file_digest
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from safetensors import SafetensorError
 
-from prefloop.errors import RunFolderError
+from prefloop.errors import PrefloopError, RunFolderError, system_failure
 from prefloop.machine import environment, installed_versions, peak_memory_mb
 from prefloop.records import (
     Pair,
@@ -39,8 +42,15 @@ from prefloop.records import (
 R = TypeVar("R", bound=Record)
 
 REJECTS = "rejects.jsonl"
-
-_FULL = os.strerror(errno.ENOSPC)
+METRICS = "metrics.jsonl"
+PUBLISHED = "policy"
+"""The folder of the policy that a finished run recommends."""
+REJECTING = ("candidates", "ranked", "pairs")
+"""Stages that add to the round's rejects, in their order."""
+_INPUTS = {"ranked": "candidates", "pairs": "ranked", "train": "pairs", "result": "answers"}
+_SEAL = "seal"
+_LARGE = 2**24
+"""Bytes from which on a file is hashed once a process only, as long as its size and time stay the same."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -51,6 +61,107 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def hash_file(path: Path, size: int | None = None) -> str:
+    """BLAKE2b of a file, or of its first `size` bytes; a large file is read once a process."""
+    stat = path.stat()
+    end = stat.st_size if size is None else size
+    read = _hash_large if stat.st_size >= _LARGE else _hash
+    return read(path, end, stat.st_size, stat.st_mtime_ns)
+
+
+def _hash(path: Path, end: int, size: int, changed: int) -> str:
+    found = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while end > 0 and (block := file.read(min(end, 2**20))):
+            found.update(block)
+            end -= len(block)
+    return found.hexdigest()
+
+
+_hash_large = lru_cache(maxsize=1024)(_hash)
+
+
+def sealed(facts: Mapping[str, Any]) -> str:
+    """A JSON object that says when it was changed: `read_sealed` gives `facts` back."""
+    return json.dumps({**facts, _SEAL: _seal_of(facts)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _seal_of(facts: Mapping[str, Any]) -> str:
+    # Read back as it will be: tuples are lists, keys are text.
+    text = json.dumps(json.loads(json.dumps(facts)), sort_keys=True)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """What `sealed` has written. RunFolderError, with the remedy, where it is damaged or was edited."""
+    try:
+        facts: Any = read_json(path)
+    except RunFolderError as error:
+        raise RunFolderError(
+            f"{path} is damaged ({error.__cause__ or 'no object'}); {remedy}"
+        ) from error
+    seal = facts.pop(_SEAL, None)
+    if seal != _seal_of(facts):
+        raise RunFolderError(f"{path} is not as it was written; {remedy}")
+    return dict(facts)
+
+
+class Manifest:
+    """A JSON file of facts about finished work, with size and hash of each file that the work left."""
+
+    def __init__(self, path: Path, remedy: str) -> None:
+        """Files are named relative to `path`'s folder. `remedy` tells how the work is done again."""
+        self.path = path
+        self.remedy = remedy
+
+    def write(
+        self, facts: Mapping[str, Any], files: Iterable[Path], *, growing: Iterable[Path] = ()
+    ) -> None:
+        """Seal the facts and the files; of `growing` ones what is there now, for more may follow."""
+        seals = {self._name(path): [path.stat().st_size, hash_file(path)] for path in files}
+        tails = {self._name(path): [path.stat().st_size, hash_file(path)] for path in growing}
+        both = {"files": seals} | ({"growing": tails} if tails else {})
+        write_atomically(self.path, sealed({**facts, **both}))
+
+    def read(self) -> dict[str, Any] | None:
+        """The facts; None where there are none. RunFolderError where they, or a file's size, have changed."""
+        if not self.path.exists():
+            return None
+        facts = read_sealed(self.path, self.remedy)
+        for name, (size, _) in facts.get("files", {}).items():
+            if (have := self._size(name)) != size:
+                self._refuse(name, f"is {have} bytes long and not {size} as it was written")
+        for name, (size, _) in facts.get("growing", {}).items():
+            if (have := self._size(name)) < size:
+                self._refuse(name, f"is {have} bytes long and not {size} as it was written")
+        return facts
+
+    def verify(self, only: Iterable[Path] | None = None) -> dict[str, Any] | None:
+        """`read`, and compare contents: of all files, or of some."""
+        facts = self.read()
+        if facts is None:
+            return None
+        chosen = None if only is None else {self._name(path) for path in only}
+        for name, (size, wanted) in {**facts.get("growing", {}), **facts.get("files", {})}.items():
+            path = self.path.parent / name
+            if (chosen is None or name in chosen) and hash_file(path, size) != wanted:
+                self._refuse(name, "is not as it was written: some of its bytes have changed")
+        return facts
+
+    def _name(self, path: Path) -> str:
+        return Path(os.path.relpath(path, self.path.parent)).as_posix()
+
+    def _size(self, name: str) -> int:
+        path = self.path.parent / name
+        if not path.is_file():
+            self._refuse(name, "is gone")
+        return path.stat().st_size
+
+    def _refuse(self, name: str, what: str) -> None:
+        path = Path(os.path.normpath(self.path.parent / name))
+        raise RunFolderError(f"{path} {what}; {self.remedy}")
 
 
 class RoundDir:
@@ -70,20 +181,118 @@ class RoundDir:
         """Training checkpoints and the metrics of each optimiser step."""
         return self.path / "train"
 
+    def sealed(self, stage: str) -> Manifest:
+        """The stage's manifest, whether or not it is written."""
+        run = self.path.parent.parent
+        return Manifest(
+            self.path / f"{stage}.done.json",
+            f"`prefloop verify {run} --redo` takes {stage} of {self.path.name} out, and the command that "
+            "began the run makes it again",
+        )
+
     def manifest(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage left behind; None while it is not finished."""
-        path = self.path / f"{stage}.done.json"
-        return read_json(path) if path.exists() else None
+        """What a finished stage left behind; None while it is not finished.
+
+        Raises RunFolderError where the manifest, or the size of one of the stage's files, has changed.
+        """
+        return self.sealed(stage).read()
 
     def finish(self, stage: str, **facts: Any) -> None:
         """Mark a stage as done; `facts` are counts, failures, hashes and seconds."""
         facts = {"stage": stage, **facts, "peak_memory_mb": peak_memory_mb()}
         facts["versions"] = installed_versions()
-        write_atomically(self.path / f"{stage}.done.json", json.dumps(facts, indent=1) + "\n")
+        files, rejects = self.outputs(stage), self.path / REJECTS
+        growing = [rejects] if stage in REJECTING[:-1] and rejects.exists() else []
+        self.sealed(stage).write(facts, files, growing=growing)
         (self.path / f"{stage}.progress.json").unlink(missing_ok=True)
 
+    def outputs(self, stage: str) -> list[Path]:
+        """The files that a stage leaves and nobody touches afterwards, as far as they are there."""
+        if stage in ("train", "sft"):
+            # Checkpoints, and notes of processes, lie in folders and go when the stage is done.
+            kept = [path for path in self.train.glob("*") if path.is_file()]
+            found = [*kept, *self.policy.rglob("*"), self.path / "curve.jsonl"]
+        else:
+            found = [self.path / f"{stage}.jsonl"]
+            found += [self.path / REJECTS] if stage == REJECTING[-1] else []
+        return sorted(path for path in found if path.is_file())
+
+    def verify(self, stage: str) -> dict[str, Any] | None:
+        """`verify_made`, with the contents of all the stage's files compared."""
+        self.sealed(stage).verify()
+        return self.verify_made(stage)
+
+    def verify_made(self, stage: str) -> dict[str, Any] | None:
+        """The stage's manifest; None while it is not finished. What it was made from must be what lies there.
+
+        Raises RunFolderError where that is not so, and where manifest or sizes have changed.
+        """
+        facts = self.manifest(stage)
+        made_from = _INPUTS.get(stage)
+        if facts is None or made_from is None or not self.sealed(made_from).path.exists():
+            return facts
+        if facts.get("input", "") not in ("", self.digest(made_from)):
+            raise RunFolderError(
+                f"{stage} of {self.path} was made from another {made_from}.jsonl than lies there; "
+                f"{self.sealed(stage).remedy}"
+            )
+        return facts
+
+    def verify_policy(self) -> None:
+        """RunFolderError where the policy that a finished training has left is not as it was written."""
+        for stage in ("train", "sft"):
+            self.sealed(stage).verify(
+                [path for path in self.outputs(stage) if self.policy in path.parents]
+            )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What each optimiser step logged; [] before training. Raises RunFolderError where it is damaged."""
+        path = self.train / METRICS
+        for stage in ("train", "sft"):
+            self.sealed(stage).verify([path])
+        return read_metrics(path) if path.exists() else []
+
+    def verify_begun(self, stage: str) -> dict[str, Any]:
+        """The note of a stage that is not finished, compared with its files; see chunks.Journal."""
+        remedy = self.sealed(stage).remedy
+        note = read_sealed(self.path / f"{stage}.progress.json", remedy)
+        for name in (f"{stage}.jsonl", REJECTS):
+            path, (wanted, seal) = self.path / name, note[name]
+            if (have := _size(path)) < wanted:
+                raise RunFolderError(
+                    f"{path} is shorter than when it was written ({have} bytes of {wanted}); {remedy}"
+                )
+            if path.exists() and hash_file(path, wanted) != seal:
+                raise RunFolderError(f"{path} is not as it was written; {remedy}")
+        return note
+
+    def drop(self, stage: str) -> None:
+        """Take a stage out, so that it is made again; of those that add to the rejects also the later ones."""
+        later = REJECTING[REJECTING.index(stage) :] if stage in REJECTING else (stage,)
+        for name in later:
+            for path in (self.path / f"{name}.{end}" for end in ("done.json", "progress.json")):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.path / f".{name}.parts", ignore_errors=True)
+            if name in ("train", "sft"):
+                shutil.rmtree(self.train, ignore_errors=True)
+                shutil.rmtree(self.policy, ignore_errors=True)
+                (self.path / "curve.jsonl").unlink(missing_ok=True)
+            else:
+                (self.path / f"{name}.jsonl").unlink(missing_ok=True)
+
+    def rejects_before(self, stage: str) -> int:
+        """Bytes of the rejects file that stages before this one have written."""
+        if stage not in REJECTING:
+            return _size(self.path / REJECTS)
+        for name in reversed(REJECTING[: REJECTING.index(stage)]):
+            facts = self.manifest(name)
+            if facts is not None:
+                return int(facts.get("growing", {}).get(REJECTS, [0])[0])
+        return 0
+
     def stream(self, stage: str, kind: type[R]) -> Iterator[R]:
-        """The records that a stage wrote, one by one."""
+        """The records that a stage wrote, one by one; RunFolderError first where they have changed."""
+        self.sealed(stage).verify([self.path / f"{stage}.jsonl"])
         return read_jsonl(self.path / f"{stage}.jsonl", kind)
 
     def records(self, stage: str, kind: type[R]) -> list[R]:
@@ -92,12 +301,15 @@ class RoundDir:
 
     def count(self, stage: str) -> int:
         """How many records a stage wrote."""
+        self.sealed(stage).verify([self.path / f"{stage}.jsonl"])
         with (self.path / f"{stage}.jsonl").open("rb") as file:
             return sum(1 for _ in file)
 
     def rejects(self) -> Iterator[Reject]:
         """The round's rejects so far, one by one."""
         path = self.path / REJECTS
+        for stage in REJECTING:
+            self.sealed(stage).verify([path])
         return read_jsonl(path, Reject, growing=True) if path.exists() else iter(())
 
     def reasons(self) -> Counter[str]:
@@ -106,20 +318,21 @@ class RoundDir:
 
     def steps(self) -> int:
         """Optimiser steps that the round's training has logged."""
-        path = self.train / "metrics.jsonl"
+        path = self.train / METRICS
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     def digest(self, stage: str) -> str:
         """Hash of a stage's records: what the next stage's manifest names as its input."""
-        with (self.path / f"{stage}.jsonl").open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()[:16]
+        return hash_file(self.path / f"{stage}.jsonl")[:16]
 
 
 class RunDir:
     """A run's folder, locked by one process at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, accept_changes: bool = False) -> None:
+        """`accept_changes`: go on although an input is not what it was when the run began."""
         self.path = path
+        self._accept_changes = accept_changes
 
     def round(self, number: int) -> RoundDir:
         """A round's folder, made if missing; -1 is `start`, where the initial policy is measured."""
@@ -172,15 +385,22 @@ class RunDir:
             return date.today()
 
     def events(self) -> list[dict[str, Any]]:
-        """The diary so far, without a line that is still being written."""
+        """The diary so far; a damaged line is an event of the kind "damaged"."""
         path = self.path / "events.jsonl"
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise RunFolderError(
-                f"{path} is damaged ({error}); mend or remove that line"
-            ) from error
+        return [event for event, _ in _diary(path)] if path.exists() else []
+
+    def verify_published(self) -> Path | None:
+        """The recommended policy's folder; None before the run has ended. RunFolderError where it has changed."""
+        self.published.verify()
+        return self.path / PUBLISHED if (self.path / PUBLISHED).is_dir() else None
+
+    @property
+    def published(self) -> Manifest:
+        """The manifest of the recommended policy, which lies beside it."""
+        return Manifest(
+            self.path / f"{PUBLISHED}.done.json",
+            "the command that began the run copies it anew from its round",
+        )
 
     def event(self, kind: str, **facts: Any) -> None:
         """Append to the diary of the run."""
@@ -188,16 +408,66 @@ class RunDir:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def same_inputs(self, found: Mapping[str, str | int], *, decisive: bool = True) -> list[str]:
+        """Compare inputs, by name, with those that the run began with; which differ, in words.
+
+        Those that are seen for the first time are noted. Raises RunFolderError where a `decisive` one differs
+        and changes are not accepted; accepted ones go to the diary and hold from then on.
+        """
+        path = self.path / "environment.json"
+        facts = read_sealed(path, "delete it to have it written anew")
+        known: dict[str, str | int] = facts.get("inputs", {})
+        changed = [
+            f"{name} was {known[name]}, now {value}"
+            for name, value in found.items()
+            if name in known and known[name] != value
+        ]
+        if changed and decisive and not self._accept_changes:
+            raise RunFolderError(
+                f"{self.path} was begun with other inputs ({'; '.join(changed[:5])}); put the old ones back, "
+                "or let prefloop run go on with these: --accept-changes"
+            )
+        if changed:
+            self.event("changed inputs", changes=changed)
+        if changed or found.keys() - known.keys():
+            write_atomically(path, sealed({**facts, "inputs": {**known, **found}}))
+        return changed
+
+
+def _diary(path: Path) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Events of the whole lines, and whether each is as it was written."""
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            event = json.loads(line)
+            time = event["time"]
+            yield event, bool(event["event"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            text = line.decode("utf-8", "replace")
+            yield {"time": time, "event": "damaged", "line": text[:1000]}, False
+
+
+def _heal_diary(path: Path) -> None:
+    """Cut off a line that a kill or a full disk left half-written; set damaged ones apart."""
+    if not path.exists():
+        return
+    lines = list(_diary(path))
+    with path.open("rb") as file:
+        torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
+    if torn or not all(whole for _, whole in lines):
+        write_atomically(path, "".join(json.dumps(event) + "\n" for event, _ in lines))
+
 
 @contextmanager
-def open_run(path: Path, recipe: str) -> Iterator[RunDir]:
+def open_run(path: Path, recipe: str, *, accept_changes: bool = False) -> Iterator[RunDir]:
     """Create or continue the run in `path` with this resolved recipe (YAML); holds the lock.
 
     Raises RunFolderError if the folder belongs to another recipe, is in use, or cannot be written.
     """
     with alone_in(path, "process"), _failures_in_words(path):
         _claim(path, recipe)
-        yield RunDir(path)
+        _heal_diary(path / "events.jsonl")
+        yield RunDir(path, accept_changes=accept_changes)
 
 
 @contextmanager
@@ -220,25 +490,35 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
             raise RunFolderError(
                 f"{folder} is in use by another {who}; wait for it or choose another --out"
             ) from error
+        with disk_in_words(folder):
+            yield
+
+
+@contextmanager
+def disk_in_words(folder: Path) -> Iterator[None]:
+    """Inside, a disk that is full, limited or broken is a RunFolderError that says which of these."""
+    try:
         yield
+    except PrefloopError:
+        raise
+    except Exception as error:
+        # Writers in Rust (safetensors, tokenizers) raise kinds of their own, with the system's words.
+        if (words := system_failure(error, folder)) is not None:
+            raise RunFolderError(words) from error
+        raise
 
 
 @contextmanager
 def _failures_in_words(path: Path) -> Iterator[None]:
-    """What the system or a library says about a run's files, as a sentence with a remedy."""
+    """What a library says about a run's files, as a sentence with a remedy."""
     try:
         yield
     except Exception as error:
-        # Writers in Rust (safetensors, tokenizers) raise kinds of their own, with the system's words.
-        if _FULL in str(error):
+        damaged = isinstance(error, SafetensorError) or _is_gone(error, path)
+        if damaged and system_failure(error, path) is None:
             raise RunFolderError(
-                f"the disk of {path} is full; free some space, then the same command goes on "
-                "where it stopped"
-            ) from error
-        if isinstance(error, SafetensorError) or _is_gone(error, path):
-            raise RunFolderError(
-                f"a file of {path} is damaged or gone ({error}); delete the folder of its round to "
-                "redo it"
+                f"a file of {path} is damaged or gone ({error}); `prefloop verify {path} --redo` finds it "
+                "and takes its stage out"
             ) from error
         raise
 
@@ -248,9 +528,19 @@ def _is_gone(error: Exception, path: Path) -> bool:
 
 
 def read_run(path: Path) -> RunDir:
-    """A run to look at, finished or not; takes no lock. Raises RunFolderError if `path` is no run."""
-    if not (path / "recipe.yaml").is_file():
+    """A run to look at, finished or not; takes no lock.
+
+    Raises RunFolderError if `path` is no run, or its recipe is not the one that it was begun with.
+    """
+    recipe, around = path / "recipe.yaml", path / "environment.json"
+    if not recipe.is_file():
         raise RunFolderError(f"{path} is no run (it has no recipe.yaml); name a folder below runs/")
+    if around.exists():
+        facts = read_sealed(around, "delete it to have it written anew")
+        if facts.get("recipe") not in (None, hash_file(recipe)):
+            raise RunFolderError(
+                f"{recipe} is not as it was written; put it back, or run the recipe into another --out"
+            )
     return RunDir(path)
 
 
@@ -266,8 +556,6 @@ def _claim(path: Path, recipe: str) -> None:
             )
         # The recipe goes first: it alone makes the folder a run, whenever the process is killed.
         write_atomically(stored, recipe)
-    if not around.exists():
-        _note_environment(around)
     try:
         old = yaml.safe_load(stored.read_text(encoding="utf-8"))
         if not isinstance(old, dict):
@@ -276,22 +564,40 @@ def _claim(path: Path, recipe: str) -> None:
         raise RunFolderError(
             f"{stored} is damaged ({error}); choose another --out, or delete {path} to begin again"
         ) from error
-    changed = differences(old, yaml.safe_load(recipe))
+    changed = differences(_decisive(old), _decisive(yaml.safe_load(recipe)))
     if changed and not _has_made_something(path):
         # Its first attempt ended before its first chunk: a mended recipe may take its place.
         shutil.rmtree(path / "rounds", ignore_errors=True)
         write_atomically(stored, recipe)
-        _note_environment(around)
+        around.unlink(missing_ok=True)
     elif changed:
         raise RunFolderError(
             f"{path} was started with another recipe ({'; '.join(changed[:5])}); "
             "run with the old values, or choose another --out"
         )
+    if not around.exists():
+        facts = {"date": date.today().isoformat(), **environment(), "recipe": hash_file(stored)}
+        write_atomically(around, sealed(facts))
+    read_run(path)
 
 
-def _note_environment(path: Path) -> None:
-    around = {"date": date.today().isoformat(), **environment()}
-    write_atomically(path, json.dumps(around, indent=1) + "\n")
+def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what changes no record, and with each file under one name."""
+    told = {key: _one_name(value) for key, value in recipe.items() if key != "name"}
+    if isinstance(told.get("generate"), dict):
+        told["generate"] = {k: v for k, v in told["generate"].items() if k != "batch_size"}
+    return told
+
+
+def _one_name(value: Any) -> Any:
+    """`./rows.jsonl` and `rows.jsonl` are one file."""
+    if isinstance(value, dict):
+        return {key: _one_name(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_one_name(inner) for inner in value]
+    if isinstance(value, str) and "://" not in value and value.startswith(("./", "../", "/")):
+        return os.path.relpath(value)
+    return value
 
 
 def _has_made_something(path: Path) -> bool:
@@ -348,9 +654,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise RunFolderError(
-                f"{path}:{number} is damaged ({error.msg}); delete {path.parent.parent} to redo the round"
+                f"{path}:{number} is damaged ({error}); `prefloop verify RUN --redo` takes its stage out"
             ) from error
     return rows
 

@@ -75,10 +75,25 @@ def test_a_reject_that_is_still_being_written_is_left_out(tmp_path):
     assert list(RoundDir(tmp_path, 0).rejects()) == [reject(0)]
 
 
-def test_a_diary_that_is_no_text_is_said_to_be_damaged(tmp_path):
-    (tmp_path / "events.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(RunFolderError, match="damaged"):
-        RunDir(tmp_path).events()
+def test_a_diary_with_damaged_lines_is_read_around_them(tmp_path):
+    run = RunDir(tmp_path)
+    run.event("begin")
+    with (tmp_path / "events.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"half')
+    assert [event["event"] for event in run.events()] == ["begin", "damaged"]
+
+
+def test_a_torn_diary_is_healed_when_the_run_goes_on(tmp_path):
+    """Half a line, and the next event glued to it: a finished run could not be shown any more."""
+    with open_run(tmp_path / "a", RECIPE) as run:
+        run.event("begin")
+    diary = tmp_path / "a" / "events.jsonl"
+    with diary.open("ab") as file:
+        file.write(b'{"time": "2026-')
+    with open_run(tmp_path / "a", RECIPE) as run:
+        run.event("end")
+    lines = [json.loads(line)["event"] for line in diary.read_text().splitlines()]
+    assert lines == ["begin", "end"]
 
 
 def test_a_chunk_whose_note_is_missing_is_written_again(tmp_path, monkeypatch):
@@ -121,7 +136,7 @@ def test_a_stage_that_never_noted_anything_starts_with_an_empty_file(tmp_path):
 def test_a_file_shorter_than_its_note_is_refused_with_the_remedy(tmp_path):
     Journal(tmp_path, "pairs").append([pair(0)])
     (tmp_path / "pairs.jsonl").write_bytes(b"")
-    with pytest.raises(RunFolderError, match=r"pairs\.jsonl is shorter .* delete"):
+    with pytest.raises(RunFolderError, match=r"pairs\.jsonl is shorter .*verify .* --redo"):
         Journal(tmp_path, "pairs")
 
 
@@ -153,7 +168,7 @@ def test_the_digest_follows_the_records(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_a_damaged_manifest_is_named(tmp_path, text):
     (tmp_path / "pairs.done.json").write_text(text)
-    with pytest.raises(RunFolderError, match=r"pairs\.done\.json .* delete "):
+    with pytest.raises(RunFolderError, match=r"pairs\.done\.json .*verify .* --redo"):
         RoundDir(tmp_path, 0).manifest("pairs")
 
 

@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from prefloop.annotate.items import AnnotationPlan, Comparison, Side
 from prefloop.errors import DataError, RunFolderError
 from prefloop.records import Record
+from prefloop.run_folder import hash_file, read_sealed, sealed, write_atomically
 
 Choice: TypeAlias = Literal["a", "b", "tie", "skip"]
 
@@ -113,6 +114,7 @@ class StoredVotes:
 
     def __init__(self, path: Path) -> None:
         """Read all lines. Raises DataError where a line before the last is damaged."""
+        _verify(path)
         data = path.read_bytes()
         self.header: Header | None = None
         self.ballots = Ballots()
@@ -186,6 +188,7 @@ class VoteFile:
             while data:
                 data = data[self._file.write(data) :]
             os.fsync(self._file.fileno())
+            _note(self.path)
         except OSError:
             os.truncate(self.path, size)
             raise
@@ -203,6 +206,27 @@ class VoteFile:
         os.truncate(self.path, stored.whole_bytes)
         if stored.whole_bytes and not self.path.read_bytes().endswith(b"\n"):
             self._file.write(b"\n")
+        if stored.whole_bytes:
+            _note(self.path)
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.done.json")
+
+
+def _note(path: Path) -> None:
+    """Write down what the file holds, so that a vote that is changed or lost later is noticed."""
+    write_atomically(_seal(path), sealed({"bytes": path.stat().st_size, "hash": hash_file(path)}))
+
+
+def _verify(path: Path) -> None:
+    """RunFolderError where votes that counted are not there as they were given."""
+    if not _seal(path).exists():
+        return
+    remedy = f"put it back, or delete {_seal(path)} to go on with the votes as they are"
+    noted = read_sealed(_seal(path), remedy)
+    if path.stat().st_size < noted["bytes"] or hash_file(path, noted["bytes"]) != noted["hash"]:
+        raise RunFolderError(f"{path} does not hold the votes as they were given; {remedy}")
 
 
 def _header(comparison: Comparison, plan: AnnotationPlan) -> Header:

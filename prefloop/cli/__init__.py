@@ -20,8 +20,8 @@ from prefloop.cli.compare import compare
 from prefloop.cli.data import data
 from prefloop.cli.evaluate import evaluate
 from prefloop.cli.judge import judge_app, reward_app
-from prefloop.cli.report import RunArgument, report, show, watch
-from prefloop.errors import DataError, PrefloopError
+from prefloop.cli.report import RunArgument, report, show, verify, watch
+from prefloop.errors import DataError, PrefloopError, out_of_memory, system_failure
 
 _TERMINATED = 128 + signal.SIGTERM
 _REMEDIES = {
@@ -31,7 +31,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "shorten it",
     errno.EACCES: "choose a place that you may read and write",
     errno.EROFS: "choose a place that can be written",
-    errno.ENOSPC: "free some space",
+    errno.EMFILE: "raise the limit (ulimit -n)",
 }
 
 app = typer.Typer(
@@ -91,13 +91,31 @@ def main() -> None:
     except PrefloopError as error:
         _print_error(str(error))
         sys.exit(2)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        remedy = _REMEDIES.get(error.errno or 0, "mend that, then try again")
-        _print_error(f"{where}{error.strerror or error}; {remedy}")
+    except Exception as error:
+        sentence = _in_words(error)
+        if sentence is None:
+            raise
+        _print_error(sentence)
         sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _in_words(error: Exception) -> str | None:
+    """What the system or a library refused, with a remedy; None for what only a bug can cause."""
+    if out_of_memory(error):
+        return (
+            f"out of memory ({error}); lower batch sizes, lengths or chunks, or take a smaller model; the same "
+            "command goes on where it stopped"
+        )
+    name = error.filename if isinstance(error, OSError) and error.filename else "this machine"
+    if (words := system_failure(error, name)) is not None:
+        return words
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0, "mend that, then try again")
+        return f"{where}{error.strerror or error}; {remedy}"
+    return None
 
 
 def _terminate(*_: object) -> None:
@@ -139,6 +157,13 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="No lines by stage; one JSON object at the end.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changes",
+            help="Go on although model, data, judge or versions are not those of the run's start.",
+        ),
+    ] = False,
 ) -> None:
     """Play a recipe's closed loop; the same command goes on with a run that was stopped."""
     from rich.console import Console
@@ -155,7 +180,8 @@ def run(
 
     _log_to_stderr()
     console = Console(highlight=False, quiet=as_json)
-    outcome = play(loaded, out or Path("runs") / loaded.name, console)
+    folder = out or Path("runs") / loaded.name
+    outcome = play(loaded, folder, console, accept_changes=accept_changes)
     write_report([outcome.folder], outcome.folder / "report.html")
     if as_json:
         typer.echo(outcome_json(outcome))
@@ -167,6 +193,7 @@ app.command()(compare)
 app.command()(show)
 app.command()(watch)
 app.command()(report)
+app.command()(verify)
 
 
 @app.command()
@@ -204,11 +231,16 @@ def export(
 def merge(
     run_folder: RunArgument,
     out: Annotated[Path, typer.Argument(help="The model's folder; must not exist.")],
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with the run's model."),
+    ] = False,
 ) -> None:
     """Write a run's policy as one plain model, its adapter merged in."""
     from prefloop.run.publish import merge_policy
 
-    typer.echo(f"merged model in {merge_policy(run_folder, out)}")
+    merged = merge_policy(run_folder, out, trust_remote_code=trust_remote_code)
+    typer.echo(f"merged model in {merged}")
 
 
 def _log_to_stderr() -> None:

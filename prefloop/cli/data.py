@@ -118,7 +118,7 @@ def _shown(placed: Placed, chat: Chat) -> Iterator[str]:
     yield _text(chat, chat.prompt_ids(entry.messages))
     for name, answer in answers.items():
         if answer is not None:
-            yield f"{name} «{_text(chat, chat.answer_ids(answer))}»"
+            yield f"{name} «{_text(chat, chat.completion_ids(entry.messages, answer))}»"
 
 
 def _text(chat: Chat, ids: list[int]) -> str:

@@ -56,6 +56,12 @@ DATA = Annotated[
 LIMIT = Annotated[int | None, typer.Option("--limit", min=1, help="So many items of each measure.")]
 SEED = Annotated[int, typer.Option("--seed", min=0, help="Of sampling and intervals.")]
 OUT = Annotated[Path, typer.Option("--out", help="Where reports and kept results lie.")]
+TRUST = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run code that comes with a run's model, if its recipe says so."
+    ),
+]
 JSON = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")]
 
 
@@ -71,6 +77,7 @@ def evaluate(  # noqa: PLR0913
     limit: LIMIT = None,
     seed: SEED = 0,
     out: OUT = Path("evaluations"),
+    trust_remote_code: TRUST = False,
     as_json: JSON = False,
 ) -> None:
     """Measure models and runs' policies, with intervals; what was measured before is not measured again."""
@@ -92,6 +99,7 @@ def evaluate(  # noqa: PLR0913
         data=data,
         limit=limit,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     report = measure(options, lambda line: typer.echo(line, err=True))
     write_tables(report, out)

@@ -1,7 +1,8 @@
-"""The commands that show runs: show, watch, report."""
+"""The commands that look at runs: show, watch, report, verify."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -85,3 +86,30 @@ def report(
     typer.echo(f"report in {written.page}")
     if written.chains_file:
         typer.echo(f"all {written.total:,} pairs in {written.chains_file}, for that page to open")
+
+
+def verify(
+    run_folder: RunArgument,
+    redo: Annotated[
+        bool,
+        typer.Option(
+            "--redo",
+            help="Take damaged stages out; the command that began the run makes them again.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compare every file of a run with what its manifests say; exits with 1 where one is not as it was written."""
+    from prefloop.run.verify import verify_run
+
+    found = verify_run(run_folder, redo=redo)
+    if as_json:
+        typer.echo(json.dumps(found.__dict__, indent=1, ensure_ascii=False))
+    else:
+        for sentence in found.damaged:
+            typer.echo(sentence)
+        for stage in found.redone:
+            typer.echo(f"taken out: {stage}")
+        typer.echo(f"{run_folder}: {found.stages} stages, {len(found.damaged)} damaged")
+    if found.damaged and not redo:
+        raise typer.Exit(1)

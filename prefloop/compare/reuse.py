@@ -15,7 +15,6 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -24,7 +23,7 @@ import prefloop.methods
 from prefloop.config import plugin_name
 from prefloop.methods import Method
 from prefloop.recipe import Recipe
-from prefloop.run_folder import REJECTS, RunDir
+from prefloop.run_folder import REJECTS, RoundDir, RunDir
 
 START_STAGES = ("sft", "answers", "introspection")
 """Stages of `rounds/start` that can be reused; its measures are computed in each cell."""
@@ -172,6 +171,7 @@ def copy_stages(run: RunDir, donors: Mapping[str, Path]) -> list[str]:
 
 
 def _copy(origin: Path, target: Path, stage: str) -> None:
+    RoundDir(origin, -1 if origin.name == "start" else int(origin.name)).verify(stage)
     names = ["policy", "train"] if stage == "sft" else [f"{stage}.jsonl"]
     for name in [*names, f"{stage}.done.json"]:
         if (origin / name).is_dir():
@@ -193,7 +193,8 @@ def _link(origin: str, target: str) -> None:
 
 def _copy_rejects(origin: Path, target: Path, stage: str) -> None:
     """Copy the rejects up to the end of `stage`; the origin may already hold those of later stages."""
-    manifest = json.loads((origin / f"{stage}.done.json").read_text(encoding="utf-8"))
-    count = sum(manifest.get("rejects", {}).values())
-    with (origin / REJECTS).open(encoding="utf-8") as file:
-        (target / REJECTS).write_text("".join(islice(file, count)), encoding="utf-8")
+    facts = RoundDir(origin, 0).manifest(stage) or {}
+    # A stage that measures does not say how many there were: there were none.
+    size = facts.get("growing", {}).get(REJECTS, [0])[0]
+    with (origin / REJECTS).open("rb") as file:
+        (target / REJECTS).write_bytes(file.read(size))

@@ -191,8 +191,8 @@ def _is_played(cell: Cell) -> bool:
     """Whether the cell's run has ended; RunFolderError where the folder is another recipe's."""
     if not (cell.folder / "policy").is_dir():
         return False
-    with open_run(cell.folder, cell.recipe.dump()):
-        return True
+    with open_run(cell.folder, cell.recipe.dump()) as run:
+        return run.verify_published() is not None
 
 
 def start_process(cell: Cell, jobs: int) -> subprocess.Popen[bytes]:

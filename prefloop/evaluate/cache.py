@@ -20,6 +20,7 @@ from prefloop.records import (
     read_jsonl,
     write_jsonl,
 )
+from prefloop.run_folder import Manifest
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
@@ -60,10 +61,15 @@ def cached_chunks(
     records: list[R] = []
     for number, chunk in enumerate(chunks):
         path = folder / f"{number:05d}.jsonl"
-        if not path.exists():
+        manifest = Manifest(
+            path.with_suffix(".done.json"),
+            f"delete {folder}, and the same command makes it again",
+        )
+        if manifest.verify() is None:
             part = path.with_suffix(".part")
             write_jsonl(part, work(chunk, number))
-            part.replace(path)  # a kill leaves no half chunk behind
+            part.replace(path)
+            manifest.write({}, [path])  # last: a kill leaves no half chunk behind
         records += read_jsonl(path, kind)
     return records
 

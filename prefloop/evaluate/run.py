@@ -40,8 +40,8 @@ from prefloop.evaluate.subjects import (
 )
 from prefloop.evaluate.suites import ChosenMeasure, choose
 from prefloop.machine import environment, keep_freed_memory
-from prefloop.records import Sampling, read_json, read_jsonl, write_jsonl
-from prefloop.run_folder import alone_in, write_atomically
+from prefloop.records import Sampling, read_jsonl, write_jsonl
+from prefloop.run_folder import Manifest, alone_in, write_atomically
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")
@@ -67,12 +67,14 @@ class Options:
     data: str | None = None
     limit: int | None = None
     seed: int = 0
+    trust_remote_code: bool = False
+    """Run code that comes with a run's model, where its recipe asks for it."""
 
 
 def evaluate(options: Options, say: Say) -> dict[str, Any]:
     """Measure all subjects, write the report and return it; `say` prints progress. Raises PrefloopError."""
     keep_freed_memory()
-    sources = [find_subject(text) for text in options.subjects]
+    sources = [find_subject(text, trust=options.trust_remote_code) for text in options.subjects]
     subject_names = display_names(sources)
     if duplicate := next((name for name in subject_names if subject_names.count(name) > 1), None):
         raise RecipeError(f"{duplicate} is named twice; name each subject once")
@@ -213,15 +215,24 @@ class SubjectRun:
             "facts": dict(outcome.facts or {}),
             "seconds": seconds,
         }
-        write_atomically(measure_folder / "outcome.json", json.dumps(row, allow_nan=False) + "\n")
+        json.dumps(row, allow_nan=False)  # ValueError: a measure's bug must not be cached
+        self._outcome(choice).write(row, [measure_folder / "items.jsonl"])
         # Unfinished work may hold texts that the result leaves out on purpose.
         shutil.rmtree(subject.folder)
         self.say(f"{self.name}  {choice.name}  {seconds:.1f} s")
         return {**row, "kept_from_before": False}
 
     def _read_outcome(self, choice: ChosenMeasure) -> dict[str, Any] | None:
-        path = self._measure_folder(choice) / "outcome.json"
-        return {**read_json(path), "kept_from_before": True} if path.is_file() else None
+        row = self._outcome(choice).verify()
+        if row is None:
+            return None
+        del row["files"]
+        return {**row, "kept_from_before": True}
+
+    def _outcome(self, choice: ChosenMeasure) -> Manifest:
+        folder = self._measure_folder(choice)
+        remedy = f"delete {folder}, and the same command measures it again"
+        return Manifest(folder / "outcome.json", remedy)
 
     def _measure_folder(self, choice: ChosenMeasure) -> Path:
         # Named once: a file that changes meanwhile must not change the folder's name.

@@ -15,10 +15,16 @@ from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine, open_engine
 from prefloop.models.chat_template import set_template_date
 from prefloop.models.policy import Policy
-from prefloop.models.sources import ModelOptions, local_folder, quiet, resolve_source
+from prefloop.models.sources import (
+    ModelOptions,
+    local_folder,
+    quiet,
+    resolve_source,
+    without_code,
+)
 from prefloop.recipe import Recipe, initial_source, load_recipe
 from prefloop.records import Candidates, Prompt, Request, Response, Sampling, Scored
-from prefloop.run_folder import RunDir, read_run
+from prefloop.run_folder import PUBLISHED, RunDir, read_run
 
 # Files of a model's folder on which its outputs depend.
 _MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
@@ -34,6 +40,8 @@ class Source:
     run: RunDir | None = None
     round: int | None = None
     """-1 is the model from which the run's training started; None is the policy that the run recommends."""
+    trust: bool = False
+    """Whether code that comes with the run's model may run; its recipe alone does not decide that."""
 
     @property
     def recipe(self) -> Recipe | None:
@@ -47,7 +55,8 @@ class Source:
             return ModelOptions(source=self.text, tuning="full")
         recipe = self.recipe
         assert recipe is not None
-        return initial_source(recipe, self.run)
+        source = initial_source(recipe, self.run)
+        return without_code(source, self.trust and source.trust_remote_code)
 
     @property
     def folder(self) -> Path | None:
@@ -55,8 +64,10 @@ class Source:
         if self.run is None or self.round == -1:
             return None
         if self.round is None:
-            return self.run.path / "policy"
-        return self.run.path / "rounds" / f"{self.round:04d}" / "policy"
+            return self.run.verify_published() or self.run.path / PUBLISHED
+        round_dir = self.run.round(self.round)
+        round_dir.verify_policy()
+        return round_dir.policy
 
     def weights_hash(self) -> str:
         """A hash of the weights, the tokenizer's files and the options of loading. Raises ModelError."""
@@ -69,10 +80,10 @@ class Source:
 
     def initial_hash(self) -> str | None:
         """`weights_hash` of the model from which training started; None where that is not known."""
-        return Source(self.text, self.run, -1).weights_hash() if self.run else None
+        return Source(self.text, self.run, -1, self.trust).weights_hash() if self.run else None
 
 
-def find_subject(text: str) -> Source:
+def find_subject(text: str, *, trust: bool = False) -> Source:
     """The subject that a text names: RUN, RUN@ROUND, RUN@start, or a model. Raises RunFolderError."""
     path, at, round_name = text.rpartition("@")
     if at and (Path(path).expanduser() / "recipe.yaml").is_file():
@@ -81,7 +92,7 @@ def find_subject(text: str) -> Source:
             raise RunFolderError(
                 f"{text}: {round_name!r} is no round; write {path}@start or {path}@0"
             )
-        source = Source(text, run, -1 if round_name == "start" else int(round_name))
+        source = Source(text, run, -1 if round_name == "start" else int(round_name), trust)
         rounds = [round_dir.number for round_dir in run.rounds() if round_dir.policy.is_dir()]
         if source.round != -1 and source.round not in rounds:
             available = f"it has {', '.join(map(str, rounds))}" if rounds else "it has none yet"
@@ -96,7 +107,7 @@ def find_subject(text: str) -> Source:
         raise RunFolderError(
             f"{text} has no policy yet; finish it with prefloop run, or name a round: {text}@0"
         )
-    return Source(text, read_run(folder))
+    return Source(text, read_run(folder), trust=trust)
 
 
 def display_names(sources: Sequence[Source]) -> list[str]:

@@ -1,27 +1,33 @@
 """Questions to a server with OpenAI's chat interface: vLLM, llama.cpp's server, a provider.
 
-Requests run side by side, are paced, and are repeated with growing pauses (Retry-After is obeyed) by the
-`openai` package, which is imported when a server is opened. The key comes from the environment and goes
-into the request's header, nowhere else.
+Requests run side by side, are paced, and are repeated with growing pauses (Retry-After is obeyed). They are
+sent by the `openai` package, which is imported when a server is opened, over bounded connections
+(bounded_http.py). The key comes from the environment and goes into the request's header, nowhere else.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prefloop.config import Options
 from prefloop.errors import ApiError
 from prefloop.records import Message
+
+T = TypeVar("T")
 
 
 class ServerOptions(Options):
@@ -38,9 +44,25 @@ class ServerOptions(Options):
     requests_per_minute: float | None = Field(default=None, gt=0.0)
     """Requests begun in a minute at most, repeated ones included; null sets no limit."""
     timeout: float = Field(default=120.0, gt=0.0)
-    """Seconds that one attempt may take."""
+    """Seconds that one attempt may take, from connecting to the last byte."""
     retries: int = Field(default=8, ge=0)
     """Further attempts when the server is away, overloaded or too slow: pauses from 0.5 s, doubled up to 8 s."""
+    longest_pause: float = Field(default=600.0, ge=0.0)
+    """Seconds to wait at most where the server names a time (Retry-After); one that names more is given up."""
+    max_reply_mb: float = Field(default=64.0, gt=0.0)
+    """Largest reply (MiB) that is read."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            good = bool(parts.hostname) and parts.port != 0 and url.isascii()
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"{url!r} is no address; write it as http://HOST:PORT/v1")
+        return url
 
 
 @dataclass(frozen=True)
@@ -100,6 +122,8 @@ class Refused:
     """The server will not answer this one request (too long, filtered, ...); others may well be answered."""
 
     detail: str
+    malformed: bool = False
+    """It has answered, in a form that cannot be read."""
 
 
 class ChatServer:
@@ -112,13 +136,17 @@ class ChatServer:
         import openai
 
         self._openai = openai
-        pace = _Pace(options.requests_per_minute)
-        http = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace.wait()]})
+        from prefloop.generate import bounded_http
+
+        self._bounded = bounded_http
+        self._pace = _Pace(options.requests_per_minute)
+        http = bounded_http.client(options.timeout, int(options.max_reply_mb * 2**20), options.url)
         self._client = openai.OpenAI(
             base_url=options.url,
             # The package insists on a key, and would look for OPENAI_API_KEY, which nobody named here.
             api_key=self._key or "none",
-            max_retries=options.retries,
+            # Retries are made here: the package gives up, or waits at its will, where a server names a long time.
+            max_retries=0,
             timeout=options.timeout,
             http_client=http,
         )
@@ -127,24 +155,47 @@ class ChatServer:
     def models(self) -> list[str]:
         """Names of the models that the server says it serves. ApiError where it cannot be asked."""
         try:
-            return [str(model.id) for model in self._client.models.list()]
-        except (self._openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+            return [str(model.id) for model in self._tried(self._client.models.list)]
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
             raise self._failure(error) from error
 
     def complete(self, ask: Ask) -> Reply | Refused:
         """Ask once (with retries). ApiError where asking anything else would fail too."""
+        body = ask.body(self.options.model)
         try:
-            completion = self._client.post(
-                "/chat/completions", cast_to=object, body=ask.body(self.options.model)
+            completion = self._tried(
+                lambda: self._client.post("/chat/completions", cast_to=object, body=body)
             )
-            return _reply(completion)
-        except self._openai.APIStatusError as error:
-            # 500 is how several servers say that this one request broke them.
-            if error.status_code in (400, 413, 422, 500):
-                return Refused(f"status {error.status_code}: {self._words(error)}")
+            return _reply(completion, self._key)
+        except _RefusedError as refused:
+            return Refused(str(refused))
+        except RecursionError:
+            return Refused("the reply is nested too deeply", malformed=True)
+        except _MalformedError as error:
+            return Refused(str(error), malformed=True)
+        except (LookupError, TypeError, ValueError) as error:
             raise self._failure(error) from error
-        except (self._openai.OpenAIError, LookupError, TypeError, ValueError) as error:
-            raise self._failure(error) from error
+
+    def _tried(self, ask: Callable[[], T]) -> T:
+        """Ask until it works, `retries` times more at most. ApiError or _RefusedError where it does not."""
+        for attempt in range(1, self.options.retries + 2):
+            self._pace.wait()
+            try:
+                return ask()
+            except (self._openai.OpenAIError, self._bounded.Refusal) as error:
+                status = getattr(error, "status_code", None)
+                passing = status is None or status in (408, 409, 429) or status >= 500
+                hopeless = self._bounded.refusal(error) is not None
+                wait = _retry_after(error)
+                last = attempt > self.options.retries or (wait or 0) > self.options.longest_pause
+                if passing and not hopeless and not last:
+                    time.sleep(min(8.0, 0.5 * 2 ** (attempt - 1)) if wait is None else wait)
+                    continue
+                # 500 is how several servers say that this one request broke them.
+                if status in (400, 413, 422, 500):
+                    raise _RefusedError(f"status {status}: {self._words(error)}") from error
+                raise self._failure(error, attempt, wait) from error
+        raise AssertionError("the last attempt returns or raises")
 
     def each(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Reply | Refused]]:
         """Ask all, `concurrency` at a time; yields (position, answer) as the answers come.
@@ -184,10 +235,19 @@ class ChatServer:
         line = " ".join(str(said or error).split())[:200].rstrip(".")
         return line.replace(self._key, "[key]") if self._key else line
 
-    def _failure(self, error: BaseException) -> ApiError:
+    def _failure(
+        self, error: BaseException, attempt: int = 1, wait: float | None = None
+    ) -> ApiError:
         """What stands between us and the server, in one sentence with a remedy."""
         url, status = self.options.url, getattr(error, "status_code", None)
-        attempts = f"after {self.options.retries + 1} attempts"
+        attempts = f"after {attempt} attempt{'s' * (attempt > 1)}"
+        if (refusal := self._bounded.refusal(error)) is not None:
+            return ApiError(f"{url} {refusal}")
+        if wait is not None and wait > self.options.longest_pause:
+            return ApiError(
+                f"{url} asks to wait {wait:,.0f} s (status {status}, {attempts}), and longest_pause is "
+                f"{self.options.longest_pause:,.0f} s; raise it, or run the same command later"
+            )
         if isinstance(error, self._openai.APITimeoutError):
             return ApiError(
                 f"{url} did not answer within {self.options.timeout:g} s {attempts}; "
@@ -254,8 +314,35 @@ def demand_client(options: ServerOptions) -> str | None:
     return key
 
 
-def _reply(completion: Any) -> Reply:
-    """Read the fields that every server has; LookupError, TypeError or ValueError where one is missing."""
+class _RefusedError(Exception):
+    """The server refuses this request."""
+
+
+class _MalformedError(Exception):
+    """The reply has the right form and cannot be used."""
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds that the server asks to wait, as a number or a date; None where it names no time."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    text = headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _reply(completion: Any, key: str | None) -> Reply:
+    """Read the fields that every server has; LookupError, TypeError or ValueError where one is missing.
+
+    Raises _MalformedError for a text or log-probs that cannot be used. A key that the server echoes is masked.
+    """
+    if key:
+        completion = json.loads(json.dumps(completion).replace(json.dumps(key)[1:-1], "[key]"))
     choice = completion["choices"][0]
     message = choice["message"]
     text = message.get("content")
@@ -263,17 +350,32 @@ def _reply(completion: Any) -> Reply:
         text = message.get("refusal") or ""
     if not isinstance(text, str):
         raise TypeError(f"message.content is of type {type(text).__name__}")
-    logprobs = (choice.get("logprobs") or {}).get("content") or ()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _MalformedError(f"the text holds half a character ({error.reason})") from error
+    try:
+        logprobs = (choice.get("logprobs") or {}).get("content") or ()
+        tokens = tuple(map(_token, logprobs))
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise _MalformedError(f"its log-probs cannot be read ({error})") from error
     # vLLM's name and that of most others.
     thought = message.get("reasoning") or message.get("reasoning_content") or ""
-    finish = str(choice.get("finish_reason"))
-    return Reply(text, finish, tuple(map(_token, logprobs)), str(thought))
+    return Reply(text, str(choice.get("finish_reason")), tokens, str(thought))
 
 
 def _token(entry: Mapping[str, Any]) -> Token:
     top = entry.get("top_logprobs") or ()
     return Token(
         str(entry["token"]),
-        float(entry["logprob"]),
-        tuple((str(one["token"]), float(one["logprob"])) for one in top),
+        _logprob(entry["logprob"]),
+        tuple((str(one["token"]), _logprob(one["logprob"])) for one in top),
     )
+
+
+def _logprob(value: Any) -> float:
+    """A log-probability; ValueError for a number that is none. Servers round a little above 0, and send -inf."""
+    number = float(value)
+    if not number <= 1e-3:
+        raise ValueError(f"{number} is no log-probability")
+    return min(number, 0.0)

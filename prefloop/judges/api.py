@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 CONTROL = NoVerdict("control tokens in the text")
 REFUSED = "the server refused the request"
+MALFORMED = "the server's reply cannot be read"
 # A server may read these as its model's control tokens: a text that holds one could end its own turn.
 _CONTROL = re.compile(
     r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
@@ -105,6 +106,13 @@ class StoredReply(Record):
     """Probability of each option; None where there is no verdict."""
     failure: str | None = None
     """Why there is no verdict."""
+    check: str = ""
+    """Hash of the rest of the line."""
+
+    def checked(self) -> StoredReply:
+        """The same with its hash."""
+        rest = self.model_copy(update={"check": ""}).model_dump_json()
+        return self.model_copy(update={"check": blake2b(rest.encode(), digest_size=8).hexdigest()})
 
 
 class VerdictFile:
@@ -125,7 +133,7 @@ class VerdictFile:
         complete = data.rfind(b"\n") + 1
         if complete < len(data):
             os.truncate(path, complete)
-        for number, line in enumerate(data[:complete].splitlines(), start=1):
+        for number, line in enumerate(data[:complete].split(b"\n")[:-1], start=1):
             try:
                 reading = StoredReply.model_validate_json(line)
             except ValidationError as error:
@@ -133,12 +141,17 @@ class VerdictFile:
                     f"{path}:{number} is no verdict ({error.errors()[0]['msg']}); delete that line, or "
                     "name another file in judge.verdicts"
                 ) from error
+            if reading.checked().check != reading.check:
+                raise JudgeError(
+                    f"{path}:{number} is not as it was written; delete that line, and its verdict is asked "
+                    "for again"
+                )
             self.replies[reading.key] = reading
 
     def add(self, reading: StoredReply) -> None:
         """Append a reply with one synced write, so that several runs can share the file."""
         self.replies[reading.key] = reading
-        line = (reading.model_dump_json() + "\n").encode()
+        line = (reading.checked().model_dump_json() + "\n").encode()
         handle = os.open(self._path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(handle, line)
@@ -195,7 +208,8 @@ class _OpenApi:
                 if isinstance(reply, Refused):
                     # Not stored: another attempt may succeed, and this one cost nothing.
                     logger.warning("the judge's server refuses a request: %s", reply.detail)
-                    refused[key] = StoredReply(key=key, reply=reply.detail, failure=REFUSED)
+                    reason = MALFORMED if reply.malformed else REFUSED
+                    refused[key] = StoredReply(key=key, reply=reply.detail, failure=reason)
                 else:
                     self.file.add(read(key, reply, self.question.options))
                 bar.advance(items=1)

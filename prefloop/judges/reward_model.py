@@ -28,6 +28,7 @@ from prefloop.models.reward import (
     padded,
     padding_token,
     trained_with,
+    verify_reward,
     window_of,
 )
 from prefloop.models.sources import reason
@@ -74,6 +75,7 @@ class RewardModel(Judge):
         self, policy: Engine | None, prompts: PromptSet, initial: Initial | None = None
     ) -> OpenJudge:
         """Load model and tokenizer; JudgeError where that fails or the model gives no single score."""
+        verify_reward(self.model)
         head = load_head(self.model)
         if head is not None:
             return _OpenEmbeddingHead(head, Embedder(head.source))

@@ -77,6 +77,12 @@ class Rules(Judge):
                 raise ValueError(
                     f"judge: {pattern!r} is no regular expression ({error}); correct it"
                 ) from error
+        for unit in ("words", "characters"):
+            least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
+            if least is not None and most is not None and least > most:
+                raise ValueError(
+                    f"judge.min_{unit} ({least}) is above judge.max_{unit} ({most}); no answer keeps both"
+                )
         if not list(self.checks()):
             raise ValueError("judge 'rules' has no rule; give at least one, such as max_words")
         return self

@@ -165,10 +165,6 @@ class Chat:
 
     # Plain texts.
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """Tokens of an answer by itself, then end-of-turn; `completion_ids` knows its context."""
-        return [*self.text_ids(answer), self.end_id]
-
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a text in which nothing is special."""
         return list(
@@ -196,10 +192,6 @@ class Chat:
         rows = [first, *([*first, token] for token in ids)]
         texts = self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
         return tuple(text[len(texts[0]) :] for text in texts[1:])
-
-    def first_ids(self, options: Sequence[str]) -> list[int]:
-        """The first token of each option by itself; `option_ids` knows its context."""
-        return _different(options, [self.text_ids(option)[0] for option in options])
 
     def count(self, text: str) -> int:
         """Number of tokens of a text."""

@@ -35,7 +35,9 @@ class Embedder:
         place = _place(source)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-            model = AutoModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
+            model = AutoModel.from_pretrained(
+                place, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             why = str(error).strip().partition("\n")[0].rstrip(".:")
             raise ModelError(

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from prefloop.errors import ModelError
 from prefloop.models.chat_template import dated
 from prefloop.records import Message
+from prefloop.run_folder import Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,22 @@ Array = NDArray[np.float32]
 MODEL_TYPE = "prefloop_embedding_head"
 
 _WEIGHTS = "model.safetensors"
+REPORT = "report.json"
+"""What a finished `prefloop reward train` leaves last."""
+
+
+def reward_manifest(folder: Path) -> Manifest:
+    """What a finished reward training says of itself, and of its files."""
+    return Manifest(
+        folder / REPORT, f"delete {folder}, and the same prefloop reward train makes it again"
+    )
+
+
+def verify_reward(name: str) -> None:
+    """RunFolderError where a reward model of ours is not as it was trained; others vouch for nothing."""
+    folder = Path(name).expanduser()
+    if (folder / REPORT).is_file() and (folder / "recipe.yaml").is_file():
+        reward_manifest(folder).verify()
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ What is loaded is safetensors and nothing else. This file is cheap to import: re
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from rich.console import Console
 
 from prefloop.config import Options
@@ -49,6 +51,19 @@ class LoraOptions(Options):
     use_rslora: bool = False
     """Scale the update by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
 
+    @field_validator("target_modules")
+    @classmethod
+    def _is_a_pattern(cls, value: str | list[str]) -> str | list[str]:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"{value!r} is no regular expression ({error}); give a list of module names to name "
+                    "them as they are"
+                ) from error
+        return value
+
 
 class ModelOptions(Options):
     """Which model is aligned, what of it is trained, and in which numbers."""
@@ -75,6 +90,11 @@ class ModelOptions(Options):
     """For example "sdpa", "eager", "flash_attention_2"; None leaves it to transformers."""
     gradient_checkpointing: bool = False
     """Trade time for memory: activations are computed again in the backward pass."""
+
+
+def without_code(options: ModelOptions, trust: bool) -> ModelOptions:
+    """The model of a run's folder that may be a stranger's: its code runs where the user trusts it, not the recipe."""
+    return options.model_copy(update={"trust_remote_code": trust})
 
 
 class Embedded(NamedTuple):
@@ -265,20 +285,24 @@ def _sha256(file: Path, size: int) -> str:
 def _unpack(weights: Path, folder: Path) -> None:
     """Turn a GGUF file into a folder of safetensors; two processes may do so at the same time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     console = Console(file=sys.stderr)
     bars = contextlib.redirect_stderr(io.StringIO())
-    try:
-        with console.status(f"unpacking {weights.name}, once"), bars, quiet():
-            _convert(weights, part)
-        give_usual_modes(part)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():  # another process was first
+            return
+        # What a killed process has left: nobody else is at work while the lock is held.
+        for old in folder.parent.glob(f".{folder.name}.*"):
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
+            with console.status(f"unpacking {weights.name}, once"), bars, quiet():
+                _convert(weights, part)
+            give_usual_modes(part)
             part.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _convert(weights: Path, folder: Path) -> None:
@@ -290,12 +314,18 @@ def _convert(weights: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        weights.parent, gguf_file=weights.name, dtype=torch.float32, **extra
+        weights.parent,
+        gguf_file=weights.name,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        **extra,
     )
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     # bfloat16 is what the original was published in, and finer than 4 bits.
     model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        weights.parent, gguf_file=weights.name, trust_remote_code=False
+    )
     tokenizer.model_max_length = _EMBEDDED_CONTEXT
     tokenizer.save_pretrained(folder)

@@ -225,5 +225,6 @@ def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:
     """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
     start = run.round(-1)
     if recipe.sft is not None and start.manifest("sft"):
+        start.verify_policy()
         return recipe.model.model_copy(update={"source": str(start.policy.resolve())})
     return recipe.model

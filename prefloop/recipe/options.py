@@ -75,7 +75,12 @@ class LaunchOptions(Options):
         if self.command is None:
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             return [sys.executable, *torchrun, "--nproc-per-node", str(self.processes)]
-        first, *rest = shlex.split(self.command) or [""]
+        try:
+            first, *rest = shlex.split(self.command) or [""]
+        except ValueError as error:
+            raise LaunchError(
+                f"launch.command {self.command!r} cannot be read ({error}); close its quotes"
+            ) from error
         # What is installed beside this Python is meant, whether or not that environment is active.
         places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         found = shutil.which(first, path=places)

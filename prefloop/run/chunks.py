@@ -6,13 +6,19 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prefloop.errors import RunFolderError
-from prefloop.records import Candidates, Pair, Record, Reject, read_json
-from prefloop.run_folder import REJECTS, _size, write_atomically
+from prefloop.records import Candidates, Pair, Record, Reject
+from prefloop.run_folder import (
+    REJECTS,
+    RoundDir,
+    sealed,
+    write_atomically,
+)
 
 _ALL = "all"
 
@@ -44,12 +50,20 @@ class ChunkStore:
         """Leave a chunk, and what it cost, for the run to take."""
         self._folder.mkdir(exist_ok=True)
         lines = [f"{type(record).__name__} {record.model_dump_json()}\n" for record in records]
-        write_atomically(self._path(chunk), "".join([f"{json.dumps(counts)}\n", *lines]))
+        text = "".join([f"{json.dumps(counts)}\n", *lines])
+        write_atomically(self._path(chunk), f"{_hash(text)}\n{text}")
 
     def read(self, chunk: int) -> tuple[list[Record], dict[str, int]]:
-        """The records of a chunk, and what it cost."""
+        """The records of a chunk, and what it cost. RunFolderError where the chunk is not as it was written."""
+        path = self._path(chunk)
+        seal, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        if seal != _hash(text):
+            raise RunFolderError(
+                f"{path} is not as it was written; delete {path.parent}, and the same command makes its "
+                "chunks again"
+            )
         # Not splitlines: texts may hold other line separators, which JSON leaves as they are.
-        counts, *lines, _ = self._path(chunk).read_text(encoding="utf-8").split("\n")
+        counts, *lines, _ = text.split("\n")
         found = []
         for line in lines:
             kind, _, record = line.partition(" ")
@@ -71,53 +85,65 @@ class Journal:
     """Append-only record files of one stage, advanced in whole chunks."""
 
     def __init__(self, folder: Path, stage: str) -> None:
-        """Open the stage's files, cut back to the last whole chunk if the stage was killed."""
-        self._folder = folder
+        """Open the stage's files, cut back to the last whole chunk if the stage was killed.
+
+        Raises RunFolderError where what was written before is not there any more, or has changed.
+        """
+        round_dir = RoundDir(folder, 0)
         self._note = folder / f"{stage}.progress.json"
         self._main = folder / f"{stage}.jsonl"
         self._files = (self._main, folder / REJECTS)
         if self._note.exists():
-            note = read_json(self._note)
+            note = round_dir.verify_begun(stage)
         else:
             # The stage's own file starts empty; rejects of earlier stages stay.
-            note = {"chunks": 0, self._main.name: 0, REJECTS: _size(folder / REJECTS)}
-            write_atomically(self._note, json.dumps(note))
-        try:
-            self.chunks = int(str(note["chunks"]))
-            counts: Any = note.get("counts")
-            self.counts: Counter[str] = Counter(counts)
-            sizes = [int(str(note[path.name])) for path in self._files]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(
-                f"{self._note} is damaged ({note}); delete {folder} to redo the round"
-            ) from error
-        for path, wanted in zip(self._files, sizes, strict=True):
-            have = _size(path)
-            if have < wanted:
-                raise RunFolderError(
-                    f"{path} is shorter than when it was written; delete {folder} to redo the round"
-                )
+            before = round_dir.rejects_before(stage)
+            note = {"chunks": 0, self._main.name: [0, _hash("")], REJECTS: [before, None]}
+        self.chunks: int = note["chunks"]
+        self.counts: Counter[str] = Counter(note.get("counts", {}))
+        for path in self._files:
             path.touch()
-            os.truncate(path, wanted)
+            os.truncate(path, note[path.name][0])
+        self._hashes = [_running(path) for path in self._files]
+        self._write_note()
 
     def append(self, records: Iterable[Record], counts: Mapping[str, int] | None = None) -> None:
         """Write one chunk: rejects to the rejects, all else to the stage's file; then note it.
 
         `counts` of what the chunk cost are added to `self.counts`, which survives a kill.
         """
-        main, rejects = (path.open("a", encoding="utf-8") for path in self._files)
-        with main, rejects:
-            for record in records:
-                file = rejects if isinstance(record, Reject) else main
-                file.write(record.model_dump_json() + "\n")
-            for file in (main, rejects):
+        lines: tuple[list[str], list[str]] = ([], [])
+        for record in records:
+            lines[isinstance(record, Reject)].append(record.model_dump_json() + "\n")
+        for path, new, running in zip(self._files, lines, self._hashes, strict=True):
+            data = "".join(new).encode()
+            with path.open("ab") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            running.update(data)
         self.chunks += 1
         self.counts.update(counts or {})
-        sizes = {path.name: _size(path) for path in self._files}
-        note = {"chunks": self.chunks, **sizes, "counts": self.counts}
-        write_atomically(self._note, json.dumps(note))
+        self._write_note()
+
+    def _write_note(self) -> None:
+        facts: dict[str, Any] = {"chunks": self.chunks, "counts": self.counts}
+        for path, running in zip(self._files, self._hashes, strict=True):
+            facts[path.name] = [path.stat().st_size, running.hexdigest()]
+        write_atomically(self._note, sealed(facts))
+
+
+def _hash(text: str) -> str:
+    return blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def _running(path: Path) -> blake2b:
+    """A hash of the file so far, to be gone on with."""
+    found = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found
 
 
 class Chunks:

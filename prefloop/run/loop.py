@@ -45,6 +45,7 @@ from prefloop.report.console import glance, stage_line
 from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
 from prefloop.run.held_out import HELD_OUT, answer_and_score
+from prefloop.run.inputs import inputs, surroundings
 from prefloop.run.publish import publish
 from prefloop.run.session import Session
 from prefloop.run_folder import Outcome, RoundDir, RunDir, open_run
@@ -56,10 +57,18 @@ _FAILED = "failed: "
 """Begins the name of a count of failures; a reason follows."""
 
 
-def run(recipe: Recipe, folder: Path, console: Console) -> Outcome:
-    """Play all rounds that are not played yet; continuing a killed run is the same call."""
+def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool = False) -> Outcome:
+    """Play all rounds that are not played yet; continuing a killed run is the same call.
+
+    Raises RunFolderError where a model, data or versions are not those of the start, unless changes are accepted.
+    """
     check_curve(recipe)
-    with open_run(folder, recipe.dump()) as rundir:
+    with open_run(folder, recipe.dump(), accept_changes=accept_changes) as rundir:
+        rundir.same_inputs(inputs(recipe))
+        for change in rundir.same_inputs(surroundings(), decisive=False):
+            log.warning(
+                "%s: the run's numbers may differ in their last digits from here on", change
+            )
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)
         with closing(loop.session.outside):
@@ -177,7 +186,7 @@ class _Loop:
             )
 
     def _train(self, round_dir: RoundDir) -> None:
-        if round_dir.manifest("train"):
+        if round_dir.verify_made("train"):
             # Once more, for a run that was killed between the manifest and this.
             self.session.tidy(round_dir)
             return
@@ -189,7 +198,7 @@ class _Loop:
 
     def _supervise(self, round_dir: RoundDir) -> None:
         """Round 0: supervised fine-tuning on the data's targets (IAL's initiation)."""
-        if round_dir.manifest("sft"):
+        if round_dir.verify_made("sft"):
             self.session.tidy(round_dir)
             return
         watch = Stopwatch()
@@ -200,7 +209,7 @@ class _Loop:
 
     def _evaluate(self, round_dir: RoundDir) -> RoundResult:
         """Answers to the held-out prompts, and the whole method played on them, measured."""
-        if round_dir.manifest("result") and (found := round_dir.records("result", RoundResult)):
+        if round_dir.verify_made("result") and (found := round_dir.records("result", RoundResult)):
             return found[0]
         watch = Stopwatch()
         self._answer_held_out(round_dir)
@@ -294,7 +303,7 @@ class _Loop:
         self, round_dir: RoundDir, stage: str, items: Callable[[], Iterable[Any]], work: Work
     ) -> None:
         """Run a stage chunk by chunk unless it is done; each chunk has a seed of its own place."""
-        if round_dir.manifest(stage):
+        if round_dir.verify_made(stage):
             return
         watch, flow, store = Stopwatch(), items(), ChunkStore(round_dir.path, stage)
         measures = stage in ("answers", "introspection")
@@ -318,9 +327,11 @@ class _Loop:
         failures = {
             key.removeprefix(_FAILED): n for key, n in journal.counts.items() if _FAILED in key
         }
+        made_from = {"ranked": "candidates", "pairs": "ranked"}.get(stage)
         round_dir.finish(
             stage,
             records=made,
+            **({"input": round_dir.digest(made_from)} if made_from else {}),
             **({"failures": failures} if measures else {"rejects": dict(reasons)}),
             **{key: n for key, n in journal.counts.items() if _FAILED not in key},
             output=round_dir.digest(stage),

@@ -10,11 +10,19 @@ from pathlib import Path
 
 from prefloop.errors import RunFolderError
 from prefloop.models.policy import Policy
-from prefloop.models.sources import EMBEDDED, Embedded, quiet
+from prefloop.models.sources import EMBEDDED, Embedded, quiet, without_code
 from prefloop.recipe import Recipe, initial_source, load_recipe
 from prefloop.records import RoundResult, read_json
 from prefloop.report.model_card import CardFacts, write_model_card
-from prefloop.run_folder import RoundDir, RunDir, give_usual_modes, read_run, replace_folder
+from prefloop.run_folder import (
+    PUBLISHED,
+    RoundDir,
+    RunDir,
+    disk_in_words,
+    give_usual_modes,
+    read_run,
+    replace_folder,
+)
 
 _TUNED = "rounds/start/policy"
 """Where the fine-tuned model of round 0 lies in a run's folder."""
@@ -32,40 +40,50 @@ def publish(
     recipe: Recipe, rundir: RunDir, round_dir: RoundDir, results: Sequence[RoundResult]
 ) -> Path:
     """Copy a round's policy, with a card made from the run, to RUN/policy."""
-    final = rundir.path / "policy"
+    final = rundir.path / PUBLISHED
     temporary = rundir.path / ".policy"
     shutil.rmtree(temporary, ignore_errors=True)
+    round_dir.verify_policy()
     shutil.copytree(round_dir.policy, temporary)
     embedded = _embedded(recipe)
     if embedded is not None and recipe.sft is None and recipe.model.tuning == "lora":
         _name_base(temporary / "adapter_config.json", embedded.hub_id)
     write_model_card(temporary, _card_facts(recipe, rundir, results))
+    rundir.published.path.unlink(missing_ok=True)
     replace_folder(temporary, final)
+    # A card is the user's to write on.
+    files = [path for path in final.rglob("*") if path.is_file() and path.name != "README.md"]
+    rundir.published.write({"round": round_dir.number}, sorted(files))
     return final
 
 
-def merge_policy(run_folder: Path, out: Path) -> Path:
+def merge_policy(run_folder: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Write the run's published policy, adapter merged in, to `out`, in the dtype it was trained in.
 
-    Raises RunFolderError if the run has published none or `out` holds something, ModelError if the
-    model cannot be loaded.
+    Code that comes with the model is run only where the caller says so, whatever the run's recipe says.
+    Raises RunFolderError if the run has published none, it has changed, or `out` holds something or cannot be
+    written; ModelError if the model cannot be loaded.
     """
     run = read_run(run_folder)
-    adapter = run.path / "policy"
-    if not adapter.is_dir():
+    adapter = run.verify_published()
+    if adapter is None:
         raise RunFolderError(f"{run.path} has no policy yet; finish it with prefloop run")
     if out.exists():
         raise RunFolderError(f"{out} exists; name a folder that does not")
     recipe = load_recipe(str(run.path / "recipe.yaml"))
-    policy = Policy.load(initial_source(recipe, run), adapter, trainable=False)
+    source = without_code(initial_source(recipe, run), trust_remote_code)
+    policy = Policy.load(source, adapter, trainable=False)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    with quiet():
-        policy.merge().save_pretrained(part)
-        policy.tokenizer.save_pretrained(part)
-    write_model_card(part, _card_facts(recipe, run, run.results(), merged=True))
-    give_usual_modes(part)
-    replace_folder(part, out)
+    try:
+        with quiet(), disk_in_words(out.parent):
+            policy.merge().save_pretrained(part)
+            policy.tokenizer.save_pretrained(part)
+            write_model_card(part, _card_facts(recipe, run, run.results(), merged=True))
+            give_usual_modes(part)
+            replace_folder(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return out
 
 

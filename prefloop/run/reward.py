@@ -9,7 +9,6 @@ REWARDS/NAME/recipe.yaml       the recipe with every value; another one is refus
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,23 +32,30 @@ from prefloop.judges.reward_model import RewardModel
 from prefloop.machine import Stopwatch, environment, keep_freed_memory
 from prefloop.models.reward import (
     CONFIG_KEY,
+    REPORT,
     EmbeddingHead,
     RewardEncoder,
     features,
     has_segments,
+    reward_manifest,
     window_of,
 )
 from prefloop.models.sources import quiet
 from prefloop.recipe.reward import RewardRecipe
-from prefloop.records import read_json, write_jsonl
-from prefloop.run_folder import alone_in, differences, give_usual_modes, write_atomically
+from prefloop.records import write_jsonl
+from prefloop.run_folder import (
+    Manifest,
+    alone_in,
+    differences,
+    give_usual_modes,
+    write_atomically,
+)
 from prefloop.train import checkpoint
 
 if TYPE_CHECKING:
     from prefloop.train.reward_trainer import EncodedPair
 
 HELD_OUT = "held_out.jsonl"
-REPORT = "report.json"
 Say = Callable[[str], None]
 
 
@@ -62,20 +68,23 @@ def train_reward(
     recipe, and what reading, loading and training raise.
     """
     keep_freed_memory()
-    _claim(folder, recipe)
     with alone_in(folder, "training"):
+        _claim(folder, recipe)
         return _train_and_measure(recipe, folder, say)
 
 
 def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str, Any]:
-    if (folder / REPORT).is_file():
+    if (report := reward_manifest(folder).verify()) is not None:
         say(f"{folder} is trained and measured already")
-        return dict(read_json(folder / REPORT))
+        del report["files"]
+        return report
     train, held_out, dropped = load_pairs(recipe, say)
     write_jsonl(folder / HELD_OUT, held_out)
     say(f"data     {len(train):,} pairs to train on, {len(held_out):,} held out, by prompt")
     fit = _fit_head if recipe.model.tuning == "head" else _train
-    facts = {} if (folder / "config.json").is_file() else fit(recipe, folder, train, say)
+    if trained := (folder / "config.json").is_file():
+        _trained(folder).verify()
+    facts = {} if trained else fit(recipe, folder, train, say)
     watch = Stopwatch()
     judge = RewardModel(model=str(folder), device=recipe.model.device)
     with quiet():
@@ -88,7 +97,7 @@ def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str
         "held_out": by_source(held_out, scored, calibrated=True),
         "environment": environment(),
     }
-    write_atomically(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    reward_manifest(folder).write(report, [*_model_files(folder), folder / HELD_OUT])
     checkpoint.drop_checkpoints(folder / "training")
     say(f"measure  {len(held_out):,} held-out pairs  {watch.seconds} s")
     return report
@@ -126,10 +135,9 @@ def load_pairs(
 
 
 def _claim(folder: Path, recipe: RewardRecipe) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     place = folder / "recipe.yaml"
     if not place.is_file():
-        if any(folder.iterdir()):
+        if any(path.name not in (".lock", "recipe.yaml.tmp") for path in folder.iterdir()):
             raise RunFolderError(f"{folder} holds something else; choose another folder with --out")
         write_atomically(place, recipe.dump())
         return
@@ -170,13 +178,18 @@ def _train(
     facts |= {"seconds": watch.seconds, "equal_after_cut": same}
     part = folder / ".model"
     shutil.rmtree(part, ignore_errors=True)
-    with quiet():
-        model.save_pretrained(part)
-        base.tokenizer.save_pretrained(part)
-    give_usual_modes(part)
-    write_atomically(folder / "training" / "facts.json", json.dumps(facts) + "\n")
+    try:
+        with quiet():
+            model.save_pretrained(part)
+            base.tokenizer.save_pretrained(part)
+        give_usual_modes(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     # config.json says that the model is whole, so it comes last.
     for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+        if file.name == "config.json":
+            _trained(folder).write(facts, _model_files(folder))
         file.replace(folder / file.name)
     part.rmdir()
     say(
@@ -220,7 +233,7 @@ def _fit_head(
     )
     facts = {"pairs": len(pairs), **losses, "seconds": watch.seconds}
     (folder / "training").mkdir(exist_ok=True)
-    write_atomically(folder / "training" / "facts.json", json.dumps(facts) + "\n")
+    _trained(folder).write(facts, [])
     EmbeddingHead(source, window, weights).save(folder)
     say(
         f"train    {len(pairs):,} pairs, loss {losses['first_loss']:.3f} to {losses['last_loss']:.3f}  "
@@ -230,4 +243,18 @@ def _fit_head(
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    return dict(read_json(folder / "training" / "facts.json"))
+    facts = _trained(folder).read() or {}
+    return {key: value for key, value in facts.items() if key != "files"}
+
+
+def _trained(folder: Path) -> Manifest:
+    return Manifest(
+        folder / "training" / "facts.json",
+        f"delete {folder / 'config.json'} and {folder / 'training'}, and the same command trains again",
+    )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """What makes up the model, config.json too once it is there."""
+    mine = ("recipe.yaml", REPORT, HELD_OUT, ".lock")
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.name not in mine)

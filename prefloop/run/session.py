@@ -46,9 +46,10 @@ from prefloop.recipe import Recipe, initial_source
 from prefloop.records import Candidates, Pair, Prompt, Request, Response, derive_seed
 from prefloop.run.engine import Metered, RunEngine
 from prefloop.run.held_out import HeldOut, TrainingCurve
+from prefloop.run.inputs import rows
 from prefloop.run.launch import Stage, run_processes
 from prefloop.run.self_check import check_policy
-from prefloop.run_folder import RoundDir, RunDir, read_metrics, replace_folder
+from prefloop.run_folder import RoundDir, RunDir, replace_folder
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
 from prefloop.train.losses import GroupLogps, LossOutput
@@ -99,6 +100,7 @@ class Session:
             count_tokens=chat.count,
             folder=self.rundir.path,
         )
+        self.rundir.same_inputs({"data.train": rows(data.train), "data.eval": rows(data.eval)})
         self.rundir.event(
             "data",
             train=len(data.train),
@@ -132,6 +134,8 @@ class Session:
         if self._policy is None or self._place != place:
             # One copy at a time: the old one goes before the new one comes.
             self._forget()
+            if place is not None:
+                self._round_of(place).verify_policy()
             self._policy = Policy.load(
                 initial_source(self.recipe, self.rundir),
                 place,
@@ -152,6 +156,9 @@ class Session:
         apart = {way: float(f"{distance:.2g}") for way, distance in found.items()}
         self.rundir.event("self_check", **apart, seconds=watch.seconds)
         return share
+
+    def _round_of(self, place: Path) -> RoundDir:
+        return next(r for r in (self.rundir.start, *self.rundir.rounds()) if r.policy == place)
 
     def _forget(self) -> None:
         """Let go of the policy and of all that holds it."""
@@ -342,7 +349,9 @@ class Session:
         if not loop.carry_optimizer:
             trainer.renew_optimizer()
         elif round_dir.number > 0:
-            trainer.load_optimizer(self.rundir.round(round_dir.number - 1).train / OPTIMIZER)
+            before = self.rundir.round(round_dir.number - 1)
+            before.manifest("train")
+            trainer.load_optimizer(before.train / OPTIMIZER)
         first_step = sum(r.steps() for r in self.rundir.rounds() if r.number < round_dir.number)
         equal_to_reference = method.reference == "round_start" or round_dir.number == 0
         examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
@@ -446,11 +455,10 @@ class Session:
 
     def training_measures(self, round_dir: RoundDir) -> dict[str, float | None]:
         """Means over the round's last epoch of what the loss reports (Margin, Real Reward ...)."""
-        path = round_dir.train / "metrics.jsonl"
-        if round_dir.number < 0 or not path.exists():
+        steps = round_dir.metrics() if round_dir.number >= 0 else []
+        if not steps:
             return {}
-        rows = read_metrics(path)
-        last = rows[-max(1, len(rows) // self.recipe.train.epochs) :]
+        last = steps[-max(1, len(steps) // self.recipe.train.epochs) :]
         skip = {"step", "lr", "tokens"}
         return {
             f"train_{key}": fmean(row[key] for row in last) for key in last[0] if key not in skip

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class _Quiet(RunDir):
 
     def event(self, kind: str, **facts: Any) -> None:
         """Nothing."""
+
+    def same_inputs(self, found: Mapping[str, str | int], *, decisive: bool = True) -> list[str]:
+        """The parent has compared them."""
+        return []
 
 
 def main() -> None:

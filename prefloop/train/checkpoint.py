@@ -5,18 +5,19 @@ Tensors are saved whole, however many processes train; the random state is saved
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prefloop.errors import RunFolderError
-from prefloop.records import read_json
+from prefloop.run_folder import hash_file, read_sealed, sealed
 
 _PREFIX = "checkpoint-"
 
@@ -33,34 +34,57 @@ class State(NamedTuple):
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file of tensors atomically."""
+    """Write a file of tensors atomically, with its own hash."""
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
+    save_file(tensors, temporary, metadata={"blake2b": _hash(tensors)})
     temporary.replace(path)
 
 
-def save_checkpoint(folder: Path, state: State, **position: Any) -> None:
-    """Write a checkpoint named by the step in `position`, then remove older ones."""
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """What `save_tensors` has written. RunFolderError where it is not as it was written."""
+    remedy = f"delete {path.parent} to train anew from the last stage before it"
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            written = (file.metadata() or {}).get("blake2b")
+    except (SafetensorError, UnicodeDecodeError, ValueError) as error:
+        raise RunFolderError(f"{path} is damaged ({error}); {remedy}") from error
+    if written != _hash(tensors):
+        raise RunFolderError(f"{path} is not as it was written; {remedy}")
+    return tensors
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) -> None:
+    """Write a checkpoint named by the step in `position`, then remove older ones; `metrics`: of all steps so far."""
     final = folder / f"{_PREFIX}{position['step']:06d}"
     temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(state.weights, temporary / "weights.safetensors")
-    save_file(state.optimizer, temporary / "optimizer.safetensors")
+    save_tensors(temporary / "weights.safetensors", state.weights)
+    save_tensors(temporary / "optimizer.safetensors", state.optimizer)
     for rank, random in enumerate(state.random):
-        save_file(random, temporary / f"random-{rank}.safetensors")
-    (temporary / "position.json").write_text(json.dumps(position), encoding="utf-8")
+        save_tensors(temporary / f"random-{rank}.safetensors", random)
+    position |= {"metrics_bytes": metrics.stat().st_size, "metrics": hash_file(metrics)}
+    (temporary / "position.json").write_text(sealed(position), encoding="utf-8")
     temporary.rename(final)
     for old in folder.glob(f"{_PREFIX}*"):
         if old != final:
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, ranks: int) -> tuple[State, dict[str, Any]] | None:
+def load_checkpoint(folder: Path, ranks: int, metrics: Path) -> tuple[State, dict[str, Any]] | None:
     """The newest checkpoint and its position; None where there is none.
 
-    Raises RunFolderError where another number of processes made it, as random states and the division of the
-    examples would differ.
+    Raises RunFolderError where it or the `metrics` up to it have changed, and where another number of processes
+    made it, as random states and the division of the examples would differ.
     """
     checkpoints = sorted(folder.glob(f"{_PREFIX}*"))
     if not checkpoints:
@@ -74,12 +98,17 @@ def load_checkpoint(folder: Path, ranks: int) -> tuple[State, dict[str, Any]] | 
             f"{newest} was made by {len(random_files)} processes and cannot go on exactly with {ranks}; "
             f"launch {len(random_files)} again, or delete {folder} to train the round anew"
         )
+    position = read_sealed(newest / "position.json", f"delete {folder} to train the round anew")
+    if not metrics.exists() or hash_file(metrics, position["metrics_bytes"]) != position["metrics"]:
+        raise RunFolderError(
+            f"{metrics} is not as it was written; delete {folder} to train the round anew"
+        )
     state = State(
-        weights=load_file(newest / "weights.safetensors"),
-        optimizer=load_file(newest / "optimizer.safetensors"),
-        random=[load_file(path) for path in random_files],
+        weights=load_tensors(newest / "weights.safetensors"),
+        optimizer=load_tensors(newest / "optimizer.safetensors"),
+        random=[load_tensors(path) for path in random_files],
     )
-    return state, read_json(newest / "position.json")
+    return state, position
 
 
 def drop_checkpoints(folder: Path) -> None:

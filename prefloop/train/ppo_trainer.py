@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -98,7 +97,7 @@ class PPOTrainer(Trainer):
                 f"{path} is missing, which holds the value head after that round; delete that round's folder and "
                 "all later ones to play them again"
             )
-        tensors = load_file(path)
+        tensors = checkpoint.load_tensors(path)
         self.value_head.load_state_dict(
             {name: tensors[f"value_head.{name}"] for name in self.value_head.state_dict()}
         )
@@ -109,7 +108,9 @@ class PPOTrainer(Trainer):
         """The inputs of the loss that are fixed before the first step: (N, T) each; scores are (N,)."""
         path = job.folder / ROLLOUT
         # All ranks check before any can have written the file: computing it synchronises them.
-        rollout_tensors = load_file(path) if path.exists() else self._compute_rollout(job, path)
+        rollout_tensors = (
+            checkpoint.load_tensors(path) if path.exists() else self._compute_rollout(job, path)
+        )
         sizes_N = torch.tensor([len(example.group.completions[0]) for example in job.examples])
         rollout = Rollout(
             **rollout_tensors,

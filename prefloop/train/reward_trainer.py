@@ -105,7 +105,9 @@ def load_base(options: RewardModelOptions, seed: int) -> RewardBase:
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(seed, "head"))
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             for name, value in config_changes.items():
                 setattr(config, name, value)
             model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -114,8 +116,11 @@ def load_base(options: RewardModelOptions, seed: int) -> RewardBase:
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             if options.tuning == "lora":
                 model = _with_adapter(model, options)
             else:
@@ -197,7 +202,7 @@ def train_reward_model(
     )
     log = folder / "metrics.jsonl"
     torch.manual_seed(derive_seed(seed, "dropout"))
-    done = _resume(folder, placement)
+    done = _resume(log, placement)
     rows = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     log.write_text("".join(f"{row}\n" for row in rows[:done]), encoding="utf-8")
     model.train()
@@ -212,7 +217,7 @@ def train_reward_model(
                 state = checkpoint.State(
                     placement.weights(), placement.optimizer_state(), [checkpoint.random_state()]
                 )
-                checkpoint.save_checkpoint(folder, state, step=number + 1)
+                checkpoint.save_checkpoint(folder, state, log, step=number + 1)
             bar.advance(items=1, amount=sum(2 * pair.longest for pair in chosen))
     model.eval()
     losses = [json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()]
@@ -225,9 +230,9 @@ def train_reward_model(
     }
 
 
-def _resume(folder: Path, placement: Replicated) -> int:
+def _resume(log: Path, placement: Replicated) -> int:
     """Load the newest checkpoint; returns its number of steps, 0 without one."""
-    newest = checkpoint.load_checkpoint(folder, ranks=1)
+    newest = checkpoint.load_checkpoint(log.parent, ranks=1, metrics=log)
     if newest is None:
         return 0
     state, position = newest

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prefloop.errors import TrainingError
 from prefloop.machine import Bar, raise_on_out_of_memory
 from prefloop.models.policy import Policy
 from prefloop.records import derive_seed
-from prefloop.run_folder import read_metrics
+from prefloop.run_folder import METRICS, read_metrics
 from prefloop.train import checkpoint
 from prefloop.train.batches import (
     Example,
@@ -136,7 +135,7 @@ class Trainer:
 
     def load_optimizer(self, path: Path) -> None:
         """Go on with the state that `save_optimizer` wrote for the same parameters."""
-        self.placement.set_optimizer_state(load_file(path))
+        self.placement.set_optimizer_state(checkpoint.load_tensors(path))
 
     def whole_policy(self) -> Policy | None:
         """The policy as one process holds it, to be saved or merged; None on all ranks but the first."""
@@ -166,7 +165,7 @@ class Trainer:
             seed=job.seed,
         )
         done, metrics_bytes = self._resume(job)
-        metrics = job.folder / "metrics.jsonl" if self.ranks.first else Path(os.devnull)
+        metrics = job.folder / METRICS if self.ranks.first else Path(os.devnull)
         if self.ranks.first:
             metrics.touch()
             os.truncate(metrics, metrics_bytes)
@@ -203,7 +202,8 @@ class Trainer:
 
     def _resume(self, job: Job) -> tuple[int, int]:
         """Go on from the newest checkpoint; the steps it has behind it, and the bytes of their metrics."""
-        found = checkpoint.load_checkpoint(job.folder, self.ranks.count)
+        metrics = job.folder / METRICS
+        found = checkpoint.load_checkpoint(job.folder, self.ranks.count, metrics)
         if found is None:
             rank = self.ranks.number
             torch.manual_seed(derive_seed(job.seed, "rank", rank) if rank else job.seed)
@@ -221,8 +221,7 @@ class Trainer:
             self.ranks.gather(checkpoint.random_state()),
         )
         if self.ranks.first:
-            size = metrics.stat().st_size
-            checkpoint.save_checkpoint(folder, state, step=step, metrics_bytes=size)
+            checkpoint.save_checkpoint(folder, state, metrics, step=step)
 
     def _is_due(self, step: int, steps: int) -> bool:
         every = self.options.save_every
@@ -340,7 +339,7 @@ class Trainer:
         path = job.folder / "reference.safetensors"
         # Asked by all before any of them can have written it: they meet in between.
         if path.exists():
-            return load_file(path)
+            return checkpoint.load_tensors(path)
         self._say_how_it_packs(job)
         passes = self._passes(job, range(len(job.examples)))
         zeros = {role: torch.zeros(len(job.examples)) for role in job.roles}

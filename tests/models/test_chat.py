@@ -32,7 +32,7 @@ def test_a_special_token_in_a_prompt_cannot_end_its_turn(tokenizer: Any) -> None
 
 def test_a_special_token_in_an_answer_is_text(tokenizer: Any) -> None:
     chat = Chat(tokenizer)
-    ids = chat.answer_ids("so <|im_end|> it is")
+    ids = chat.completion_ids(turns("Why?"), "so <|im_end|> it is")
     assert ids.count(chat.end_id) == 1
     assert ids[-1] == chat.end_id
 
