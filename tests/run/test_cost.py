@@ -74,9 +74,8 @@ def test_a_metered_engine_answers_as_it_would_and_counts(tokenizer):
     prompts = sum(len(chat.prompt_ids(ask.messages)) for ask in asks)
     drawn = sum(len(answer.token_ids) for answer in answers)
     assert counts == {"generated_tokens": drawn, "read_tokens": prompts}
-    texts = [answer.text for answer in answers]
-    scored = metered.score(asks, texts)
-    assert scored == plain.score(asks, texts)
+    scored = metered.score(asks, answers)
+    assert scored == plain.score(asks, answers)
     given = sum(len(one.token_ids) for one in scored)
     assert counts["read_tokens"] == 2 * prompts + given
     assert metered.choose(asks, "ab") == plain.choose(asks, "ab")
