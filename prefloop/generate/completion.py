@@ -11,6 +11,11 @@ from prefloop.records import Request, Response, Sampling, Scored
 if TYPE_CHECKING:
     from prefloop.models.chat import Chat
 
+_BROKEN = "\ufffd"
+"""What a part of a character is decoded as."""
+_LONGEST = 8
+"""Tokens that share a character, at most; they are bytes."""
+
 
 def completion_ids(chat: Chat, request: Request, answer: Response) -> list[int]:
     """The tokens to score for an answer: the sampled ones, else the text's in its conversation."""
@@ -117,17 +122,27 @@ def offsets(chat: Chat, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
 def _ends(chat: Chat, ids: Sequence[int]) -> list[int]:
     """Length of what is decoded up to the end of each token."""
     whole = chat.decode(ids)
-    special = set(chat.tokenizer.all_special_ids)
-    texts = [
-        "" if token in special else text
-        for token, text in zip(ids, chat.token_texts(ids), strict=True)
-    ]
+    texts = _token_texts(chat, ids)
     said = "".join(texts)
     if said.endswith(whole):
         # Some decoders drop the space before a text's first word.
         dropped = len(said) - len(whole)
         return [max(0, end - dropped) for end in accumulate(map(len, texts))]
-    # Some tokens are parts of a character, or say another thing at the beginning: beginning by beginning.
+    # Beginning by beginning, whose last character, where it is cut, may be decoded as several.
     ends = [len(chat.decode(ids[: n + 1])) for n in range(len(ids))]
-    # Parts of a character may be decoded as more characters than it is.
     return list(accumulate(reversed(ends), min))[::-1]
+
+
+def _token_texts(chat: Chat, ids: Sequence[int]) -> list[str]:
+    """What each token says, special ones nothing; a character of several tokens is said by the first of them."""
+    special = set(chat.tokenizer.all_special_ids)
+    pairs = zip(ids, chat.token_texts(ids), strict=True)
+    texts = ["" if token in special else text for token, text in pairs]
+    for n, text in enumerate(texts):
+        if _BROKEN not in text:
+            continue
+        for size in range(2, _LONGEST + 1):
+            if _BROKEN not in (joined := _continuation(chat, ids[n : n + size])):
+                texts[n : n + size] = [joined, *[""] * (len(ids[n : n + size]) - 1)]
+                break
+    return texts

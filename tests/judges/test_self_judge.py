@@ -95,13 +95,13 @@ def test_an_empty_answer_gives_no_verdict_and_leaves_the_other_groups_alone():
 def test_ratings_that_the_model_hardly_gives_are_no_verdict():
     """3 % of the mass on the ratings is enough by default, 0.3 % is not; what counts is how it is divided."""
     engine = FakeEngine(
-        lambda text: tuple(p * (0.03 if "good" in text else 0.003) for p in _rate(text))
+        lambda text: tuple(p * (0.03 if "zebra" in text else 0.003) for p in _rate(text))
     )
     judge = SelfJudge().open(engine, PromptSet("compact"))
-    verdicts = judge.score([_prompt()] * 2, [["good", "splendid and good"], ["good", "bad"]])
+    verdicts = judge.score([_prompt()] * 2, [["zebra", "splendid zebra"], ["zebra", "horse"]])
     assert verdicts == [pytest.approx((1.5, 4.5)), NoVerdict("would not say a rating")]
     strict = SelfJudge(min_mass=0.5).open(engine, PromptSet("compact"))
-    assert strict.score([_prompt()], [["good"]]) == [NoVerdict("would not say a rating")]
+    assert strict.score([_prompt()], [["zebra"]]) == [NoVerdict("would not say a rating")]
 
 
 def test_nothing_to_ask_means_the_engine_is_not_called():

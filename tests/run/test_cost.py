@@ -4,11 +4,13 @@ import json
 from collections import Counter
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.models.chat import Chat
@@ -17,7 +19,7 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.options import Budget
 from prefloop.records import Candidates, Message, Request, Response, Sampling
 from prefloop.run.chunks import ChunkStore, Journal
-from prefloop.run.engine import Metered
+from prefloop.run.engine import Metered, _adapted, _adapted_otherwise
 from prefloop.run.loop import run
 from prefloop.run_folder import RunDir
 from prefloop.train.trainer import Trainer
@@ -74,9 +76,8 @@ def test_a_metered_engine_answers_as_it_would_and_counts(tokenizer):
     prompts = sum(len(chat.prompt_ids(ask.messages)) for ask in asks)
     drawn = sum(len(answer.token_ids) for answer in answers)
     assert counts == {"generated_tokens": drawn, "read_tokens": prompts}
-    texts = [answer.text for answer in answers]
-    scored = metered.score(asks, texts)
-    assert scored == plain.score(asks, texts)
+    scored = metered.score(asks, answers)
+    assert scored == plain.score(asks, answers)
     given = sum(len(one.token_ids) for one in scored)
     assert counts["read_tokens"] == 2 * prompts + given
     assert metered.choose(asks, "ab") == plain.choose(asks, "ab")
@@ -147,3 +148,22 @@ def test_weights_that_multiply_are_all_but_a_table_that_is_only_looked_up(model_
 def test_a_budget_that_limits_nothing_is_refused():
     with pytest.raises(ValueError, match="limits nothing"):
         Budget()
+
+
+# peft reads a property that transformers has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_engine_is_told_all_that_the_adapter_changes(model_folder):
+    """Also where a pattern names the modules; and experts that are parameters of one module."""
+    pattern = {"r": 2, "target_modules": r".*\.(q|v)_proj"}
+    options = {"source": str(model_folder), "lora": pattern, "device": "cpu"}
+    policy = Policy.load(ModelOptions.model_validate(options))
+    assert _adapted(policy) == ("q_proj", "v_proj")
+    assert _adapted_otherwise(policy) == ()
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **heads, **experts))
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
+    mixture: Any = SimpleNamespace(model=get_peft_model(base, config))
+    assert _adapted(mixture) == ("q_proj",)
+    assert _adapted_otherwise(mixture) == ("experts.gate_up_proj",)

@@ -379,7 +379,7 @@ def test_an_engine_is_told_whose_weights_to_serve_and_closed_at_the_end(
         def close(self) -> None:
             told.append("close")
 
-    monkeypatch.setattr(Fake, "open", lambda self, setting: Watched())
+    monkeypatch.setattr(Fake, "open", lambda self, setting: Watched(setting.chat))
     fake = recipe(model_folder, "arop", engine={"name": "fake"}, evaluate=LIGHT)
     play(fake, tmp_path / "fake")
     without_repeats = [now for before, now in pairwise([None, *told]) if now != before]
@@ -446,7 +446,7 @@ def test_the_implicit_reward_measures_from_the_first_update_on(model_folder, tmp
     answers = read_run(tmp_path / "run").round(0).records("answers", Candidates)
     for answer in answers:
         # The judge's sums against the evaluation's own means, made outside merged weights.
-        tokens = len(answer.responses["answer"].text.encode()) + 1  # bytes, and end-of-turn
+        tokens = len(answer.responses["answer"].token_ids)
         moved = (answer.ratings["logprob"] - answer.ratings["logprob_initial"]) * tokens
         assert answer.scores["answer"] == pytest.approx(0.1 * moved, rel=1e-3, abs=1e-5)
 

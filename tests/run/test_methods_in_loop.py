@@ -158,9 +158,10 @@ def test_drafts_are_ordered_by_the_judge_and_written_by_the_generator_that_was_n
     make: Make, tmp_path: Path
 ) -> None:
     """Frozen by default: a static set. In round 0 the current policy is the initial one."""
-    static = make("dpo", pairs="drafts")
-    outcome = play(static, tmp_path / "static")
-    moving = play(make("dpo", pairs="drafts", generator="current"), tmp_path / "moving")
+    # Long enough to share a character or two with the target by chance.
+    drafts = {"pairs": "drafts", "sampling": {"max_new_tokens": 24}}
+    outcome = play(make("dpo", **drafts), tmp_path / "static")
+    moving = play(make("dpo", **drafts, generator="current"), tmp_path / "moving")
     for number in range(2):
         for pair in pairs_of(outcome.folder, number):
             assert pair.scores["chosen"] > pair.scores["rejected"]

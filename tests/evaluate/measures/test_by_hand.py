@@ -32,15 +32,15 @@ class Words:
         self.asked.append(sampling)
         return [self.answers[int(r.messages[-1].content.split()[-1])] for r in requests]
 
-    def score(self, requests: Sequence[Request], answers: Sequence[str], **_: Any) -> list[Scored]:
-        return [
-            Scored(
-                token_ids=(0,) * (len(text.split()) + 1),
-                offsets=(),
-                logprobs=(*(self.logps[word] for word in text.split()), self.logps["<end>"]),
-            )
-            for text in answers
-        ]
+    def score(
+        self, requests: Sequence[Request], answers: Sequence[Response], **_: Any
+    ) -> list[Scored]:
+        return [self._scored(answer) for answer in answers]
+
+    def _scored(self, answer: Response) -> Scored:
+        words = answer.text.split() + ["<end>"] * (answer.finish == "stop")
+        logprobs = tuple(self.logps[word] for word in words)
+        return Scored(token_ids=(0,) * len(words), offsets=(), logprobs=logprobs)
 
 
 def subject(folder: Path, engine: Any, initial: Any = None) -> Subject:
