@@ -38,8 +38,8 @@ from prefloop.train.batches import (
     plan,
     schedule,
 )
-from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.dropout import without_dropout
+from prefloop.train.logprobs import GroupLogprobs, group_logprobs, supports_packing
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.placement import Ranks
 from prefloop.train.ppo import TokenMethod
