@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
@@ -142,10 +142,10 @@ def saved_pairs(wrapper: ModulesToSaveWrapper) -> Iterator[tuple[nn.Parameter, n
     yield from zip(wrapper.original_module.parameters(), copies.parameters(), strict=True)
 
 
-def sort_names(config: LoraConfig) -> None:
+def sort_names(config: PeftConfig) -> None:
     """Names in a fixed order: PEFT keeps sets, which two processes write in different orders."""
     for field in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
-        names = getattr(config, field)
+        names = getattr(config, field, None)
         if names is not None and not isinstance(names, str):
             setattr(config, field, sorted(names))
 
@@ -173,7 +173,8 @@ def _text_part(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The prefix of the text part's names and the part: of a checkpoint with images or sound, its decoder."""
     if model.config.get_text_config() is model.config:
         return "", model
-    decoder = model.get_decoder()
+    whole: Any = model
+    decoder: nn.Module = whole.get_decoder()
     name = next(name for name, module in model.named_modules() if module is decoder)
     return f"{name}." if name else "", decoder
 
@@ -181,7 +182,8 @@ def _text_part(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def _linear_names(model: PreTrainedModel) -> list[str]:
     """Plain linear layers of the text part that an adapter beside them can change."""
     prefix, part = _text_part(model)
-    head, shared = model.get_output_embeddings(), _shared(model)
+    whole: Any = model
+    head, shared = whole.get_output_embeddings(), _shared(model)
     return [
         prefix + name
         for name, module in part.named_modules()
@@ -214,11 +216,12 @@ def _is_read(model: nn.Module, name: str) -> bool:
     """Whether the module around it reads its weight instead of calling it, as Mamba's do: an adapter is passed by."""
     owner, _, leaf = name.rpartition(".")
     pattern = rf"self\.{re.escape(leaf)}\.weight\b(?!\.(dtype|device|shape|requires_grad))"
-    return re.search(pattern, _working_code(type(model.get_submodule(owner)))) is not None
+    kind: Any = type(model.get_submodule(owner))
+    return re.search(pattern, _working_code(kind)) is not None
 
 
 @lru_cache
-def _working_code(kind: type) -> str:
+def _working_code(kind: Any) -> str:
     """A class's source without its methods that set weights up; empty where there is none to read."""
     try:
         code = inspect.getsource(kind)
@@ -304,7 +307,7 @@ def _unseized(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
 def _converted(model: PreTrainedModel, config: LoraConfig, names: list[str]) -> set[str]:
     """What PEFT leaves of target modules with these names."""
     trial = copy.copy(config)
-    trial.target_modules = set(names)
+    trial.target_modules = list(names)
     trial.rank_pattern, trial.alpha_pattern = {}, {}
     if not names:
         return set()

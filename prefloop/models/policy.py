@@ -465,7 +465,8 @@ def _check_vocabulary(
 
     Special tokens beyond it that no template uses do no harm: Gemma 3's text models have one for images.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    table: Any = model.get_input_embeddings()
+    rows = int(table.weight.shape[0])
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not beyond:
         return

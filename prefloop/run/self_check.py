@@ -238,9 +238,8 @@ def _skeleton(policy: Policy, config: PeftConfig) -> nn.Module:
     base = policy.model.get_base_model()
     config.inference_mode = False
     with torch.device("meta"), no_init_weights():
-        empty = AutoModelForCausalLM.from_config(
-            base.config, trust_remote_code=policy.options.trust_remote_code
-        )
+        kind: Any = AutoModelForCausalLM
+        empty = kind.from_config(base.config, trust_remote_code=policy.options.trust_remote_code)
         made: nn.Module = get_peft_model(empty, config, low_cpu_mem_usage=True)
     return made
 

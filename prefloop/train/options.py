@@ -132,10 +132,9 @@ class TrainOptions(Options):
                 f"train.micro_batch_size ({self.micro_batch_size}) must divide "
                 f"train.batch_size ({self.batch_size})"
             )
-        if self.optimizer != "rmsprop" and "rmsprop_alpha" in self.model_fields_set:
-            # A dumped recipe has every value, so the default is no contradiction.
-            if self.rmsprop_alpha != TrainOptions.model_fields["rmsprop_alpha"].default:
-                raise ValueError(
-                    "train.rmsprop_alpha has an effect under train.optimizer: rmsprop only; leave it out"
-                )
+        # A dumped recipe has every value, so the default's is no contradiction.
+        if self.optimizer != "rmsprop" and self.rmsprop_alpha != 0.99:
+            raise ValueError(
+                "train.rmsprop_alpha has an effect under train.optimizer: rmsprop only; leave it out"
+            )
         return self

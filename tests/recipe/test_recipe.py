@@ -296,9 +296,18 @@ def test_overrides_reach_into_sections_that_were_null(folder: Path) -> None:
     assert loaded(IAL_RECIPE, "evaluate.sampling.temperature=0").evaluate.sampling is not None
 
 
+def test_the_optimizer_of_pairs_is_not_that_of_round_zero(folder: Path) -> None:
+    recipe = loaded(IAL_RECIPE + "sft: {}\n")
+    assert recipe.sft_train is not None
+    assert (recipe.train.optimizer, recipe.sft_train.optimizer) == ("rmsprop", "adamw")
+    assert loaded(IAL_RECIPE, "train.rmsprop_alpha=0.9").train.rmsprop_alpha == 0.9
+    with pytest.raises(RecipeError, match=r"rmsprop_alpha has an effect under .*rmsprop only"):
+        loaded(IAL_RECIPE, "train.optimizer=adamw", "train.rmsprop_alpha=0.9")
+
+
 def test_round_zero_trains_as_the_rounds_do_but_for_what_sft_says(folder: Path) -> None:
     recipe = loaded(IAL_RECIPE + "sft: {epochs: 3, lr: 1e-4, batch_size: 8}\n")
-    told = {"epochs": 3, "lr": 1e-4, "batch_size": 8}
+    told = {"epochs": 3, "lr": 1e-4, "batch_size": 8, "optimizer": "adamw"}
     assert recipe.sft_train == TrainOptions(**{**recipe.train.model_dump(), **told})
     assert loaded(IAL_RECIPE).sft_train is None
 

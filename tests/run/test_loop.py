@@ -116,6 +116,18 @@ def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
 
 
+def test_the_policy_is_checked_once_a_run(model_folder: Path, tmp_path: Path) -> None:
+    chosen = recipe(model_folder, "arop", loop={"rounds": 1}, evaluate=LIGHT)
+    console = Console(file=StringIO(), width=300)
+    run(chosen, tmp_path / "run", console)
+    assert isinstance(console.file, StringIO)
+    assert "adapter on " in console.file.getvalue()
+    run(chosen, tmp_path / "run", Console(file=StringIO()))
+    kinds = [event["event"] for event in events(tmp_path / "run")]
+    assert kinds.count("self_check") == kinds.count("adapter") == 1
+    assert kinds.index("self_check") < kinds.index("stage")
+
+
 # What a run leaves behind.
 
 
