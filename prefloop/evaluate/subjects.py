@@ -128,6 +128,7 @@ class Opened:
 @contextmanager
 def opened(source: Source, initial: str | None) -> Iterator[Opened]:
     """Load the subject, LoRA merged inside the context. `initial`: a model's start, where it is not a run's."""
+    set_template_date(source.run.first_day() if source.run else None)
     if source.run is None:
         engine: Any = open_engine(source.text)
         start: Engine | None = open_engine(initial) if initial else None
@@ -137,7 +138,6 @@ def opened(source: Source, initial: str | None) -> Iterator[Opened]:
     assert recipe is not None
     with quiet():
         policy = Policy.load(source.base, source.folder, trainable=False, seed=recipe.seed)
-    set_template_date(source.run.first_day())
     told: dict[str, Any] = {
         "batch_size": recipe.generate.batch_size,
         "template_kwargs": source.base.chat_template_kwargs,
