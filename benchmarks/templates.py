@@ -1,4 +1,4 @@
-"""How prefloop reads real chat templates: `python benchmarks/templates.py FOLDER ... [--json FILE] [--page FILE]`.
+"""How prefloop reads real chat templates: `python benchmarks/templates.py FOLDER ... [--json FILE]`.
 
 Each FOLDER holds .jinja files (collections that publish such: TRL, llama.cpp and its forks, vLLM, axolotl,
 chat_templates). Equal files count once. Every template gets a byte-level tokenizer with the special tokens that it
@@ -76,61 +76,70 @@ def tokenizer_for(source: str) -> Any:
     return tokenizer
 
 
-def rendered(tokenizer: Any, turns: list[tuple[str, str]], generate: bool) -> str:
+def rendered(tokenizer: Any, asked: list[tuple[str, str]], generate: bool) -> str:
     """The template's text by transformers alone; content as parts where a text comes out empty."""
     problem: Exception | None = None
     for form in (str, lambda text: [{"type": "text", "text": text}]):
         try:
             text = tokenizer.apply_chat_template(
-                [{"role": role, "content": form(content)} for role, content in turns],
+                [{"role": role, "content": form(content)} for role, content in asked],
                 tokenize=False,
                 add_generation_prompt=generate,
             )
         except Exception as error:  # noqa: BLE001 (whatever a template raises)
             problem = problem or error
             continue
-        if turns[0][1] in text:
+        if asked[0][1] in text:
             return str(text)
     raise problem or ValueError("the question is lost")
 
 
 def judge(name: str, source: str) -> Row:
-    """Compare one template's own rendering with Chat's tokens."""
+    """Compare one template's own rendering with Chat's tokens, for one turn and for three."""
     tokenizer = tokenizer_for(source)
+    one = [("user", QUESTION)]
+    three = [("user", "Hello."), ("assistant", "Hello to you."), *one]
     try:
         chat = Chat(tokenizer)
-        messages = (Message(role="user", content=QUESTION),)
-        prompt, completion = chat.prompt_ids(messages), chat.completion_ids(messages, ANSWER)
-        said = chat.differences(messages) or ""
+        said = chat.differences() or chat.differences(turns(three)) or ""
     except PrefloopError as error:
         return Row(name, VERDICTS[2], said=str(error))
-    own_prompt = rendered(tokenizer, [("user", QUESTION)], True)
-    whole = rendered(tokenizer, [("user", QUESTION), ("assistant", ANSWER)], False)
-    encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    equal = prompt == encode(own_prompt)
-    both, own = prompt + completion, encode(whole)
-    rest = tokenizer.decode(own[len(both) :])
-    announced = own_prompt.endswith(rest)
-    nothing = not tokenizer.decode(own[len(both) :], skip_special_tokens=True).strip()
-    continues = own[: len(both)] == both and (nothing or announced)
-    end = expected_end(tokenizer, whole)
+    pairs = [compared(chat, tokenizer, conversation) for conversation in (one, three)]
+    equal, continues = (all(pair[place] for pair in pairs) for place in (0, 1))
+    completion = chat.completion_ids(turns(one), ANSWER)
+    end = expected_end(tokenizer, rendered(tokenizer, [*one, ("assistant", ANSWER)], False))
     ends = chat.end_id == end and end in chat.stop_ids and completion[-1] == end
-    thought = thought_kept(chat, tokenizer, source, own_prompt)
-    stays = CUT in tokenizer.decode(chat.prompt_ids((Message(role="user", content=CUT),)))
-    fine = equal and continues
-    verdict = VERDICTS[0] if fine and not said else VERDICTS[1] if said else VERDICTS[3]
+    thought = thought_kept(chat, tokenizer, source, rendered(tokenizer, one, True))
+    stays = CUT in tokenizer.decode(chat.prompt_ids(turns([("user", CUT)])))
+    fine = equal and continues and not said
+    verdict = VERDICTS[0] if fine else VERDICTS[1] if said else VERDICTS[3]
     if not ends or thought is False or not stays:
         verdict = VERDICTS[3]
-    return Row(
-        name,
-        verdict,
-        equal,
-        continues,
-        str(tokenizer.convert_ids_to_tokens(chat.end_id)) if ends else "wrong",
-        thought if stays else False,
-        takes_system(chat),
-        said,
-    )
+    name_of_end = str(tokenizer.convert_ids_to_tokens(chat.end_id)) if ends else "wrong"
+    apart = thought if stays else False
+    return Row(name, verdict, equal, continues, name_of_end, apart, takes_system(chat), said)
+
+
+def turns(conversation: list[tuple[str, str]]) -> tuple[Message, ...]:
+    """A conversation as prefloop's records."""
+    return tuple(Message(role=role, content=text) for role, text in conversation)  # type: ignore[arg-type]
+
+
+def compared(chat: Chat, tokenizer: Any, asked: list[tuple[str, str]]) -> tuple[bool, bool]:
+    """Whether the prompt is the template's, and whether a completion goes on as its finished conversation does."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prompt, completion = chat.prompt_ids(turns(asked)), chat.completion_ids(turns(asked), ANSWER)
+    own_prompt = rendered(tokenizer, asked, True)
+    own = encode(rendered(tokenizer, [*asked, ("assistant", ANSWER)], False))
+    both = prompt + completion
+    rest = tokenizer.decode(own[len(both) :])
+    # After the end come other ends and white space, or what always announces the next answer.
+    nothing = not tokenizer.decode(own[len(both) :], skip_special_tokens=True).strip()
+    continues = own[: len(both)] == both and (nothing or own_prompt.endswith(rest))
+    return prompt == encode(own_prompt), continues
 
 
 def expected_end(tokenizer: Any, whole: str) -> int:
@@ -140,8 +149,8 @@ def expected_end(tokenizer: Any, whole: str) -> int:
     if found := special.search(after):
         return int(tokenizer.convert_tokens_to_ids(found.group()))
     try:
-        turns = [("user", QUESTION), ("assistant", ANSWER), ("user", "And 3+3?")]
-        after = rendered(tokenizer, turns, False).partition(ANSWER)[2].lstrip()
+        longer = [("user", QUESTION), ("assistant", ANSWER), ("user", "And 3+3?")]
+        after = rendered(tokenizer, longer, False).partition(ANSWER)[2].lstrip()
     except Exception:  # noqa: BLE001 (whatever a template raises)
         after = ""
     found = special.match(after)
@@ -167,9 +176,9 @@ def thought_kept(chat: Chat, tokenizer: Any, source: str, prompt: str) -> bool |
 
 def takes_system(chat: Chat) -> bool:
     """Whether a system turn comes out of the template."""
-    turns = (Message(role="system", content="Be brief."), Message(role="user", content=QUESTION))
+    asked = turns([("system", "Be brief."), ("user", QUESTION)])
     try:
-        return "Be brief." in chat.tokenizer.decode(chat.prompt_ids(turns))
+        return "Be brief." in chat.tokenizer.decode(chat.prompt_ids(asked))
     except PrefloopError:
         return False
 
@@ -180,8 +189,10 @@ def templates(folders: list[Path]) -> list[tuple[str, str]]:
     for folder in folders:
         for file in sorted(folder.rglob("*.jinja*")):
             source = file.read_text(encoding="utf-8")
+            if "messages" not in source:
+                continue
             key = hashlib.sha256(source.strip().encode()).hexdigest()
-            seen.setdefault(key, (f"{folder.name}/{file.name}", source))
+            seen.setdefault(key, (f"{folder.name}/{file.name}".replace("+", "/"), source))
     return sorted(seen.values())
 
 

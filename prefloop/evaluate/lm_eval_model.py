@@ -24,6 +24,8 @@ from pydantic import ConfigDict
 from prefloop.errors import GenerationError
 from prefloop.evaluate.cache import cached_records, digest
 from prefloop.machine import Bar
+from prefloop.models.chat import Chat
+from prefloop.models.chat_template import dated
 from prefloop.records import Record, Response, Sampling
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
         self.cut = 0
         """Number of prompts that lost their beginning, being longer than the model's window."""
         self._engine, self._folder, self._seed = engine, folder, seed
+        chat: Chat | None = getattr(engine, "chat", None)
+        self._arguments = chat.template.arguments if chat else {}
 
     @property
     def eot_token_id(self) -> int:
@@ -102,9 +106,11 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
             return str(
                 self.tokenizer.apply_chat_template(
                     turns,
+                    chat_template=dated(self.tokenizer.get_chat_template()),
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=not add_generation_prompt,
+                    **self._arguments,
                 )
             )
 

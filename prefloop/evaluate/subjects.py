@@ -142,6 +142,7 @@ class OpenSubject:
 @contextmanager
 def open_subject(source: Source, initial: str | None) -> Iterator[OpenSubject]:
     """Load the subject, LoRA merged inside the context. `initial` is the start of a subject that is no run's."""
+    set_template_date(source.run.first_day() if source.run else None)
     if source.run is None:
         engine: Any = open_engine(source.text)
         initial_engine: Engine | None = open_engine(initial) if initial else None
@@ -151,7 +152,6 @@ def open_subject(source: Source, initial: str | None) -> Iterator[OpenSubject]:
     assert recipe is not None
     with quiet():
         policy = Policy.load(source.base, source.folder, trainable=False, seed=recipe.seed)
-    set_template_date(source.run.first_day())
     settings: dict[str, Any] = {
         "batch_size": recipe.generate.batch_size,
         "template_kwargs": source.base.chat_template_kwargs,

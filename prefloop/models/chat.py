@@ -23,6 +23,7 @@ _MARK = _OPEN + "{}\ue0f1"
 _MARKS = re.compile(_OPEN + "(\\d+)\ue0f1")
 # What a text is put after to encode it as a continuation: the first that does not join with it is taken.
 _ANCHORS = ("\n", "x", "0", ".")
+_PROBE = (Message(role="user", content="Why?"),)
 
 
 class Answer(NamedTuple):
@@ -68,11 +69,14 @@ class Chat:
         self._special = _any_of([*special, _OPEN, "\ue0f1", ANSWER])
         thoughts = [self.thought.open, self.thought.close] if self.thought else []
         self._special_or_thought = _any_of([*special, *thoughts, _OPEN, "\ue0f1", ANSWER])
+        opening = self.thought.open if self.thought else ""
+        self._spelled = "" if self._special.search(opening) else opening
+        """The thought's opening, where a text can spell it because it is no special token."""
         self._place = lru_cache(maxsize=256)(self._find_place)
         self._trims = self.template.trims()
-        asked = (Message(role="user", content="x"),)
-        self._opens_thought = self._opened(self._place(asked).layout.prompt)
-        self._end, self._end_in_template = self._end_of_turn(self._place(asked).layout.tail)
+        probe = self._place(_PROBE).layout
+        self._opens_thought = self._opened(probe.prompt)
+        self._end, self._end_in_template = self._end_of_turn(probe.tail)
         self.end_ids: tuple[int, ...] = (self._added_id(self._end),)
         """The end of turn that is trained: the template's own, else where the next turn would begin, else the EOS."""
         self.end_id = self.end_ids[0]
@@ -118,10 +122,10 @@ class Chat:
         """
         layout, masked = self._place(tuple(messages))
         text, masked = self._with(*self._before_answer(layout, answer), masked)
-        if ended and self._end_in_template:
-            text += layout.tail[: layout.tail.find(self._end) + len(self._end)]
-        ids = self._after(layout.prompt, text, masked)
-        return [*ids, *self.end_ids] if ended and not self._end_in_template else ids
+        closing = self._closing(layout) if ended else ""
+        before = self._ids(layout.prompt, masked)
+        ids = self._after(before, layout.prompt, text + closing, masked)
+        return [*ids, *self.end_ids] if ended and not closing else ids
 
     def option_ids(
         self, messages: Sequence[Message], options: Sequence[str], prefix: str = ""
@@ -133,10 +137,11 @@ class Chat:
         layout, masked = self._place(tuple(messages))
         text, masked = self._with(layout.prompt + layout.lead, prefix, masked)
         before = text if prefix else self._without_space(text)
+        begun = self._ids(before, masked)
         firsts = []
         for option in options:
-            whole, all_masked = self._with(text[len(before) :], option, masked)
-            firsts.append(self._after(before, whole, all_masked)[0])
+            rest, all_masked = self._with(text[len(before) :], option, masked)
+            firsts.append(self._after(begun, before, rest, all_masked)[0])
         return _different(options, firsts)
 
     # Sampled tokens.
@@ -154,14 +159,12 @@ class Chat:
         kept = list(ids if ended is None else ids[:ended])
         opened = self._opens_thought and not begun
         thought, text = self._thought_apart(kept, opened)
+        lead, tail = self._around()
+        if ended is not None:
+            text = text.removesuffix(tail)
         if thought is not None:
             return Answer(text.lstrip() if text.strip() else "", thought)
-        lead, tail = self._around
-        if not begun and lead and text.startswith(lead):
-            text = text[len(lead) :]
-        if ended is not None and tail and text.endswith(tail):
-            text = text[: -len(tail)]
-        return Answer(text)
+        return Answer(text if begun else text.removeprefix(lead))
 
     # Plain texts.
 
@@ -199,9 +202,7 @@ class Chat:
 
     # By construction.
 
-    def differences(
-        self, messages: Sequence[Message] = (Message(role="user", content="Why?"),)
-    ) -> str | None:
+    def differences(self, messages: Sequence[Message] = _PROBE) -> str | None:
         """In what prompt, completion and end are not the template's own rendering of the conversation; None if in nothing."""
         said = []
         if header := self.template.added_header:
@@ -225,10 +226,8 @@ class Chat:
         whole = self.template.whole([*turns, Turn("assistant", answer)])
         layout, _ = self._place(tuple(messages))
         lead, text = self._before_answer(layout, answer)
-        ours = lead + text
-        if self._end_in_template:
-            ours += layout.tail[: layout.tail.find(self._end) + len(self._end)]
-        both = layout.prompt + ours
+        closing = self._closing(layout)
+        both = layout.prompt + lead + text + closing
         if not whole.startswith(both):
             at = next(
                 (n for n, (a, b) in enumerate(zip(both, whole, strict=False)) if a != b),
@@ -239,7 +238,7 @@ class Chat:
                 f"{both[at : at + 40]!r}, and the latter is trained"
             )
         ids = [*self.prompt_ids(messages), *self.completion_ids(messages, answer)]
-        ids = ids if self._end_in_template else ids[:-1]
+        ids = ids if closing else ids[:-1]
         if ids != self._ids(both, tuple(masked)):
             return "prompt and answer join in one token, and are encoded apart"
         return None
@@ -247,6 +246,8 @@ class Chat:
     def _without_space(self, text: str) -> str:
         """A rendered text without its last spaces, where this tokenizer puts them into the token that follows."""
         cut = text.rstrip(" ")
+        if cut == text:
+            return text
         spaces = text[len(cut) :]
         firsts = {self._continued(spaces + letter, plain=False)[0] for letter in "AB"}
         return cut if len(firsts) == 2 else text
@@ -282,37 +283,28 @@ class Chat:
         before, after = self._trims
         answer = answer.lstrip() if before else answer
         answer = answer.rstrip() if after else answer
-        thought = self.thought
-        if (
-            thought is None
-            or thought.open not in self._plain_thought
-            or thought.close not in answer
-        ):
+        brings_thought = (
+            re.match(r"\s*" + re.escape(self._spelled), answer) if self._spelled else None
+        )
+        if brings_thought is None or self.thought is None or self.thought.close not in answer:
             return layout.lead, answer
-        if not answer.lstrip().startswith(thought.open):
-            return layout.lead, answer
-        if thought.opened_by(layout.prompt):
-            return "", answer.lstrip()[len(thought.open) :].lstrip("\n")
-        return layout.lead[
-            : layout.lead.find(thought.open)
-        ] if thought.open in layout.lead else "", (answer.lstrip())
-
-    @property
-    def _plain_thought(self) -> str:
-        """The thought's opening where it is no special token, so that a text can spell it."""
-        opening = self.thought.open if self.thought else ""
-        return "" if self._special.search(opening) else opening
+        if self._opened(layout.prompt):
+            return "", answer[brings_thought.end() :].lstrip("\n")
+        return layout.lead.partition(self._spelled)[0].rstrip(), answer.lstrip()
 
     def _opened(self, prompt: str) -> bool:
         return self.thought is not None and self.thought.opened_by(prompt)
 
-    @property
+    def _closing(self, layout: Layout) -> str:
+        """What ends an answer, as the template writes it; empty where it writes no end."""
+        before, end, _ = layout.tail.partition(self._end)
+        return before + end if end and self._end_in_template else ""
+
     def _around(self) -> tuple[str, str]:
         """What the template's text adds to an answer before and after it, special tokens left out."""
-        layout = self._place((Message(role="user", content="x"),)).layout
-        lead = layout.lead if not self._special.search(layout.lead) else ""
-        end = layout.tail.find(self._end) if self._end_in_template else 0
-        return lead, layout.tail[:end]
+        layout = self._place(_PROBE).layout
+        lead = "" if self._special.search(layout.lead) else layout.lead
+        return lead, self._closing(layout).removesuffix(self._end)
 
     # Tokens.
 
@@ -327,9 +319,9 @@ class Chat:
                 ids += self._continued(masked[int(piece)], plain=True)
         return ids
 
-    def _after(self, prompt: str, text: str, masked: Sequence[str]) -> list[int]:
-        """Tokens of a rendered text that follows a prompt."""
-        before, whole = self._ids(prompt, masked), self._ids(prompt + text, masked)
+    def _after(self, before: list[int], prompt: str, text: str, masked: Sequence[str]) -> list[int]:
+        """Tokens of a rendered text that follows a prompt, whose tokens are `before`."""
+        whole = self._ids(prompt + text, masked)
         if whole[: len(before)] == before:
             return whole[len(before) :]
         first, *rest = _MARKS.split(text)

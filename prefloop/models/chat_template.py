@@ -85,8 +85,8 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self.source = self._chosen_source()
-        self._arguments = dict(arguments or {})
-        self._demand_known(self._arguments)
+        self.arguments = dict(arguments or {})
+        self._demand_known(self.arguments)
         self._tried: set[tuple[str, ...]] = set()
         self._in_parts = False
         """Whether content must be a list of parts, as for some multimodal models."""
@@ -233,7 +233,7 @@ class ChatTemplate:
                     chat_template=dated(self.source),
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
-                    **self._arguments,
+                    **self.arguments,
                 )
             )
         except _FAILURES as error:

@@ -26,10 +26,8 @@ def check_template(options: ModelOptions, conversations: Iterable[Conversation])
     template = options.chat_template and Path(options.chat_template).expanduser().resolve()
     tokenizer = _tokenizer(local_folder(str(folder), options), str(template or ""), options)
     chat = Chat(tokenizer, template_kwargs=options.chat_template_kwargs)
-    for conversation in conversations:
-        chat.prompt_ids(conversation)
-    if difference := chat.differences():
-        yield difference
+    found = [chat.differences(conversation) for conversation in conversations]
+    yield from [difference for difference in found if difference][:1]
 
 
 def _tokenizer(folder: Path, template: str, options: ModelOptions) -> Any:

@@ -183,6 +183,10 @@ def test_a_user_cannot_end_a_turn_and_an_answer_cannot_end_itself(name: str) -> 
 @pytest.mark.parametrize("name", ["qwen3", "r1", "glm46"])
 def test_a_question_about_thoughts_stays_whole(name: str) -> None:
     tokenizer = made(name)
+    # As templates do that look for a thought in every turn.
+    cutting = "{% for m in messages %}{% set m = {'role': m.role, 'content': m.content.split('</think>')[-1]} %}"
+    source = tokenizer.chat_template
+    tokenizer.chat_template = cutting.join(source.rsplit("{% for m in messages %}", 1))
     question = "What does </think> mean, and <think>?"
     ids = Chat(tokenizer).prompt_ids((Message(role="user", content=question),))
     assert question in tokenizer.decode(ids)
@@ -226,6 +230,7 @@ def test_an_answer_that_would_join_with_the_prompt_is_encoded_after_it() -> None
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     core["model"]["vocab"]["ĊĊ"] = 300
     core["model"]["merges"] = [["Ċ", "Ċ"]]
+    core["pre_tokenizer"]["use_regex"] = False
     from tokenizers import Tokenizer
 
     joined = type(tokenizer)(
@@ -234,7 +239,9 @@ def test_an_answer_that_would_join_with_the_prompt_is_encoded_after_it() -> None
     joined.chat_template = tokenizer.chat_template
     chat = Chat(joined)
     completion = chat.completion_ids(ASKED, "\nRome")
+    assert len(ids_of(joined, "\n\n")) == 1
     assert joined.decode(completion) == "\nRome<|im_end|>"
+    assert "join" not in (chat.differences() or "")
     assert chat.prompt_ids(ASKED)[-1] == ids_of(joined, "\n")[0]
 
 
@@ -390,6 +397,33 @@ def test_an_answer_that_is_announced_in_every_case_is_not_announced_twice() -> N
     )
     text = tokenizer.decode(Chat(tokenizer).prompt_ids(ASKED))
     assert text.count("<|im_start|>assistant") == 1
+
+
+def test_an_announcement_without_being_asked_leaves_the_thought_to_the_policy() -> None:
+    tokenizer = shapes.cohere()
+    asking = "{% if add_generation_prompt %}"
+    assert asking in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(asking, "{% if true %}")
+    chat = Chat(tokenizer)
+    assert tokenizer.decode(chat.prompt_ids(ASKED)).endswith("<|CHATBOT_TOKEN|>")
+    assert tokenizer.decode(chat.completion_ids(ASKED, "Rome")).startswith("<|START_RESPONSE|>Rome")
+
+
+def test_a_beginning_of_text_is_no_end() -> None:
+    tokenizer = shapes.gemma3()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ bos_token + m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ bos_token + 'assistant:' }}{% endif %}"
+    )
+    assert tokenizer.convert_ids_to_tokens(Chat(tokenizer).end_id) == "<eos>"
+
+
+def test_the_tokens_of_a_text_do_not_depend_on_a_special_string_before_it() -> None:
+    tokenizer = shapes.zephyr()
+    ids = Chat(tokenizer).prompt_ids((Message(role="user", content="A</s>is Paris"),))
+    names = tokenizer.convert_ids_to_tokens(ids)
+    at = names.index("A")
+    assert names[at : at + 7] == ["A", "<", "/", "s", ">", "is", "▁Paris"]
 
 
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
