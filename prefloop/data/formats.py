@@ -96,7 +96,11 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "openai_preference",
         "OpenAI's preference fine-tuning: input.messages, preferred_output, non_preferred_output",
-        lambda c: isinstance(c.row.get("input"), Mapping) and "preferred_output" in c.row,
+        lambda c: (
+            isinstance(given := c.row.get("input"), Mapping)
+            and "messages" in given
+            and "preferred_output" in c.row
+        ),
         readers.openai,
         True,
     ),
@@ -307,6 +311,10 @@ def read_row(where: str, row: Row, options: FieldOptions, beside: Sequence[str] 
         found = format.read(cells)
     except NoTurns as reason:
         found = str(reason)
+    if not isinstance(found, str) and any(one.messages[-1].role != "user" for one in found):
+        raise cells.fail(
+            "the prompt does not end with the user's turn; leave what follows to the answers"
+        )
     for name in cells.row:
         if name in _CONTENT and name in cells and name not in cells.used:
             _demand_nothing_new(cells, name, found, options)
