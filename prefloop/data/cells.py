@@ -48,6 +48,8 @@ class Cells:
     where: str
     row: Row
     used: dict[str, None] = field(default_factory=dict)
+    texts_only: bool = False
+    """Whether the row is of a table of texts (CSV), where turns are written as JSON."""
 
     def __contains__(self, name: str) -> bool:
         return not empty(self.row.get(name))
@@ -98,7 +100,11 @@ def is_objects(value: object, *keys: str) -> bool:
 
 TALKS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "inputs", "input")
-BELOW = {"instruction": ("input", "context"), "prompt": ("input",)}
+BELOW = {
+    "instruction": ("input", "context"),
+    **dict.fromkeys(("prompt", "question", "query", "problem", "inputs"), ("input",)),
+}
+"""Columns with material that is put below a prompt's."""
 SYSTEM = ("system", "system_prompt")
 ANSWERS = (
     "response",
@@ -142,6 +148,19 @@ def transcript(text: str) -> list[Message]:
     return turns
 
 
+_WRITTEN_TURNS = re.compile(r"""\s*\[\s*\{\s*(["'])(role|from|content|value)\1\s*:""")
+
+
+def is_turns(cells: Cells, name: str) -> bool:
+    """Whether a cell holds turns, in a table of texts as JSON; what Python prints of turns is refused there."""
+    value = cells.row.get(name)
+    if not cells.texts_only or not isinstance(value, str) or not _WRITTEN_TURNS.match(value):
+        return isinstance(value, list | Mapping)
+    if isinstance(_parsed(value), str):
+        raise cells.fail(f"{name!r} holds turns as text that is not JSON; write the cell as JSON")
+    return True
+
+
 def talk(cells: Cells, name: str, *, answer_only: bool = False) -> list[Message]:
     """A column of turns; one turn alone, and JSON text of turns, are read as well."""
     value = cells.get(name)
@@ -182,13 +201,13 @@ def _asked(cells: Cells, prompts: Sequence[str]) -> list[Message]:
     if name is None:
         return []
     value = cells.get(name)
-    if isinstance(value, list | Mapping):
+    if is_turns(cells, name):
         return talk(cells, name)
     text = filled_text(cells.where, name, value)
     if is_transcript(text):
         return transcript(text)
     below = cells.first(*BELOW.get(name, ()))
-    if below is not None:
+    if below is not None and cells.text(below) not in text:
         text = f"{text}\n\n{cells.text(below)}"
     return [Message(role="user", content=text)]
 

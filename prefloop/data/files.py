@@ -224,12 +224,16 @@ def _delimiter(file: DataFile, head: str) -> str:
     return next((mark for mark in ",;\t" if mark in head), ",")
 
 
+class TextRow(dict[str, object]):
+    """A row of a table of texts, whose cells write lists as JSON."""
+
+
 def _cells(names: list[str], cells: list[str]) -> Row:
     if len(cells) > len(names):
         raise csv.Error("more cells than the header has")
     if len(cells) < len(names):
         raise csv.Error("fewer cells than the header has")
-    return {name: cell or None for name, cell in zip(names, cells, strict=True)}
+    return TextRow((name, cell or None) for name, cell in zip(names, cells, strict=True))
 
 
 # Parquet and Arrow.

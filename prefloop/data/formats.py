@@ -7,7 +7,9 @@ of the others those that hold a conversation, an answer or a label must say noth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import BeforeValidator, field_validator
 
 from prefloop.config import Options
 from prefloop.data import readers
@@ -23,8 +25,9 @@ from prefloop.data.cells import (
     is_texts,
     is_transcript,
 )
-from prefloop.data.files import Row
+from prefloop.data.files import Row, TextRow
 from prefloop.errors import DataError, nearest
+from prefloop.records import as_tuple
 
 
 class FieldOptions(Options):
@@ -48,8 +51,15 @@ class FieldOptions(Options):
     """Column with a text that becomes the system turn."""
     id_field: str | None = "id"
     """Column with unique ids; rows without one are numbered. null numbers all rows."""
-    ignore: tuple[str, ...] = ()
+    ignore: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Columns to pass over, such as ones that are refused otherwise."""
+
+    @field_validator("format")
+    @classmethod
+    def _is_there(cls, name: str | None) -> str | None:
+        if name is not None and name not in BY_NAME:
+            raise ValueError(f"data.format: no format {name!r}; {nearest(name, list(BY_NAME))}")
+        return name
 
 
 # The table.
@@ -86,7 +96,11 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "openai_preference",
         "OpenAI's preference fine-tuning: input.messages, preferred_output, non_preferred_output",
-        lambda c: isinstance(c.row.get("input"), Mapping) and "preferred_output" in c.row,
+        lambda c: (
+            isinstance(given := c.row.get("input"), Mapping)
+            and "messages" in given
+            and "preferred_output" in c.row
+        ),
         readers.openai,
         True,
     ),
@@ -297,6 +311,10 @@ def read_row(where: str, row: Row, options: FieldOptions, beside: Sequence[str] 
         found = format.read(cells)
     except NoTurns as reason:
         found = str(reason)
+    if not isinstance(found, str) and any(one.messages[-1].role != "user" for one in found):
+        raise cells.fail(
+            "the prompt does not end with the user's turn; leave what follows to the answers"
+        )
     for name in cells.row:
         if name in _CONTENT and name in cells and name not in cells.used:
             _demand_nothing_new(cells, name, found, options)
@@ -333,15 +351,12 @@ def _named(where: str, row: Row, options: FieldOptions) -> tuple[Cells, dict[str
     for name in ("chosen", "rejected"):
         if name in moved and name not in renames and name in row:
             cells[name] = row[name]
-    return Cells(where, cells), {name: given for given, name in moved.items()}
+    written = Cells(where, cells, texts_only=isinstance(row, TextRow))
+    return written, {name: given for given, name in moved.items()}
 
 
 def _format_of(cells: Cells, options: FieldOptions) -> Format:
     if options.format is not None:
-        if options.format not in BY_NAME:
-            raise DataError(
-                f"data.format: no format {options.format!r}; {nearest(options.format, list(BY_NAME))}"
-            )
         found = BY_NAME[options.format]
         if not found.fits(cells):
             raise DataError(

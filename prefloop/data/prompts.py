@@ -9,23 +9,22 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Annotated, Literal, TypeAlias, TypeVar
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from prefloop.config import build, shown
 from prefloop.data.entries import Placed, Tally, read_entries
 from prefloop.data.formats import FieldOptions
 from prefloop.data.prompt_store import PromptStore
 from prefloop.data.rows import EMBEDDED
 from prefloop.errors import DataError
-from prefloop.records import Prompt, as_tuple, derive_seed
+from prefloop.records import Prompt, derive_seed
 
 Part: TypeAlias = Literal["train", "eval"]
 CountTokens: TypeAlias = Callable[[str], int]
 
 _Name: TypeAlias = Annotated[str, Field(min_length=1)]
-_S = TypeVar("_S")
-_Several: TypeAlias = Annotated[tuple[_S, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class SourceOptions(FieldOptions):
@@ -57,7 +56,7 @@ class TrainSource(SourceOptions):
     @model_validator(mode="after")
     def _one_amount(self) -> TrainSource:
         if self.weight is not None and self.take is not None:
-            raise ValueError("data.train: weight and take exclude each other; set one of them")
+            raise ValueError("weight and take exclude each other; set one of them")
         return self
 
 
@@ -70,9 +69,9 @@ class DataOptions(FieldOptions):
     for sources that are a text; a source in a list names its own.
     """
 
-    train: _Name | _Several[TrainSource] = EMBEDDED
+    train: _Name | tuple[TrainSource, ...] = EMBEDDED
     """Source of the prompts to train on, or a list of {source, weight or take, fields}."""
-    eval: _Name | _Several[SourceOptions] | None = None
+    eval: _Name | tuple[SourceOptions, ...] | None = None
     """Source of the evaluation prompts, or a list of {name, source, fields}. null: `holdout` of `train`; else the embedded set's own, or none."""
     holdout: int = Field(default=0, ge=0)
     """Prompts drawn from `train` by the run's seed and kept for evaluation, where `eval` is null."""
@@ -89,13 +88,34 @@ class DataOptions(FieldOptions):
     limit: int | None = Field(default=None, ge=1)
     """Read only the first so many usable rows of `train`, in the file's order; null reads all."""
 
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _each_by_itself(cls, value: object, info: ValidationInfo) -> object:
+        """Read a list's sources one by one, so that an error names the one that is wrong."""
+        key = f"data.{info.field_name}"
+        kind = TrainSource if info.field_name == "train" else SourceOptions
+        if isinstance(value, list | tuple):
+            given = ({"source": one} if isinstance(one, str) else one for one in value)
+            return tuple(
+                one if isinstance(one, kind) else build(kind, one, f"{key}[{number}]")
+                for number, one in enumerate(given)
+            )
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"{key} should be a source, or a list of {{source, ...}}; it is {shown(value)}"
+            )
+        return value
+
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataOptions:
         if self.eval is not None and self.holdout:
             raise ValueError("data.holdout and data.eval exclude each other; set one of them")
         if self.limit is not None and not isinstance(self.train, str):
             raise ValueError("data.limit is for one source; say take in each source of data.train")
-        for part in ("train", "eval"):
+        parts: tuple[Part, Part] = ("train", "eval")
+        for part in parts:
+            if (self.train if part == "train" else self.eval) == ():
+                raise ValueError(f"data.{part} is an empty list; name a source")
             names = [source.title for source in self.sources(part)]
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(
@@ -292,7 +312,7 @@ def read_prompts(
         tally=tally,
     )
     first_use: dict[str, str] = {}
-    for placed in found:
+    for placed in found if needs_pairs else _without_repeats(found):
         wants_pair = needs_pairs and (part == "train" or placed.entry.chosen is not None)
         prompt = _prompt(placed, needs_target=needs_target, wants_pair=wants_pair)
         if isinstance(prompt, str):
@@ -305,6 +325,17 @@ def read_prompts(
             )
         first_use[prompt.id] = placed.where
         yield prompt
+
+
+def _without_repeats(found: Iterable[Placed]) -> Iterator[Placed]:
+    """The entries without those of a row that differ in the worse answer only, where no pairs are wanted."""
+    where, targets = "", set[str | None]()
+    for placed in found:
+        if placed.where != where:
+            where, targets = placed.where, set()
+        if placed.entry.target not in targets:
+            targets.add(placed.entry.target)
+            yield placed
 
 
 def _prompt(placed: Placed, *, needs_target: bool, wants_pair: bool) -> Prompt | str:

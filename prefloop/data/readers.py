@@ -15,8 +15,9 @@ from prefloop.data.cells import (
     Entry,
     Found,
     context,
-    is_objects,
+    is_texts,
     is_transcript,
+    is_turns,
     joined,
     same,
     talk,
@@ -31,7 +32,7 @@ from prefloop.records import Message
 def _answer(cells: Cells, name: str) -> str:
     """A column with an answer: a text, a turn of the assistant, or a conversation that ends with it."""
     value = cells.get(name)
-    if not is_objects(value) and not isinstance(value, Mapping):
+    if not is_turns(cells, name) or value == [] or is_texts(value):
         return filled_text(cells.where, name, value)
     turns = talk(cells, name, answer_only=True)
     if turns[-1].role != "assistant":
@@ -122,19 +123,20 @@ def pair(cells: Cells, good: str = "chosen", bad: str = "rejected") -> Found:
 def _side(cells: Cells, name: str) -> tuple[list[Message], str]:
     """What comes before an answer in its own column, and the answer."""
     value = cells.get(name)
-    if isinstance(value, str) and not is_transcript(value):
+    written = isinstance(value, str) and not is_turns(cells, name)
+    if written and not is_transcript(value):
         if value.encode(errors="ignore").decode() != value:
             raise cells.fail(f"{name!r} holds half of a surrogate pair; remove it")
         return [], value
-    if isinstance(value, str):
+    if written:
         turns = transcript(value)
-    elif isinstance(value, list | Mapping):
+    elif is_turns(cells, name):
         turns = talk(cells, name, answer_only=True)
     else:
         kind = "empty" if value is None else f"{type(value).__name__}, not text"
         raise cells.fail(f"{name!r} is {kind}; {'fill' if value is None else 'convert'} it")
     if turns[-1].role != "assistant":
-        if isinstance(value, str):
+        if written:
             return turns, ""  # a transcript that waits for its answer
         raise cells.fail(f"{name!r} ends with the user's turn; end it with the assistant's answer")
     return turns[:-1], turns[-1].content
@@ -278,7 +280,7 @@ def two(first: str, second: str, *labels: str) -> Callable[[Cells], Found]:
 def _votes(cells: Cells, name: str) -> int | None:
     """What most annotators said; None where there is no such label."""
     votes = cells.get(name)
-    if not isinstance(votes, list) or not votes or not set(votes) <= {0, 1, 2}:
+    if not isinstance(votes, list) or not votes or any(vote not in (0, 1, 2) for vote in votes):
         raise cells.fail("'annotators' must be a filled list of 0 (tie), 1 and 2")
     ranked = Counter(votes).most_common(2)
     return None if len(ranked) == 2 and ranked[0][1] == ranked[1][1] else int(ranked[0][0])

@@ -271,6 +271,42 @@ def test_a_cell_may_be_longer_than_the_csv_modules_limit(tmp_path: Path) -> None
     assert prompt.target == "x" * 200_000
 
 
+@pytest.mark.parametrize("mark", ["csv", "tsv"])
+def test_turns_in_a_table_of_texts_are_written_as_json(mark: str, tmp_path: Path) -> None:
+    import csv
+
+    turns, answer = [json.dumps(LEAD), json.dumps([ROME])]
+    with (tmp_path / f"a.{mark}").open("w", newline="") as file:
+        table = csv.writer(file, delimiter="\t" if mark == "tsv" else ",")
+        table.writerows([["prompt", "chosen", "rejected"], [turns, answer, "Milan."]])
+    ((found, chosen, rejected),) = pairs(str(tmp_path / f"a.{mark}"))
+    assert (len(found), chosen, rejected) == (4, "Rome.", "Milan.")
+
+
+def test_json_in_a_text_of_json_lines_is_a_text(tmp_path: Path) -> None:
+    text = json.dumps([ROME])
+    (prompt,) = read_prompts(written(tmp_path, {"prompt": text, "response": text}), DataOptions())
+    assert (prompt.text, prompt.target) == (text, text)
+
+
+def test_material_that_the_prompt_holds_already_is_not_put_below_it(tmp_path: Path) -> None:
+    row = {"prompt": "Translate: Hund", "input": "Hund", "response": "dog"}
+    (prompt,) = read_prompts(written(tmp_path, row), DataOptions())
+    assert prompt.text == "Translate: Hund"
+
+
+def test_lists_of_answers_give_every_pair_but_each_target_once(tmp_path: Path) -> None:
+    source = written(tmp_path, {"prompt": "Q", "chosen": ["a", "b"], "rejected": ["x", "y"]})
+    assert [found[1:] for found in pairs(source)] == [
+        ("a", "x"),
+        ("a", "y"),
+        ("b", "x"),
+        ("b", "y"),
+    ]
+    targets = read_prompts(source, DataOptions(), needs_target=True)
+    assert [prompt.target for prompt in targets] == ["a", "b"]
+
+
 # Several sources.
 
 
@@ -331,7 +367,11 @@ def test_evaluation_sets_keep_their_names_and_places(tmp_path: Path) -> None:
         ({"train": [{"source": "a.jsonl", "take": 1, "weight": 1.0}]}, "exclude each other"),
         ({"train": [{"source": "a.jsonl"}, {"source": "b/a.csv"}]}, "two sources 'a'"),
         ({"train": [{"source": "a.jsonl"}], "limit": 3}, "say take in each source"),
-        ({"train": []}, "at least 1 item"),
+        ({"train": []}, "data.train is an empty list"),
+        ({"train": 5}, "data.train should be a source, or a list"),
+        ({"eval": {"source": "a"}}, "data.eval should be a source, or a list"),
+        ({"train": [{"source": "a", "weight": -1}]}, r"data\.train\[0\]\.weight"),
+        ({"format": "alpacca"}, "no format 'alpacca'; did you mean 'alpaca'"),
         ({"train": [{"sauce": "a.jsonl"}]}, "sauce"),
     ],
 )
@@ -343,3 +383,17 @@ def test_a_list_that_cannot_be_meant_is_refused(options: dict[str, Any], says: s
 def test_taking_more_than_there_is_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl has 3 usable rows, and take is 4; lower it"):
         mixed(tmp_path, {"source": numbered(tmp_path, "a", 3), "take": 4})
+
+
+def test_a_recipe_with_lists_survives_being_dumped(tmp_path: Path) -> None:
+    from prefloop.recipe import load_recipe
+
+    text = (
+        "method: {name: sft}\ndata:\n  train: [a.jsonl, {source: b.csv, weight: 2, ignore: [x]}]\n"
+        "  eval: [{name: one, source: c.jsonl}]\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    (tmp_path / "again.yaml").write_text(recipe.dump())
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+    assert [source.title for source in recipe.data.sources("train")] == ["a", "b"]

@@ -87,6 +87,9 @@ WRONG: dict[str, Wrong] = {
     "Python's repr in CSV": raw(
         "a.csv", "messages\n\"[{'role': 'user', 'content': 'a'}]\"\n", ":2", "must be a filled list"
     ),
+    "a prompt of turns as Python prints them": raw(
+        "a.csv", "prompt\n\"[{'role': 'user', 'content': 'a'}]\"\n", ":2", "write the cell as JSON"
+    ),
     # Prompts and answers.
     "no known column": second({"text": "a"}, "data.prompt_field"),
     "prompt a number": second({"prompt": 5}, "'prompt' is int, not text"),
@@ -110,10 +113,6 @@ WRONG: dict[str, Wrong] = {
     ),
     "named column of the wrong kind": raw(
         "a.jsonl", '{"ask": "a"}\n{"ask": 3}', ":2", "'prompt' is int", prompt_field="ask"
-    ),
-    "format that is not there": Wrong(
-        "a.jsonl", FINE, "", "no format 'alpacca'; did you mean 'alpaca'?", "p",
-        {"format": "alpacca"},
     ),
     "format without its columns": Wrong(
         "a.jsonl", FINE, ":1", "has not the columns of data.format messages", "p",

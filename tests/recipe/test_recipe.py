@@ -117,7 +117,7 @@ WRONG = [
     ),
     (
         IAL_RECIPE + "data: {train: on}\n",
-        "r.yaml: data.train should be a valid string; it is true",
+        "r.yaml: data.train should be a source, or a list of {source, ...}; it is true",
     ),
     (
         IAL_RECIPE + "data: {eval: a.jsonl, holdout: 3}\n",
