@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from prefloop.config import Options
 from prefloop.machine import Bar
@@ -56,6 +56,9 @@ class OpenJudge(Protocol):
 
 class Judge(Options):
     """A judge is a frozen model: its fields are its options; `open` puts it to work."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options for its checks, where an option is required; judges that load or ask something say it in their tests."""
 
     @property
     def needs_target(self) -> bool:
