@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import prefloop.evaluate
 from prefloop import __version__
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.data.rows import EMBEDDED
@@ -229,7 +228,7 @@ class SubjectRun:
             for name, value in one.measure.model_dump(mode="json").items()
         }
         # What measures share decides as well as the measure's own file.
-        shared = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
+        shared = sorted(Path(__file__).parent.glob("*.py"))
         code = [contents(file) for file in (*shared, Path(inspect.getfile(type(one.measure))))]
         return digest(
             one.name,
