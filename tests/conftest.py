@@ -20,8 +20,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """A byte-level tokenizer with ChatML turns: every text survives the round trip."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|im_start|>", "<|im_end|>"]
@@ -34,6 +33,12 @@ def tokenizer() -> Any:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tokenizer of the tiny models; tests leave it as it is."""
+    return byte_tokenizer()
 
 
 def tiny_llama(vocabulary: int, seed: int = 0, *, intermediate_size: int = 48) -> LlamaForCausalLM:
@@ -75,6 +80,13 @@ def labelled_prompts(count: int) -> list[Prompt]:
     ]
 
 
+def save_tiny_llama(folder: Path, tokenizer: Any, seed: int = 0) -> Path:
+    """The tiny model and its tokenizer as files."""
+    tiny_llama(len(tokenizer), seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def model(tokenizer: Any) -> LlamaForCausalLM:
     """A fresh tiny model; tests may change it."""
@@ -84,7 +96,4 @@ def model(tokenizer: Any) -> LlamaForCausalLM:
 @pytest.fixture(scope="session")
 def model_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a folder that recipes can name."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny_llama(tmp_path_factory.mktemp("model"), tokenizer)

@@ -1,8 +1,11 @@
-"""The code in docs/adding.md runs as it stands there."""
+"""The code in docs/adding.md runs as it stands there, and keeps the contracts when it is put into the package."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -24,8 +27,17 @@ from prefloop.methods import Method
 from prefloop.records import Candidates, Message, Pair, Prompt, Response
 from prefloop.train.losses import GroupLogps
 
-PAGE = Path(__file__).parents[1] / "docs/adding.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/adding.md"
 NAMES = ("my_judges", "mentions", "longer", "brevity")
+
+
+def blocks() -> dict[str, str]:
+    """The page's files, by name."""
+    text = PAGE.read_text("utf-8")
+    found = dict(re.findall(r"^```python\n# (\w+)\.py\n(.*?)^```$", text, re.M | re.S))
+    assert tuple(found) == NAMES
+    return found
 
 
 def prompt(text: str) -> Prompt:
@@ -38,11 +50,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     home = tmp_path / "added"
     home.mkdir()
     (home / "__init__.py").touch()
-    blocks = re.findall(
-        r"^```python\n# (\w+)\.py\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S
-    )
-    assert tuple(name for name, _ in blocks) == NAMES
-    for name, code in blocks:
+    for name, code in blocks().items():
         (home / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     yield "added"
@@ -87,3 +95,37 @@ def test_the_measure_measures(package: str, tmp_path: Path) -> None:
     outcome = kind().run(subject)
     assert outcome.estimates["words"].value == 3
     assert len(outcome.items) == len(import_module(f"{package}.brevity").QUESTIONS)
+
+
+@pytest.mark.slow
+def test_put_into_the_package_each_keeps_its_contract_with_no_other_file_touched(
+    tmp_path: Path,
+) -> None:
+    """Every check of a contract finds the new file by itself; none is left out."""
+    for name in ("prefloop", "tests", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for name, room in (("mentions", "judges"), ("longer", "methods"), ("brevity", "measures")):
+        home = tmp_path / "prefloop" / ("evaluate/measures" if room == "measures" else room)
+        (home / f"{name}.py").write_text(blocks()[name])
+    files = [f"tests/contract/test_{room}.py" for room in ("judges", "methods", "measures")]
+    wanted = ["-k", "mentions or longer or brevity or there_are"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            *files,
+            "tests/contract/test_options_read.py",
+            *wanted,
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stdout
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) > 25
+    assert "skipped" not in done.stdout

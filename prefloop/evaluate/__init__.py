@@ -1,1 +1,1 @@
-"""Evaluation: measures of a policy, their statistics, and `prefloop evaluate`."""
+"""Evaluation: measures of a policy, their statistics, and `prefloop evaluate`. Called, `prefloop.evaluate(run)` measures."""

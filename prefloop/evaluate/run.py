@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import prefloop.evaluate
 from prefloop import __version__
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.data.rows import EMBEDDED
@@ -251,7 +250,7 @@ class SubjectRun:
             for name, value in choice.measure.model_dump(mode="json").items()
         }
         # The code that measures share counts as well as the measure's own file.
-        shared_files = sorted(Path(prefloop.evaluate.__file__).parent.glob("*.py"))
+        shared_files = sorted(Path(__file__).parent.glob("*.py"))
         code_hashes = [
             content_hash(file)
             for file in (*shared_files, Path(inspect.getfile(type(choice.measure))))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from prefloop.config import Options
 from prefloop.machine import Bar
@@ -76,6 +76,9 @@ def score_responses(
 
 class Judge(Options):
     """A judge: its fields are its options; `open` loads it."""
+
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options for its checks, where an option is required; judges that load or ask something say it in their tests."""
 
     @property
     def needs_target(self) -> bool:

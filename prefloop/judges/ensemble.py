@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
@@ -48,6 +48,11 @@ Member = Annotated[
 
 class Ensemble(Judge):
     """Several judges, weighted; where one of them has no verdict, neither has the ensemble."""
+
+    example: ClassVar = {
+        "judges": [{"name": "similarity"}, {"name": "self_judge"}],
+        "weights": [0.01, 1.0],
+    }
 
     judges: tuple[Member, ...] = Field(min_length=2)
     """Sections like `judge` itself, each with a name and options."""

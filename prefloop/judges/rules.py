@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,8 @@ class Rules(Judge):
     The kinds are those of IFEval (Zhou et al. 2023, arXiv:2311.07911, table 1) that hold for a whole data
     set and in any language; prompts with instructions of their own need a judge of kind `python`.
     """
+
+    example: ClassVar = {"max_characters": 12, "exclude": ["nobody"]}
 
     min_words: int | None = Field(default=None, ge=1)
     """Fewest words; a word is a run of letters and digits, so for languages without spaces use characters."""

@@ -26,7 +26,7 @@ FLOORS = (
     {"report"},
     {"run"},
     {"annotate", "compare"},
-    {"cli"},
+    {"cli", "api"},
     {"__init__", "__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -104,6 +104,14 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
     assert above == set()
 
 
+def test_the_picture_in_the_concepts_is_this_list() -> None:
+    page = (PACKAGE.parent / "docs/concepts.md").read_text(encoding="utf-8")
+    picture = page.partition("## The house")[2].split("```")[1].strip().splitlines()
+    shown = [set(line[:26].split()) for line in picture]
+    inside = [rooms - {"__init__", "__main__"} for rooms in FLOORS]
+    assert shown[::-1] == [rooms for rooms in inside if rooms]
+
+
 def test_no_imports_run_in_a_circle() -> None:
     done: set[str] = set()
 
@@ -118,9 +126,9 @@ def test_no_imports_run_in_a_circle() -> None:
         visit(module, ())
 
 
-def test_only_the_command_line_the_worker_and_the_package_itself_call_the_loop() -> None:
+def test_only_the_command_line_the_worker_and_the_public_functions_call_the_loop() -> None:
     callers = {module for module, others in IMPORTS.items() if "prefloop.run.loop" in others}
-    assert {room_of(module) for module in callers} - {"cli", "__init__"} == {"run"}
+    assert {room_of(module) for module in callers} - {"cli", "api"} == {"run"}
     assert {module for module in callers if room_of(module) == "run"} == {"prefloop.run.worker"}
 
 

@@ -1,7 +1,8 @@
 """What every measure owes `prefloop evaluate`. A new file in prefloop/evaluate/measures is tested here.
 
-A measure whose defaults alone can measure nothing has an entry in EXAMPLES: a function that writes the small data
-that it needs into a folder and returns its options. Without one, its tests fail and say so.
+A measure is put to work with its defaults. One that can measure nothing with them has an entry in EXAMPLES, or a
+function `example(folder)` in its test file, that writes the small data it needs and returns its options. Without
+one, its tests fail and say so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from prefloop.generate.hf_engine import HFEngine
 from prefloop.judges import Verdict
 from prefloop.records import Prompt
 from tests.conftest import tiny_llama
+from tests.contract.examples import example_in_tests
 
 MEASURES = measure_names()
 HARNESS = {"ifeval": ("lm_eval", "langdetect", "punkt"), "leaderboard": ("lm_eval",)}
@@ -142,14 +144,21 @@ EXAMPLES: dict[str, Example] = {
 
 
 def example(name: str, folder: Path) -> Measure:
-    assert name in EXAMPLES, (
-        f"measure {name} has no entry in EXAMPLES of {Path(__file__).name}: add a function that writes the small "
-        "data it needs and returns its options"
-    )
     for module in HARNESS.get(name, ()):
         pytest.importorskip(module, reason="needs the extra eval, which make setup installs")
     folder.mkdir(parents=True, exist_ok=True)
-    return find_measure(name).model_validate(EXAMPLES[name](folder))
+    if name in EXAMPLES:
+        options = EXAMPLES[name](folder)
+    else:
+        with example_in_tests("evaluate.measures", name, folder) as made:
+            options = made or {}
+    measure = find_measure(name).model_validate(options)
+    complaint = complaint_of(measure)
+    assert complaint is None, (
+        f"measure {name} cannot be put to work ({complaint}): let tests/evaluate/measures/test_{name}.py have a "
+        "function `example(folder)` that writes the small data it needs and returns its options"
+    )
+    return measure
 
 
 def complaint_of(measure: Measure) -> str | None:
@@ -226,11 +235,6 @@ def test_without_data_it_says_so_before_a_model_is_loaded(name: str) -> None:
 
 
 @every_measure
-def test_its_check_passes_what_it_then_measures(name: str, tmp_path: Path) -> None:
-    assert complaint_of(example(name, tmp_path)) is None
-
-
-@every_measure
 def test_its_outcome_is_what_tables_and_comparisons_need(name: str, outcomes: Any) -> None:
     measure, _, outcome = outcomes(name)
     assert outcome.estimates
@@ -267,9 +271,12 @@ def test_it_names_what_a_subject_lacks(name: str, engines: Any, tmp_path: Path) 
         assert measure.run(bare).estimates
 
 
-def test_a_measure_without_an_example_is_told_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match="has no entry in EXAMPLES"):
-        example("no_such_measure", tmp_path)
+def test_a_measure_without_an_example_is_told_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(EXAMPLES, "preferences")
+    with pytest.raises(AssertionError, match=r"tests/evaluate/measures/test_preferences\.py"):
+        example("preferences", tmp_path)
 
 
 def test_a_fake_engine_is_enough_for_measures_that_ask_no_judge(tmp_path: Path) -> None:

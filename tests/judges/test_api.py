@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ def said(body: dict[str, Any]) -> str:
 def prefers_longer(body: dict[str, Any]) -> str:
     shown = {found["side"]: found["text"] for found in TAGS.finditer(said(body))}
     return "A" if len(shown["a"]) > len(shown["b"]) else "B"
+
+
+@contextmanager
+def example(folder: Path) -> Iterator[dict[str, Any]]:
+    with serve(prefers_longer) as server:
+        yield {"url": server.url, "model": "m", "verdicts": str(folder / "verdicts.jsonl")}
 
 
 def always_first(body: dict[str, Any]) -> str:

@@ -20,9 +20,16 @@ from prefloop.judges import CachedJudge, NoVerdict, OpenJudge, implicit, score_r
 from prefloop.judges.implicit import Implicit, decoupled_ratio
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.records import Message, Prompt, Response
+from tests.conftest import byte_tokenizer, save_tiny_llama
 
 PROMPT = Prompt(id="p", messages=(Message(role="user", content="Where?"),))
 ANSWERS = ["in the north", "no", "nobody knows where"]
+
+
+def example(folder: Path) -> dict[str, Any]:
+    tokenizer = byte_tokenizer()
+    names = {"model": 1, "reference": 2}
+    return {n: str(save_tiny_llama(folder / n, tokenizer, seed)) for n, seed in names.items()}
 
 
 @pytest.fixture

@@ -68,6 +68,11 @@ def save(folder: Path) -> None:
     config.save_pretrained(folder)
 
 
+def example(folder: Path) -> dict[str, Any]:
+    save(folder)
+    return {"model": str(folder), "device": "cpu"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("pairrm")

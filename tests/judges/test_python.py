@@ -1,5 +1,7 @@
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -15,6 +17,10 @@ PROMPT = Prompt(id="p7", messages=(Message(role="user", content="Where?"),), tar
 
 def lengths(prompt: Prompt, responses: list[str]) -> list[int]:
     return [len(text) for text in responses]
+
+
+def example(folder: Path) -> dict[str, Any]:
+    return {"function": f"{__name__}:lengths"}
 
 
 def equals_target(prompt: Prompt, responses: list[str]) -> list[bool]:

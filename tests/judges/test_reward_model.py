@@ -28,6 +28,7 @@ from prefloop.generate.templates import PromptSet
 from prefloop.judges import NoVerdict
 from prefloop.judges.reward_model import RewardModel, token_batches
 from prefloop.records import Message, Prompt
+from tests.conftest import byte_tokenizer
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "<user>", "<assistant>", "<end>"]
 PUNCTUATION = ["<", ">", "[", "]"]
@@ -84,6 +85,16 @@ def _llama(folder: Path, **changes: Any) -> str:
     LlamaForSequenceClassification(_llama_config(**changes)).save_pretrained(folder)
     _save_tokenizer(folder)
     return str(folder)
+
+
+def example(folder: Path) -> dict[str, Any]:
+    tokenizer = byte_tokenizer()
+    options = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, "eos_token_id": 1}
+    torch.manual_seed(1)
+    config = _llama_config(**options, pad_token_id=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"model": str(folder), "device": "cpu"}
 
 
 def _bert(folder: Path) -> str:
