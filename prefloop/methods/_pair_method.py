@@ -1,7 +1,4 @@
-"""Pairs that take no more than a choice: the data's labelled ones, or drafts that a judge puts in order.
-
-What DPO, IPO, DPOP and their kin share; each of them, in its own file, adds its loss.
-"""
+"""The base of methods that only add a loss (DPO, IPO, DPOP ...): pairs from the data's labels, or from judged drafts."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ LABELLED = ("chosen", "rejected")
 
 
 class PairMethod(Method):
-    """A method that brings a loss for pairs and takes the pairs as they come."""
+    """A method that adds a loss for pairs; the pairs are the data's, or drafts ordered by the judge."""
 
     roles: ClassVar[tuple[str, ...]] = LABELLED
     first_read: ClassVar = {"gates": "pair"}
@@ -44,36 +41,36 @@ class PairMethod(Method):
 
     @property
     def needs_pairs(self) -> bool:
-        """With `pairs: data`."""
+        """True with `pairs: data`."""
         return self.pairs == "data"
 
     @property
     def needs_judge(self) -> bool:
-        """With `pairs: drafts`."""
+        """True with `pairs: drafts`."""
         return self.pairs == "drafts"
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The labelled answers, or two drafts."""
+        """The labelled answers, or two drafts of each prompt."""
         if self.pairs == "data":
             yield from map(labelled, prompts)
         else:
             yield from drafts(prompts, actors, self.sampling, 2)
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """Labels are the order; drafts are scored by the judge."""
+        """Labelled pairs are in order already; drafts are scored by the judge."""
         if self.pairs == "data":
             yield from groups
             return
         yield from scored(groups, actors.judge)
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """Chosen over rejected."""
+        """The pair of each group: labelled, or best over worst draft."""
         for group in ranked:
             yield best_over_worst(group, self.gates, round)
 
 
 def labelled(prompt: Prompt) -> Candidates | Reject:
-    """The data's own pair as a group with the responses "chosen" and "rejected"."""
+    """The data's labelled pair as a group with the responses "chosen" and "rejected"."""
     if prompt.chosen is None or prompt.rejected is None:
         return Reject(prompt_id=prompt.id, stage="generate", reason="no labelled pair")
     answers = {"chosen": prompt.chosen, "rejected": prompt.rejected}
@@ -94,7 +91,7 @@ def drafts(
 
 
 def best_over_worst(group: Candidates, gates: Gates, round: int) -> Pair | Reject:
-    """A labelled group as it is; of scored ones the best response over the worst, where gates let it pass."""
+    """The labelled pair, or for a scored group its best response over its worst, after the gates."""
     if not group.scores:
         return pair_of(group, *LABELLED, round)
     best = max(group.scores, key=group.scores.__getitem__)
@@ -118,7 +115,7 @@ def dpo_loss(logps: GroupLogps, roles: Sequence[str], beta: float) -> LossOutput
 
 
 def pair_metrics(chosen_B: Tensor, rejected_B: Tensor, beta: float) -> dict[str, Tensor]:
-    """What every loss of pairs reports, from the log-ratios r (nats) of B pairs."""
+    """Training metrics of every loss of pairs, from the log-ratios r (nats) of B pairs."""
     chosen_B, rejected_B = beta * chosen_B.detach(), beta * rejected_B.detach()
     return {
         "reward_margin": chosen_B - rejected_B,

@@ -70,14 +70,14 @@ class SPA(PairMethod):
         return self
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """Round 0: the seed pairs, as `pairs` says. Later: two drafts a prompt."""
+        """Round 0: the seed pairs, as `pairs` says. Later rounds: two drafts per prompt."""
         if actors.round <= 0:
             yield from super().generate(prompts, actors)
         else:
             yield from drafts(prompts, actors, self.sampling, 2)
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The implicit reward of each draft, and how sure the de-coupled policy is of their order."""
+        """The implicit reward of each draft, and the de-coupled policy's confidence in their order."""
         if actors.round <= 0:
             yield from super().rank(groups, actors)
             return
@@ -109,7 +109,7 @@ class SPA(PairMethod):
         return self.decoupling[min(round - 1, len(self.decoupling) - 1)]
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """The draft of the higher implicit reward over the other; the least sure of these labels are smoothed."""
+        """The draft with the higher implicit reward over the other; the least confident labels are smoothed."""
         groups = list(ranked)
         results = list(super().pair(groups, round))
         confidences = {g.prompt.id: g.ratings.get(_CONFIDENCE) for g in groups}
@@ -129,7 +129,7 @@ class SPA(PairMethod):
                 yield result
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
-        """(1 - alpha) DPO + alpha DPO with the pair the other way round, of B pairs."""
+        """(1 - alpha) DPO + alpha DPO with swapped pairs, of B pairs."""
         import torch
 
         from prefloop.train import losses
@@ -145,19 +145,19 @@ class SPA(PairMethod):
         return math.log(2)
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
-        """How sure the policy is of its own labels."""
+        """The mean confidence of the policy in its own labels."""
         found = [g.ratings[_CONFIDENCE] for g in ranked if _CONFIDENCE in g.ratings]
         return {"label_confidence": sum(found) / len(found)} if found else {}
 
 
 def confidence(labels: Sequence[float], detected: Sequence[float]) -> float:
-    """P(the label is right), sigma of the detector's reward of the better-labelled of two less the other's."""
+    """P(the label is right): sigma of the detector's reward difference, better-labelled draft minus the other."""
     better = 0 if labels[0] > labels[1] else 1
     gap = detected[better] - detected[1 - better]
     return (1 + math.tanh(gap / 2)) / 2  # sigma, without overflow
 
 
 def least(confidences: dict[str, float], per_cent: float) -> list[str]:
-    """The `per_cent` % of names with the lowest confidence, to the nearest whole number of them."""
+    """The names with the lowest confidence, `per_cent` % of all, rounded to the nearest number."""
     count = math.floor(len(confidences) * per_cent / 100 + 0.5)
     return sorted(confidences, key=confidences.__getitem__)[:count]

@@ -25,13 +25,13 @@ class Divergence(Measure):
     needs_initial: ClassVar[bool] = True
 
     held_out: str | None = None
-    """Source of the prompts; null takes those of --data, or of the run."""
+    """Source of the prompts; null: those of --data, else the run's held-out prompts."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many prompts; null: all."""
+    """Use only the first `limit` prompts; null: all."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer at most."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts answered at a time; what a kill can cost."""
+    """Prompts answered per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where there are no prompts."""

@@ -56,7 +56,7 @@ class Jailbreak(Measure):
     attacks: int | tuple[str, ...] | None = 20
     """How many attacks, drawn by `draw`, or which ones by name; null: all. AROP's paper takes 20."""
     prompt_limit: int | None = Field(default=None, ge=1)
-    """So many prompts (of ready attacks: goals), drawn by `draw`; null: all."""
+    """Number of prompts (of ready attacks: goals), drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of both draws; not the evaluation's own, so that all models meet the same attacks."""
     plain: bool = True
@@ -75,13 +75,13 @@ class Jailbreak(Measure):
     """File with rows {"prompt", "label": "safe" or "unsafe"}: only completions of unsafe prompts are used, as a
     judge of harm needs (for refusal_rules, safe ones do as well)."""
     labelled_limit: int | None = Field(default=None, ge=1)
-    """So many labelled completions, drawn by `draw`; null: all."""
+    """Number of labelled completions, drawn at random by seed `draw`; null: all."""
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=150)
     """How answers are drawn; greedy, so that JSR is the model's and not the draw's."""
     store_text: bool = False
     """Keep attack and answer in the result. They may be harmful, and files get copied."""
     chunk: int = Field(default=32, ge=1)
-    """Attacks asked and judged at a time; what a kill can cost."""
+    """Attacks asked and judged per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError for the files and names, JudgeError for a judge without its threshold."""

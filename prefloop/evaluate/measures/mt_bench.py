@@ -55,7 +55,7 @@ class MtBench(Measure):
     """File with rows {"id", "category", "turns": [first, second], "reference": [..., ...]}; the reference may
     be empty. FastChat's question.jsonl with its reference answers put in."""
     limit: int | None = Field(default=None, ge=1)
-    """So many questions, drawn by `draw`; null: all."""
+    """Number of questions, drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of that draw; not the evaluation's own, so that all models meet the same questions."""
     judge_range: tuple[float, float] | None = None
@@ -65,7 +65,7 @@ class MtBench(Measure):
     max_new_tokens: int = Field(default=1024, ge=1)
     """Tokens of an answer, as in FastChat."""
     chunk: int = Field(default=8, ge=1)
-    """Questions of one category asked and judged at a time; what a kill can cost."""
+    """Questions of one category asked and judged per cache file; a killed evaluation repeats at most one file."""
 
     @property
     def name(self) -> str:

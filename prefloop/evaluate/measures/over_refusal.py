@@ -40,7 +40,7 @@ class OverRefusal(Measure):
     prompts: str | None = None
     """File with rows {"id", "prompt", "type", "label": "safe" or "unsafe"}, as XSTest's."""
     limit: int | None = Field(default=None, ge=1)
-    """So many prompts of each label, drawn by `draw`; null: all."""
+    """Number of prompts of each label, drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of that draw; not the evaluation's own, so that all models meet the same prompts."""
     labelled: str | None = None
@@ -51,7 +51,7 @@ class OverRefusal(Measure):
     store_text: bool = False
     """Keep the answers in the result. Those to unsafe prompts may be harmful."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts asked at a time; what a kill can cost."""
+    """Prompts asked per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError for the files."""

@@ -47,9 +47,9 @@ class WinRate(Measure):
     needs_judge: ClassVar[bool] = True
 
     held_out: str | None = None
-    """Source of the prompts; null takes those of --data, or of the run."""
+    """Source of the prompts; null: those of --data, else the run's held-out prompts."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many prompts; null: all."""
+    """Use only the first `limit` prompts; null: all."""
     opponent: str = Field(default=START, min_length=1)
     """"start", the model from which training started; "targets", the prompts' own responses; a file of rows with
     prompt and response, matched by prompt; or a model: a folder, Hub id or embedded:NAME."""
@@ -58,7 +58,7 @@ class WinRate(Measure):
     both_orders: bool = True
     """Ask the judge twice, with the answers exchanged; needless for a judge that scores answers one by one."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts answered and judged at a time; what a kill can cost."""
+    """Prompts answered and judged per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where there are no prompts, or the opponent's stored answers do not fit them."""
