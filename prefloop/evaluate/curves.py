@@ -31,7 +31,7 @@ def steps_to_fraction(points: list[CurvePoint]) -> int | None:
 
 
 def training_curve(round_dir: RoundDir) -> list[dict[str, Any]]:
-    """What each optimiser step of a round logged: loss, margin, real_reward ...; [] before its training."""
+    """The metrics of each optimiser step of a round: loss, margin, real_reward ...; [] before its training."""
     from prefloop.run_folder import read_metrics
 
     path = round_dir.train / "metrics.jsonl"

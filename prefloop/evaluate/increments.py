@@ -1,4 +1,4 @@
-"""The leaderboard over successive rounds: each round's values, and what they gained over the round before."""
+"""The leaderboard over successive rounds: each round's values and their gains over the round before."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class _Replacement(NamedTuple):
 
 
 def _replacements(answer: str, scored: Scored) -> list[_Replacement]:
-    """Every (word, first token of a less likely word of the same kind) of an answer."""
+    """All replacements of words in an answer: first tokens of less likely words of the same kind."""
     replacements = []
     tokens = _tokens_at(answer, scored.offsets)
     for match in _WORD.finditer(answer):
@@ -72,7 +72,7 @@ def _replacements(answer: str, scored: Scored) -> list[_Replacement]:
 
 
 def _tokens_at(answer: str, offsets: Sequence[tuple[int, int]]) -> dict[int, tuple[int, str]]:
-    """By the character at which it begins: the token's number, and the space that belongs to it.
+    """Index of a token's first character -> index of the token, and the space before it.
 
     Tokenizers differ in whether a token's span includes the space before it.
     """
@@ -135,7 +135,7 @@ def infill_flaws(
 def _draw_attempts(
     replacements: list[_Replacement], random_generator: random.Random
 ) -> list[_Replacement]:
-    """Up to `_TRIES` options: words in random order, at each the alternative drawn by its probability."""
+    """Up to `_TRIES` replacements of different words in random order, each drawn by its probability."""
     words = sorted({replacement.start for replacement in replacements})
     random_generator.shuffle(words)
     attempts = []
@@ -148,7 +148,7 @@ def _draw_attempts(
 
 
 def _splice(answer: str, choice: _Replacement, continuation: Response) -> Infill | None:
-    """Put the finished word in; None when it ran past the word limit or came out as none that fits."""
+    """The answer with the finished word; None where that is too long or not a proper replacement."""
     rest = re.match(r"[^\W_]*", continuation.text)
     assert rest is not None
     original, replacement = answer[choice.start : choice.end], choice.first_token + rest.group()

@@ -107,11 +107,11 @@ class Method(Options):
     text (prefloop compare); `reference` is read by the trainer only and need not be listed."""
 
     reference: Reference = "initial"
-    """Whose log-probs the loss is measured from: the initial policy's, or the round's first."""
+    """The reference policy of the loss: the initial policy, or the policy at the round's start."""
     generator: Generator = "current"
-    """Who generates: the policy as trained so far, or the initial policy for the whole run."""
+    """Which policy generates: the current one, or the initial one for the whole run."""
     prompt_set: str = "compact"
-    """Prompts put to the model: "compact" for small models, "paper" in full, or a folder of yours."""
+    """Prompt templates: "compact" for small models, "paper" in full, or your own folder."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How answers are drawn, in generation and, unless `evaluate.sampling` says otherwise, in evaluation."""
 

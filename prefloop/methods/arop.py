@@ -29,12 +29,12 @@ _Said = tuple[Request, Response]
 
 
 class Margin(Options):
-    """AROP's M, one number a pair, at least 0 (docs/methods/arop.md, "The margin")."""
+    """AROP's M, one number per pair, at least 0 (docs/methods/arop.md, "The margin")."""
 
     kind: Literal["fixed", "confidence", "severity", "edit", "axes"] = "confidence"
     """How M is computed. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
     m: float = Field(default=1.0, ge=0.0)
-    """fixed: M itself; confidence, edit: what the measured difference is multiplied by."""
+    """fixed: M itself; confidence, edit: factor of the measured difference."""
     m_min: float = Field(default=0.0, ge=0.0)
     """severity, axes: M of a flaw rated 1."""
     m_max: float = Field(default=2.0, ge=0.0)

@@ -50,7 +50,7 @@ class SPA(PairMethod):
     reference: Reference = "round_start"
     """The policy that labelled a round's pairs; labels themselves are always measured from the initial policy."""
     generator: Generator = "current"
-    """Who writes the drafts of the rounds after the seed round: the policy that labels them."""
+    """The policy that generates drafts after the seed round: the one that labels them."""
     beta: float = Field(default=0.1, gt=0.0)
     """Inverse temperature, of the loss and of the implicit reward. IAL section 4.2: 0.1."""
     alpha: float = Field(default=0.1, ge=0.0, le=0.5)

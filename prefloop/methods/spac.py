@@ -43,7 +43,7 @@ class SPAC(PairMethod):
     reference: Reference = "round_start"
     """Equation 9 is measured from pi_t, the policy at the round's start."""
     generator: Generator = "current"
-    """Whose answer the pair is set beside (and drafts are): pi_t's own."""
+    """The policy that generates the sample (and drafts): pi_t itself."""
     eta: float = Field(default=0.1, gt=0.0)
     """Inverse temperature of the implicit reward. IAL section 4.1: 0.1, written beta there."""
     lam: float = Field(default=1.0, ge=0.0)

@@ -57,7 +57,7 @@ class SPIN(Method):
     beta: Annotated[_Beta | _Betas, BeforeValidator(as_tuple)] = (0.1, 0.1, 0.1, 5.0)
     """The paper's lambda, by round, or one for all; the last holds for all that follow. Its section 6.1 takes 5.0 in iteration 3; IAL section 4.2 keeps 0.1."""
     sampling: Sampling = Sampling(temperature=1.0)
-    """How the policy answers: the loss stands on samples of the policy as it is, at temperature 1; IAL's runs have 0.7."""
+    """How the policy answers: the loss assumes samples of the policy itself, at temperature 1; IAL's runs have 0.7."""
     gates: Gates = Gates(cut_off=False, meta_talk=False)
     """A sample that the length limit cut off is trained on, as in the paper's code."""
 

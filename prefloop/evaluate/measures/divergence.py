@@ -14,10 +14,10 @@ from prefloop.records import Prompt, Request, Response, Sampling
 
 
 class Divergence(Measure):
-    """KL(pi || pi_initial) of answers to held-out prompts, in nats an answer and nats a token.
+    """KL(pi || pi_initial) of answers to held-out prompts, in nats per answer and per token.
 
     The mean of log pi(y|x) - log pi_initial(y|x) over answers that the policy draws at temperature 1: an unbiased
-    estimate of the divergence of answers up to `max_new_tokens` tokens. It may come out slightly negative.
+    estimate of the divergence of answers up to `max_new_tokens` tokens. The estimate can be slightly negative.
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("quick",)
@@ -38,7 +38,7 @@ class Divergence(Measure):
         held_out_prompts(self.held_out, self.limit)
 
     def run(self, subject: Subject) -> Outcome:
-        """Answer at temperature 1, and score the answers under both models."""
+        """Sample answers at temperature 1, and score them under both models."""
         prompts = held_out_prompts(self.held_out, self.limit)
         sampling = Sampling(temperature=1.0, max_new_tokens=self.max_new_tokens)
         answers = answers_of(

@@ -41,7 +41,7 @@ class Health(Measure):
         held_out_prompts(self.held_out, self.limit)
 
     def run(self, subject: Subject) -> Outcome:
-        """Answer, and count."""
+        """Sample answers, and compute the three measures."""
         prompts = held_out_prompts(self.held_out, self.limit)
         answers = answers_of(
             subject.engine,

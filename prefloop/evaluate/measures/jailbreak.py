@@ -60,12 +60,12 @@ class Jailbreak(Measure):
     draw: int = 0
     """Seed of both draws; not the evaluation's own, so that all models meet the same attacks."""
     plain: bool = True
-    """Ask each prompt without an attack too: what attacks add is the difference."""
+    """Use each prompt without an attack too, as the baseline JSR_plain."""
     judged_by: Literal["refusal_rules", "judge"] = "refusal_rules"
-    """refusal_rules: harmful is what does not refuse. judge: the evaluation's judge scores each answer to the
-    plain prompt, and `threshold` divides."""
+    """refusal_rules: an answer without a refusal is harmful. judge: the evaluation's judge scores each answer to
+    the plain prompt, and `threshold` decides."""
     threshold: float | None = None
-    """judged_by judge: the score that divides; there is no value that fits all judges."""
+    """judged_by judge: the score that separates harmful answers; no value fits all judges."""
     harmful: Literal["at_most", "at_least"] = "at_most"
     """judged_by judge: which side of the threshold is harmful. at_most for a judge of harmlessness."""
     labelled: str | None = None
@@ -77,9 +77,9 @@ class Jailbreak(Measure):
     labelled_limit: int | None = Field(default=None, ge=1)
     """Number of labelled completions, drawn at random by seed `draw`; null: all."""
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=150)
-    """How answers are drawn; greedy, so that JSR is the model's and not the draw's."""
+    """How answers are drawn; greedy, so that JSR does not depend on sampling."""
     store_text: bool = False
-    """Keep attack and answer in the result. They may be harmful, and files get copied."""
+    """Store attack and answer in the result; they may be harmful."""
     chunk: int = Field(default=32, ge=1)
     """Attacks asked and judged per cache file; a killed evaluation repeats at most one file."""
 

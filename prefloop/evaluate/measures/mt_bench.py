@@ -194,7 +194,7 @@ class MtBench(Measure):
         return Item(id=question.id, values=values, group=question.category, texts=texts)
 
     def _estimates(self, items: Sequence[Item], seed: int) -> dict[str, Estimate]:
-        """Over questions: both turns together, each turn, each category."""
+        """Means over questions: of both turns, of each turn, and by category."""
         names = [self.name, *(f"{self.name}_turn_{turn + 1}" for turn in range(TURNS))]
         values = {name: [i.values[name] for i in items if name in i.values] for name in names}
         for category in dict.fromkeys(item.group for item in items):

@@ -47,14 +47,14 @@ class OverRefusal(Measure):
     """File with rows {"prompt", "completion", "label"} in XSTest's labels, on which the rules' own error is
     measured; null: the error is not known, and the result says so."""
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=150)
-    """How answers are drawn; greedy, as in XSTest. A refusal shows in the first sentences."""
+    """How answers are drawn; greedy, as in XSTest. Refusals are detected in the first sentences."""
     store_text: bool = False
-    """Keep the answers in the result. Those to unsafe prompts may be harmful."""
+    """Store the answers in the result; those to unsafe prompts may be harmful."""
     chunk: int = Field(default=32, ge=1)
     """Prompts asked per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
-        """DataError for the files."""
+        """DataError where a file is missing or malformed."""
         self._questions()
         if self.labelled is not None:
             read_labelled(self.labelled)

@@ -56,7 +56,7 @@ class WinRate(Measure):
     sampling: Sampling = Sampling()
     """How answers are drawn, the opponent's too where it is a model."""
     both_orders: bool = True
-    """Ask the judge twice, with the answers exchanged; needless for a judge that scores answers one by one."""
+    """Ask the judge twice, with the answers exchanged; not needed for a judge that scores single answers."""
     chunk: int = Field(default=32, ge=1)
     """Prompts answered and judged per cache file; a killed evaluation repeats at most one file."""
 
@@ -81,8 +81,8 @@ class WinRate(Measure):
         own = self._sample(subject.engine, prompts, subject, subject.answers or subject.folder)
         others = self._opponent_answers(prompts, subject)
         rows = [
-            _Row(prompt=prompt, own=mine, other=other)
-            for prompt, mine, other in zip(prompts, own, others, strict=True)
+            _Row(prompt=prompt, own=own_answer, other=other)
+            for prompt, own_answer, other in zip(prompts, own, others, strict=True)
         ]
 
         def work(part: Sequence[_Row], number: int) -> list[Item]:
