@@ -105,7 +105,7 @@ class AnnotationServer(ThreadingHTTPServer):
             ) from error
 
     def server_bind(self) -> None:
-        """Bind without the base class's look-up of the host's full name, which asks the network."""
+        """Bind without the base class's look-up of the host's full name, which queries the network."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = self.host, self.server_address[1]
 

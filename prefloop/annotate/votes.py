@@ -60,7 +60,7 @@ class Vote(Record):
     first: Side
     """The side that was shown as Answer 1."""
     reason: str | None = None
-    """Why it was skipped."""
+    """The annotator's reason for skipping; None for other choices."""
     seconds: float | None = Field(default=None, ge=0)
     """Seconds since the item was shown, as the page measured them."""
     time: str = Field(default_factory=_now)
@@ -104,7 +104,7 @@ class Ballots:
         votes = self._votes.setdefault(annotator, {})
         self.names.setdefault(annotator, line.annotator)
         if not isinstance(line, Joined):
-            votes.pop(line.item, None)  # a new vote is the newest one
+            votes.pop(line.item, None)  # so that a changed vote becomes the newest one
         if isinstance(line, Vote):
             votes[line.item] = line
 

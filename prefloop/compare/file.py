@@ -57,9 +57,9 @@ class Comparison(Options):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], BeforeValidator(_tuple)] = (
         Field(default=(0, 1, 2), min_length=1)
     )
-    """Seeds that every variant is played with. From one nothing can be told about a method."""
+    """Seeds that every variant is run with. One seed cannot tell a difference from noise."""
     variants: dict[str, dict[str, Any] | None] = Field(min_length=1)
-    """By name, what differs from the base: "section.key" or a whole section, to its value."""
+    """Name -> changes to the base: "section.key" or a whole section -> value."""
     budget: Budget | None = None
     """What each cell may spend, generated_tokens, trained_tokens, seconds or flops; null: all rounds."""
     measures: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = Field(
@@ -98,7 +98,7 @@ class Comparison(Options):
 
     @property
     def control_name(self) -> str:
-        """The control's name."""
+        """Name of the variant that the others are compared with."""
         return self.control or next(iter(self.variants))
 
 

@@ -151,8 +151,8 @@ def _contrast(
     name: str, first: Mapping[int, _Result], second: Mapping[int, _Result]
 ) -> Contrast | None:
     """First minus second, paired by seed, and by prompt where the measure is a mean over prompts."""
-    ours, theirs = _values(name, first), _values(name, second)
-    seeds = [seed for seed in ours if seed in theirs]
+    first_values, second_values = _values(name, first), _values(name, second)
+    seeds = [seed for seed in first_values if seed in second_values]
     by_prompt = [
         (first[seed].prompts.get(name, {}), second[seed].prompts.get(name, {})) for seed in seeds
     ]
@@ -163,7 +163,7 @@ def _contrast(
         differences = [[one[p] - other[p] for p in order] for one, other in by_prompt]
         if (contrast := crossed_contrast(np.asarray(differences))) is not None:
             return contrast
-    return seed_contrast([ours[s] for s in seeds], [theirs[s] for s in seeds])
+    return seed_contrast([first_values[s] for s in seeds], [second_values[s] for s in seeds])
 
 
 def _differences(

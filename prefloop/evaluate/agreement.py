@@ -23,11 +23,11 @@ class Scored:
     """A pair with its human label and a judge's scores."""
 
     cluster: str
-    """Equal for pairs that share their prompt."""
+    """The same name for all pairs of one prompt, which are not independent."""
     tie: bool
     """Whether people call it a tie; then chosen and rejected are arbitrary."""
     chosen_length: int
-    """Characters."""
+    """Characters of the chosen answer."""
     rejected_length: int
     scores: tuple[float, float] | str
     """The judge's scores of the chosen and of the rejected answer, or why it gave none."""
@@ -247,8 +247,8 @@ def krippendorff_alpha(
 ) -> Estimate | None:
     """Krippendorff's alpha for unordered categories: any number of raters, each of any of the units.
 
-    A unit maps raters to their labels; units with fewer than two labels tell nothing about agreement and
-    are left out, also of `count`. 1 - D_o / D_e, with D_o the observed and D_e the expected disagreement of
+    A unit maps raters to their labels; units with fewer than two labels are
+    left out, also of `count`. 1 - D_o / D_e, with D_o the observed and D_e the expected disagreement of
     two labels. Source: Krippendorff (2011), Computing Krippendorff's Alpha-Reliability, section C. None where
     no unit has two labels, and where all labels are the same.
     """

@@ -93,8 +93,8 @@ def _kl(groups: Sequence[Candidates]) -> float | None:
 def distinct_2(texts: Iterable[str]) -> float | None:
     """Distinct word bigrams over all bigrams of the whole set; None where no text has two words.
 
-    After Li et al. (2016), arXiv:1510.03055, who divide by the number of words instead. No bigram
-    reaches over the end of a text. It falls as the set grows: compare sets of the same prompts only.
+    After Li et al. (2016), arXiv:1510.03055, who divide by the number of words instead. Bigrams do not
+    cross the end of a text. It falls as the set grows: compare sets of the same prompts only.
     """
     bigrams = [bigram for text in texts for bigram in pairwise(text.split())]
     return len(set(bigrams)) / len(bigrams) if bigrams else None
@@ -132,7 +132,7 @@ def check_guards(
     start_measures: Mapping[str, float | None],
     options: GuardOptions,
 ) -> list[str]:
-    """One sentence for each guard that the measures trip, against the initial policy's measures.
+    """A message for each guard of the recipe that a policy's measures violate; `start_measures` are the initial policy's.
 
     Reads `kl` (nats/token), `distinct_2`, `stop_rate` and `identical_rate`. A measure that is missing
     or None trips nothing; one that is NaN trips its guard.
@@ -168,7 +168,7 @@ def check_guards(
     tripped = []
     for name, limit, holds, sentence in rules:
         value = measures.get(name)
-        # Written as "does not hold" because a comparison with NaN is false either way round.
+        # "not holds" rather than the opposite comparison, as every comparison with NaN is false.
         if value is not None and limit is not None and not holds(value, limit):
             tripped.append(sentence.format(value, limit))
     return tripped

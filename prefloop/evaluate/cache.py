@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def digest(*parts: object) -> str:
-    """Sixteen hexadecimal digits that change with the parts, as `repr` shows them."""
+    """A hash (sixteen hexadecimal digits) of the parts' `repr`."""
     return sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

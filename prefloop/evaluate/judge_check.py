@@ -54,7 +54,7 @@ def parse_judge(text: str, overrides: Sequence[str] = ()) -> tuple[str, Judge]:
 
 
 def load_pairs(files: Sequence[str], limit: int | None, seed: int) -> list[Preference]:
-    """The pairs of all files; with `limit`, so many of each data set, drawn by the seed. Raises DataError."""
+    """The pairs of all files; with `limit`, so many pairs of each data set, drawn by the seed. Raises DataError."""
     pairs = [pair for file in files for pair in read_preferences(file).pairs]
     if limit is None:
         return pairs

@@ -138,15 +138,15 @@ class PolicyLM(TemplateLM):  # type: ignore[misc]
             def work(part: Sequence[Row], number: int) -> Iterable[_Likelihood]:
                 bar.at(number * _SCORED_PER_FILE)
                 ids, starts = zip(*part, strict=True)
-                for found in self._engine.score_tokens(ids, starts):
-                    greedy = all(found.likeliest)
-                    yield _Likelihood(logprob=sum(found.logprobs), greedy=greedy)
+                for scored in self._engine.score_tokens(ids, starts):
+                    greedy = all(scored.likeliest)
+                    yield _Likelihood(logprob=sum(scored.logprobs), greedy=greedy)
 
             scores = cached_records(
                 cache_folder, distinct, _Likelihood, work, chunk=_SCORED_PER_FILE
             )
-        found = dict(zip(distinct, scores, strict=True))
-        return [(found[row].logprob, found[row].greedy) for row in rows]
+        likelihoods = dict(zip(distinct, scores, strict=True))
+        return [(likelihoods[row].logprob, likelihoods[row].greedy) for row in rows]
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         """The tokens that fit into the window (the last one is no input), and the index where scoring starts."""

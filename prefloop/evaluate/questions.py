@@ -52,7 +52,7 @@ def text_of(row: Located, name: str) -> str:
 
 
 def id_of(row: Located, text: str) -> str:
-    """The row's id, or one made from its text where it has none."""
+    """The row's id (field id or key), else a hash of its text."""
     row_id = row[1].get("id", row[1].get("key"))
     return digest(text) if row_id is None else str(row_id)
 

@@ -283,7 +283,7 @@ def _with_contents(value: Any) -> Any:
                 return content_hash(path / "recipe.yaml")
             if path.exists():
                 return content_hash(path)
-        except (OSError, RuntimeError):  # too long for a path, or no user's home: a text
+        except (OSError, RuntimeError):  # no path: too long, or an unknown home folder
             pass
     return value
 
@@ -302,8 +302,8 @@ def _prompts(options: Options, sources: Sequence[Source]) -> tuple[str, str]:
         for source in sources
         if source.run and (prompts := run_prompts(source))
     }
-    for (first, mine), (other, theirs) in pairwise(prompts_by_run.items()):
-        if mine != theirs:
+    for (first, first_prompts), (other, other_prompts) in pairwise(prompts_by_run.items()):
+        if first_prompts != other_prompts:
             raise DataError(
                 f"{first} and {other} hold out different prompts; name prompts for both with --data"
             )
@@ -330,11 +330,11 @@ def _comparisons(
     items: Mapping[str, Mapping[str, Sequence[Item]]], seed: int
 ) -> list[dict[str, Any]]:
     """Each subject against the first, on the items that both have; p adjusted for all of them together."""
-    (first, mine), *others = items.items()
+    (first, first_items), *others = items.items()
     rows: list[dict[str, Any]] = []
-    for name, theirs in others:
-        for measure in (measure for measure in mine if measure in theirs):
-            for difference in differences(mine[measure], theirs[measure], seed=seed):
+    for name, other_items in others:
+        for measure in (measure for measure in first_items if measure in other_items):
+            for difference in differences(first_items[measure], other_items[measure], seed=seed):
                 rows.append(
                     {
                         "measure": measure,

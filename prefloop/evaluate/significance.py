@@ -31,8 +31,12 @@ class Difference:
 
 def differences(first: Iterable[Item], second: Iterable[Item], *, seed: int) -> list[Difference]:
     """Second minus first for each metric, over the items that both have."""
-    mine = {(item.group, item.id): item for item in first}
-    pairs = [(mine[key], other) for other in second if (key := (other.group, other.id)) in mine]
+    first_by_key = {(item.group, item.id): item for item in first}
+    pairs = [
+        (first_by_key[key], other)
+        for other in second
+        if (key := (other.group, other.id)) in first_by_key
+    ]
     metrics = dict.fromkeys(name for item, _ in pairs for name in item.values)
     results = []
     for metric in metrics:
@@ -91,7 +95,7 @@ class Contrast:
 def seed_mean(values: Sequence[float], *, level: float = 0.95) -> Estimate:
     """The mean over S seeds with its t-interval (S - 1 degrees of freedom); of one seed, without width: NaN.
 
-    With three seeds the interval is 4.3 standard errors to each side, and it ought to be.
+    With three seeds it extends 4.3 standard errors to each side.
     """
     mean, count = float(np.mean(values)), len(values)
     if count < 2:

@@ -89,9 +89,9 @@ def ratio(
     level: float = 0.95,
     resamples: int = 2000,
 ) -> Estimate | None:
-    """All sums over all sizes of N units, with a percentile bootstrap interval over units; None for no size.
+    """sum(sums) / sum(sizes) of N units, with a percentile bootstrap interval over units; None where all sizes are 0.
 
-    A mean over parts of units, such as nats a token over answers: long units weigh more. Sizes are not negative.
+    A mean over parts of units, such as nats per token over answers; long units weigh more.
     """
     sums_N, sizes_N = np.asarray(sums, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
     count = len(sums_N)
@@ -214,7 +214,7 @@ def stratified_proportion(strata: Strata) -> Estimate:
 
 
 def mean_of(parts: Sequence[Estimate]) -> Estimate:
-    """The mean of independent estimates, with an interval as lopsided as theirs.
+    """The mean of independent estimates, with an interval as asymmetric as theirs.
 
     Source: Zou and Donner (2008), Statistics in Medicine 27: the variance is recovered from each
     part's own limits, the lower from the lower ones and the upper from the upper ones.

@@ -33,7 +33,7 @@ def measure_names() -> list[str]:
 
 
 def find_measure(name: str) -> type[Measure]:
-    """The measure of that name, or of a module of the user's. Raises RecipeError."""
+    """The class of a measure, by its name or as a user's module. Raises RecipeError."""
     known = measure_names()
     if name not in known and "." not in name:
         raise RecipeError(f"no measure {name!r}; {nearest(name, known)}")

@@ -1,10 +1,10 @@
-"""The attention of a step: tokens of many conversations in one row, without padding.
+"""Attention for a decoding step: tokens of many conversations in one row, without padding.
 
-Linear layers need not know whose tokens a row holds; attention does, so a function of ours is handed to
-the model through transformers' attention interface, with a `Step` that says so.
+Linear layers do not depend on which conversation a token belongs to; attention does, so we register an
+attention function with transformers, which gets a `Step` that maps tokens to slots and positions.
 
-No result depends on a conversation's mates, not even in its last bit: what is summed is always cut at the
-same places of the conversation.
+Results are bitwise independent of the other conversations in the step: sums are always divided at the same
+positions of a conversation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from prefloop.generate.kv_cache import TILE, Slots
 # those, T positions read, D head dimension, Q queries of a tile.
 
 ATTENTION = "prefloop_slots"
-# Positions are read in multiples of this: the last bits of a product can depend on odd lengths.
-_ROUND = 32
-# What a further group costs, in key/value positions that could have been read in its time.
+# Lengths are rounded up to a multiple of this: the last bits of a product can depend on odd lengths.
+_LENGTH_MULTIPLE = 32
+# Cost of one more group, in key/value positions that could be read in the same time.
 _GROUP_COST = 400
 
 
@@ -38,10 +38,10 @@ class Segment(NamedTuple):
 
     slot: int
     begin: int
-    """Place of the first among the step's tokens."""
+    """Index of the first one among the step's tokens."""
     length: int
     start: int
-    """Position of the first in its conversation."""
+    """Position of the first one in its conversation."""
 
 
 class Group(NamedTuple):
@@ -54,7 +54,7 @@ class Group(NamedTuple):
 
 @dataclass
 class Step:
-    """Whose tokens a step feeds: first those alone in their conversation, by slot, then segments."""
+    """The slots and positions of a step's tokens: first single tokens by slot, then segments."""
 
     slots: Slots
     slots_N: Tensor
@@ -65,7 +65,7 @@ class Step:
 
     @staticmethod
     def plan(slots: Slots, feeds: Sequence[tuple[int, int, int]], device: torch.device) -> Step:
-        """`feeds`: (slot, position of the first token, number of tokens), single tokens first and by slot."""
+        """A step of `feeds`: (slot, position of the first token, number of tokens), single tokens first, by slot."""
         slot_N = np.repeat([slot for slot, _, _ in feeds], [count for _, _, count in feeds])
         position_N = np.concatenate([np.arange(p, p + n) for _, p, n in feeds])
         singles = [(slot, position) for slot, position, count in feeds if count == 1]
@@ -81,54 +81,56 @@ class Step:
             segments=segments,
         )
 
-    def mask(self, number: int, window: int | None) -> Tensor | None:
-        """(P, 1, 1, T), added to a group's scores; None where every row sees all positions read."""
-        if (number, window) not in self._masks:
-            group = self.groups[number]
-            seen_PT = _seen(self.positions_N[group.rows], group.length, window)
-            self._masks[number, window] = None if seen_PT.all() else _added(seen_PT)[:, None, None]
-        return self._masks[number, window]
+    def mask(self, group_index: int, window: int | None) -> Tensor | None:
+        """(P, 1, 1, T) additive mask of a group's scores; None where every row attends to all positions read."""
+        if (group_index, window) not in self._masks:
+            group = self.groups[group_index]
+            visible_PT = _visible(self.positions_N[group.rows], group.length, window)
+            self._masks[group_index, window] = (
+                None if visible_PT.all() else _additive_mask(visible_PT)[:, None, None]
+            )
+        return self._masks[group_index, window]
 
 
-def _seen(queries: Tensor, length: int, window: int | None) -> Tensor:
-    """Which of `length` positions the queries' positions see, (queries, length)."""
+def _visible(queries: Tensor, length: int, window: int | None) -> Tensor:
+    """(queries, length) bool: which positions each query attends to; `queries` are positions too."""
     keys_T = torch.arange(length, device=queries.device)
-    seen = keys_T <= queries[:, None]
+    visible = keys_T <= queries[:, None]
     if window is not None:
-        seen &= keys_T > queries[:, None] - window
-    return seen
+        visible &= keys_T > queries[:, None] - window
+    return visible
 
 
-def _added(seen: Tensor) -> Tensor:
-    added = torch.zeros(seen.shape, device=seen.device)
-    return added.masked_fill_(~seen, torch.finfo(torch.float32).min)
+def _additive_mask(visible: Tensor) -> Tensor:
+    mask = torch.zeros(visible.shape, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
 def _group(singles: Sequence[tuple[int, int]]) -> list[Group]:
-    """Runs of neighbouring slots, cut where reading up to the longest one's length would waste more than a cut costs."""
+    """Groups of neighbouring slots, divided where padding to the longest costs more than another group."""
     groups: list[Group] = []
     first, longest, total = 0, 0, 0
     for row, (slot, position) in enumerate(singles):
         length = position + 1
-        wide, size = max(longest, length), row - first + 1
-        joined = wide * size - (total + length)
-        apart = longest * (size - 1) - total
+        joined_length, size = max(longest, length), row - first + 1
+        joined_waste = joined_length * size - (total + length)
+        separate_waste = longest * (size - 1) - total
         neighbour = row > first and slot == singles[row - 1][0] + 1
-        if row > first and not (neighbour and joined <= apart + _GROUP_COST):
-            groups.append(_run(singles, first, row, longest))
+        if row > first and not (neighbour and joined_waste <= separate_waste + _GROUP_COST):
+            groups.append(_make_group(singles, first, row, longest))
             first, longest, total = row, 0, 0
         longest, total = max(longest, length), total + length
     if singles:
-        groups.append(_run(singles, first, len(singles), longest))
+        groups.append(_make_group(singles, first, len(singles), longest))
     return groups
 
 
-def _run(singles: Sequence[tuple[int, int]], first: int, end: int, length: int) -> Group:
+def _make_group(singles: Sequence[tuple[int, int]], first: int, end: int, length: int) -> Group:
     slots = slice(singles[first][0], singles[end - 1][0] + 1)
-    return Group(slice(first, end), slots, -(-length // _ROUND) * _ROUND)
+    return Group(slice(first, end), slots, -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
 
 
-def _attend(
+def _attention_function(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -138,45 +140,49 @@ def _attend(
     step: Step,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a step's tokens: query (1, H, N, D), key and value (1, K, N, D); gives (1, N, H, D)."""
+    """Attention of a step's tokens: query (1, H, N, D), key and value (1, K, N, D); returns (1, N, H, D)."""
     layer, window = module.layer_idx, options.get("sliding_window")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     step.slots.write(layer, (key[0], value[0]), (step.slots_N, step.positions_N))
     query_NHD = (query[0] * scale).transpose(0, 1)
-    parts = [_single(step, number, layer, query_NHD, window) for number in range(len(step.groups))]
-    parts += [_several(step, segment, layer, query_NHD, window) for segment in step.segments]
+    parts = [
+        _attend_group(step, number, layer, query_NHD, window) for number in range(len(step.groups))
+    ]
+    parts += [_attend_segment(step, segment, layer, query_NHD, window) for segment in step.segments]
     return torch.cat(parts)[None], None
 
 
-def _single(step: Step, number: int, layer: int, query_NHD: Tensor, window: int | None) -> Tensor:
-    """One new token for each slot of a group, without repeating keys for grouped queries; (P, H, D)."""
-    group = step.groups[number]
+def _attend_group(
+    step: Step, group_index: int, layer: int, query_NHD: Tensor, window: int | None
+) -> Tensor:
+    """Attention of one new token per slot of a group, without repeating keys for grouped queries; (P, H, D)."""
+    group = step.groups[group_index]
     keys_PKTD, values_PKTD = step.slots.read(layer, group.slots, group.length)
     P, K = keys_PKTD.shape[:2]
     query_PKGD = query_NHD[group.rows].reshape(P, K, -1, query_NHD.shape[2])
     G = query_PKGD.shape[2]
     if G > 1 and G % 2:
-        # Products of three rows took half as long again as those of four.
+        # Products of three rows took 1.5 times as long as those of four.
         query_PKGD = functional.pad(query_PKGD, (0, 0, 0, 1))
     scores_PKGT = torch.matmul(query_PKGD, keys_PKTD.transpose(2, 3)).float()
-    mask_P11T = step.mask(number, window)
+    mask_P11T = step.mask(group_index, window)
     if mask_P11T is not None:
         scores_PKGT += mask_P11T
     weights_PKGT = scores_PKGT.softmax(dim=-1).to(values_PKTD.dtype)
     return torch.matmul(weights_PKGT, values_PKTD)[:, :, :G].flatten(1, 2)
 
 
-def _several(
+def _attend_segment(
     step: Step, segment: Segment, layer: int, query_NHD: Tensor, window: int | None
 ) -> Tensor:
-    """A segment's tokens after all that its slot holds before them; (length, H, D).
+    """Attention of a segment's tokens to themselves and all earlier tokens of their slot; (length, H, D).
 
-    Tiles lie at fixed positions of the conversation and are always computed whole, however its prompt
-    was cut into segments.
+    Tiles have fixed positions in the conversation and are always computed whole, however its prompt is divided
+    into segments.
     """
     _, H, D = query_NHD.shape
     end = segment.start + segment.length
-    whole = slice(segment.slot, segment.slot + 1)
+    slot_range = slice(segment.slot, segment.slot + 1)
     parts = []
     for tile in range(segment.start // TILE, -(-end // TILE)):
         start, stop = tile * TILE, (tile + 1) * TILE
@@ -186,7 +192,7 @@ def _several(
         query_HQD[:, first - start : last - start] = query_NHD[
             begin : begin + last - first
         ].transpose(0, 1)
-        keys, values = step.slots.read(layer, whole, stop)
+        keys, values = step.slots.read(layer, slot_range, stop)
         keys_KTD, values_KTD = keys[0], values[0]
         K = len(keys_KTD)
         scores = torch.matmul(query_HQD.view(K, -1, D), keys_KTD.transpose(1, 2)).float()
@@ -200,26 +206,26 @@ def _several(
 
 @lru_cache(maxsize=256)
 def _tile_mask(tile: int, window: int | None, device: torch.device) -> Tensor:
-    """(Q, T), added to the scores of a tile's queries over all positions up to its end."""
+    """(Q, T) additive mask of the scores of a tile's queries over all positions up to its end."""
     queries_Q = torch.arange(tile * TILE, (tile + 1) * TILE, device=device)
-    return _added(_seen(queries_Q, (tile + 1) * TILE, window))
+    return _additive_mask(_visible(queries_Q, (tile + 1) * TILE, window))
 
 
-AttentionInterface.register(ATTENTION, _attend)
+AttentionInterface.register(ATTENTION, _attention_function)
 
 
 def slot_attention(model: Any) -> AbstractContextManager[None]:
-    """Inside, the model's layers attend through slots, and its forward pass takes a `step`."""
+    """A context in which the model attends through slots, and its forward pass takes a `step`."""
     return attending(model, ATTENTION)
 
 
 @contextmanager
 def attending(model: Any, implementation: str) -> Iterator[None]:
-    """Inside, the model's layers attend in another of transformers' ways."""
+    """A context in which the model uses another of transformers' attention implementations."""
     config = model.config.get_text_config()
-    before = config._attn_implementation
+    previous = config._attn_implementation
     config._attn_implementation = implementation
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = previous

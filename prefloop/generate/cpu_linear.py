@@ -1,7 +1,8 @@
-"""Linear layers with weights in the CPU's own order, for as long as the weights stay as they are.
+"""Linear layers with weights in oneDNN's memory layout, valid while the weights do not change.
 
-Plain matrix products reorder the weights at every call, and on CPUs their last bits can depend on how
-many rows there are; the reordered ones do neither, but for a row alone. The price is a copy of the weights.
+Plain matrix products reorder the weights at every call, and on CPUs their last bits can depend on the number
+of rows. With reordered weights neither happens, except for a single row (see below). The price is a copy of
+the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """Differs whenever the model computes something else: a bit of a parameter, an adapter switched off."""
+    """A value that changes with any bit of a parameter, and with the active adapters."""
     adapters = [
         (layer.disable_adapters, tuple(layer.active_adapters))
         for layer in model.modules()
@@ -26,25 +27,25 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
 
 
 def _bits(values: Tensor) -> int:
-    """The sum of all bits, as integers."""
+    """A checksum: the sum of the tensor's bytes read as integers."""
     flat = values.contiguous().view(-1)
     words = flat.view(torch.uint8 if flat.numel() * flat.element_size() % 8 else torch.int64)
     return int(words.sum(dtype=torch.int64))
 
 
 class ReorderedLinears:
-    """Copies of a model's linear weights in oneDNN's order; float32 on CPUs, nothing elsewhere."""
+    """Copies of a model's linear weights in oneDNN's layout; of float32 weights on CPUs only."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [
             (layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None))
             for layer in model.modules()
-            if type(layer) is nn.Linear and _fits(layer)
+            if type(layer) is nn.Linear and _can_reorder(layer)
         ]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Inside, the layers compute with the copies."""
+        """A context in which the layers compute with the copies."""
         for layer, weight in self._layers:
             layer.forward = _Reordered(weight, layer.bias)  # type: ignore[method-assign, assignment]
         try:
@@ -59,18 +60,18 @@ class _Reordered:
         self.weight, self.bias = weight, bias
 
     def __call__(self, values: Tensor) -> Tensor:
-        alone = values.numel() == values.shape[-1]
-        if alone:
-            # Long rows alone are summed in another order than several are, where the CPU has AVX-512.
+        single_row = values.numel() == values.shape[-1]
+        if single_row:
+            # With AVX-512 a single long row is summed in another order than several rows.
             values = torch.cat([values, values], dim=-2)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
             values, self.weight, self.bias, "none", [], ""
         )
-        return out[..., :1, :] if alone else out
+        return output[..., :1, :] if single_row else output
 
 
-def _fits(layer: nn.Linear) -> bool:
-    """Not where a hook has already put a forward of its own before the layer's."""
+def _can_reorder(layer: nn.Linear) -> bool:
+    """Whether the layer is float32 on the CPU, and no hook has replaced its forward."""
     weight = layer.weight
     return (
         weight.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""The decode loop: every step feeds each running answer's last token and some prompt tokens, as one row.
+"""Continuous batching: every step feeds the last token of each running answer and some prompt tokens, as one row.
 
-An answer that ends leaves its slot to the next request at once. Prompts are fed in segments beside the
-running answers, so nothing waits for a batch and nothing is padded.
+The slot of a finished answer is given to the next request at once. Prompts are fed in segments beside the
+running answers, so there is neither waiting for a batch nor padding.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ from prefloop.records import Sampling
 
 # B rows, V vocabulary, C candidates.
 
-# How many of the likeliest tokens are looked at, for rows that fewer do not decide.
-_SIZES = (64, 1024)
+# Numbers of likeliest tokens to consider in turn, for rows where fewer do not decide the draw.
+_CANDIDATE_COUNTS = (64, 1024)
 
 
 class _Candidates(NamedTuple):
-    """The likeliest tokens of each row in descending order, of equal ones the lower id first."""
+    """The likeliest tokens of each row in descending order; of equal logits the lower id first."""
 
     logits_BC: Tensor
     ids_BC: Tensor
     known_BC: Tensor
-    """False at the end of a row, where another token with the same logit may have been left out."""
+    """False for the last tokens of a row, whose logit equals that of tokens that may be left out."""
     all: bool
-    """Whether these are all tokens."""
+    """Whether the candidates are the whole vocabulary."""
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row and its log-probability (nats) at temperature 1, both (B,); logits are float32."""
+    """Sample one token per row; returns tokens and their log-probs (nats) at temperature 1, both (B,).
+
+    Logits are float32; `uniforms_B` are random numbers in [0, 1).
+    """
     total_B = logits_BV.logsumexp(dim=-1)
     tokens_B = _sample(logits_BV, total_B, sampling, uniforms_B)
     return tokens_B, logits_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
@@ -50,9 +53,11 @@ def _sample(logits_BV: Tensor, total_B: Tensor, sampling: Sampling, uniforms_B: 
         total_B = (logits_BV / sampling.temperature).logsumexp(dim=-1)
     tokens_B = torch.empty_like(uniforms_B, dtype=torch.long)
     rows_B = torch.arange(len(tokens_B), device=tokens_B.device)
-    for size in (*_SIZES, logits_BV.shape[1]):
-        found = _likeliest(logits_BV[rows_B] if len(rows_B) < len(logits_BV) else logits_BV, size)
-        picked_B, sure_B = _pick(found, total_B[rows_B], sampling, uniforms_B[rows_B])
+    for size in (*_CANDIDATE_COUNTS, logits_BV.shape[1]):
+        candidates = _likeliest(
+            logits_BV[rows_B] if len(rows_B) < len(logits_BV) else logits_BV, size
+        )
+        picked_B, sure_B = _pick_token(candidates, total_B[rows_B], sampling, uniforms_B[rows_B])
         tokens_B[rows_B] = picked_B
         rows_B = rows_B[~sure_B]
         if not len(rows_B):
@@ -65,76 +70,76 @@ def _likeliest(logits_BV: Tensor, size: int) -> _Candidates:
         values_BV, ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
         return _Candidates(values_BV, ids_BV, values_BV > -torch.inf, all=True)
     values_BC, ids_BC = logits_BV.topk(size, dim=-1)
-    floor_B1 = values_BC[:, -1:]
+    smallest_B1 = values_BC[:, -1:]
     ids_BC, order_BC = ids_BC.sort(dim=-1)
     values_BC, again_BC = values_BC.gather(1, order_BC).sort(dim=-1, descending=True, stable=True)
-    return _Candidates(values_BC, ids_BC.gather(1, again_BC), values_BC > floor_B1, all=False)
+    return _Candidates(values_BC, ids_BC.gather(1, again_BC), values_BC > smallest_B1, all=False)
 
 
-def _pick(
-    found: _Candidates, total_B: Tensor, sampling: Sampling, uniforms_B: Tensor
+def _pick_token(
+    candidates: _Candidates, total_B: Tensor, sampling: Sampling, uniforms_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The token at each uniform number, and whether it would be the same among all tokens."""
-    hot_BC = found.logits_BC / sampling.temperature
-    kept_BC = found.known_BC.clone()
+    """The token drawn by each uniform number, and whether the whole vocabulary would give the same."""
+    scaled_BC = candidates.logits_BC / sampling.temperature
+    allowed_BC = candidates.known_BC.clone()
     if sampling.top_k:
-        # Among the k likeliest only these count towards the mass.
-        kept_BC[:, sampling.top_k :] = False
-        total_B = hot_BC.masked_fill(~kept_BC, -torch.inf).logsumexp(dim=-1)
-    probs_BC = (hot_BC - total_B[:, None]).exp() * kept_BC
-    up_to_BC = probs_BC.cumsum(dim=-1)
+        # With top_k only the k likeliest tokens count towards the probability mass.
+        allowed_BC[:, sampling.top_k :] = False
+        total_B = scaled_BC.masked_fill(~allowed_BC, -torch.inf).logsumexp(dim=-1)
+    probs_BC = (scaled_BC - total_B[:, None]).exp() * allowed_BC
+    cumulative_BC = probs_BC.cumsum(dim=-1)
     if sampling.top_p < 1:
-        kept_BC &= up_to_BC - probs_BC < sampling.top_p
+        allowed_BC &= cumulative_BC - probs_BC < sampling.top_p
     if sampling.min_p:
-        kept_BC &= probs_BC >= sampling.min_p * probs_BC[:, :1]
-    count_B1 = kept_BC.sum(dim=-1, keepdim=True).clamp(min=1)
+        allowed_BC &= probs_BC >= sampling.min_p * probs_BC[:, :1]
+    count_B1 = allowed_BC.sum(dim=-1, keepdim=True).clamp(min=1)
     truncated = bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
-    mass_B1 = up_to_BC.gather(1, count_B1 - 1) if truncated or found.all else 1.0
-    place_B1 = (up_to_BC <= uniforms_B[:, None] * mass_B1).sum(dim=-1, keepdim=True)
-    # A uniform number that rounds to 1 falls off the end; the last token that is kept stands in.
-    tokens_B = found.ids_BC.gather(1, place_B1.minimum(count_B1 - 1))[:, 0]
-    known_B1 = found.known_BC.sum(dim=-1, keepdim=True)
-    # Undecided: truncation may go on beyond what is known, or the place lies there.
-    ends_B1 = (
+    mass_B1 = cumulative_BC.gather(1, count_B1 - 1) if truncated or candidates.all else 1.0
+    index_B1 = (cumulative_BC <= uniforms_B[:, None] * mass_B1).sum(dim=-1, keepdim=True)
+    # A uniform number that rounds to 1 is past the end: take the last allowed token.
+    tokens_B = candidates.ids_BC.gather(1, index_B1.minimum(count_B1 - 1))[:, 0]
+    known_B1 = candidates.known_BC.sum(dim=-1, keepdim=True)
+    # Undecided where truncation, or the drawn token, may lie beyond the known candidates.
+    decided_B1 = (
         known_B1 >= sampling.top_k
         if sampling.top_k
-        else known_B1 > (count_B1 if truncated else place_B1)
+        else known_B1 > (count_B1 if truncated else index_B1)
     )
-    return tokens_B, ends_B1[:, 0] | found.all
+    return tokens_B, decided_B1[:, 0] | candidates.all
 
 
 # N tokens of a step, E rows whose next token is drawn, V vocabulary.
 
-# More tokens a step make matrix products hardly faster and running answers wait longer.
+# With more tokens per step, matrix products become hardly faster, and running answers wait longer.
 STEP_TOKENS = 512
 
-# Starting from what another conversation computed is worth waiting a step for from this many tokens on.
+# A request waits for another conversation's prefix if that saves at least this many tokens.
 WORTH_WAITING = 16
 
 
 class Sampled(NamedTuple):
-    """One answer in tokens."""
+    """One sampled answer as token ids, with log-probs."""
 
     ids: list[int]
     logprobs: list[float]
-    """Of each token, at temperature 1."""
+    """Log-prob in nats of each token, at temperature 1."""
 
 
 class Task(NamedTuple):
-    """What to continue and how to draw."""
+    """A prompt to continue, with the random numbers of its draws."""
 
     prompt: list[int]
     uniforms: np.ndarray
-    """One number in [0, 1) for each token that may be drawn."""
+    """One random number in [0, 1) for each token that may be drawn."""
 
 
 @dataclass
 class _Row:
-    place: int
+    task_index: int
     tokens: list[int]
     slot: int
     present: int
-    """How many of the tokens have keys and values."""
+    """Number of tokens whose keys and values are computed."""
     sampled: Sampled = field(default_factory=lambda: Sampled([], []))
 
     @property
@@ -150,8 +155,13 @@ def decode(
     ended: Callable[[list[int]], bool],
     finished: Callable[[int, Sampled], None],
 ) -> None:
-    """Continue every task until `ended(new tokens)` or the limit; `finished` is told each place and answer."""
-    waiting = deque(sorted(range(len(tasks)), key=lambda place: -len(tasks[place].prompt)))
+    """Continue every task until `ended(new tokens)` is true or `max_new_tokens` is reached.
+
+    `finished(task's index, answer)` is called for each answer as it ends.
+    """
+    waiting = deque(
+        sorted(range(len(tasks)), key=lambda task_index: -len(tasks[task_index].prompt))
+    )
     running: list[_Row] = []
     while waiting or running:
         _admit(slots, tasks, waiting, running)
@@ -161,7 +171,7 @@ def decode(
         if not drawing:
             continue
         uniforms_E = torch.tensor(
-            [tasks[row.place].uniforms[len(row.sampled.ids)] for row in drawing],
+            [tasks[row.task_index].uniforms[len(row.sampled.ids)] for row in drawing],
             dtype=torch.float32,
             device=logits_EV.device,
         )
@@ -173,43 +183,43 @@ def decode(
             row.sampled.logprobs.append(logprob)
             if len(row.sampled.ids) == sampling.max_new_tokens or ended(row.sampled.ids):
                 running.remove(row)
-                finished(row.place, row.sampled)
+                finished(row.task_index, row.sampled)
             else:
                 row.tokens.append(token)
                 slots.follow(row.slot, token)
 
 
 def _admit(slots: Slots, tasks: Sequence[Task], waiting: deque[int], running: list[_Row]) -> None:
-    """Give free slots to waiting requests."""
+    """Assign free slots to waiting tasks."""
     free = set(range(slots.count)) - {row.slot for row in running}
     while waiting and free:
         prompt = tasks[waiting[0]].prompt
-        found = slots.find(prompt, free)
-        if found.coming >= found.shared + WORTH_WAITING:
+        match = slots.find(prompt, free)
+        if match.coming >= match.shared + WORTH_WAITING:
             break
-        slots.begin(found, prompt)
-        free.remove(found.slot)
-        running.append(_Row(waiting.popleft(), list(prompt), found.slot, found.shared))
+        slots.begin(match, prompt)
+        free.remove(match.slot)
+        running.append(_Row(waiting.popleft(), list(prompt), match.slot, match.shared))
 
 
 def _feed(running: Sequence[_Row]) -> list[tuple[_Row, int]]:
-    """Rows and how many of their tokens this step feeds: single tokens by slot, then segments.
+    """Rows with the number of their tokens to feed in this step: single tokens by slot, then segments.
 
-    A prompt that fits into a step is not cut.
+    A prompt that fits into one step is not divided.
     """
     single = [row for row in running if row.pending == 1]
     fed = [(row, 1) for row in sorted(single, key=lambda row: row.slot)]
-    room = STEP_TOKENS
+    budget = STEP_TOKENS
     for row in running:
         count = min(row.pending, STEP_TOKENS)
-        if row.pending > 1 and count <= room:
+        if row.pending > 1 and count <= budget:
             fed.append((row, count))
-            room -= count
+            budget -= count
     return fed
 
 
 def _forward(model: Any, slots: Slots, fed: Sequence[tuple[_Row, int]]) -> Tensor:
-    """Feed tokens; logits (E, V), float32, after each row that is now wholly present."""
+    """Feed tokens; returns float32 logits (E, V) of each row whose tokens are now all computed."""
     ids: list[int] = []
     ends: list[int] = []
     for row, count in fed:
@@ -225,7 +235,7 @@ def _forward(model: Any, slots: Slots, fed: Sequence[tuple[_Row, int]]) -> Tenso
 
 
 def feed(model: Any, ids: Sequence[int], ends: Sequence[int], step: Step) -> Tensor:
-    """One forward pass over a step's tokens; logits (E, V), float32, at the places `ends`."""
+    """One forward pass over a step's tokens; returns float32 logits (E, V) at the indices `ends`."""
     output = model(
         input_ids=torch.tensor([ids], device=model.device),
         position_ids=step.positions_N[None],

@@ -1,7 +1,7 @@
-"""A minimal flaw without asking for one: one word of an answer replaced by what the policy finds less likely.
+"""A minimal flaw without prompting: one word of an answer is replaced by one that the policy finds less likely.
 
-The rest stays verbatim, so even a weak model makes a pair that differs in a single place (`flaw: infill`
-of AROP; our addition beside the paper's prompted flaw).
+The rest stays verbatim, so even a weak model yields a pair that differs in a single word (`flaw: infill` of
+AROP; our addition to the paper's prompted flaw).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _FUNCTION_WORDS = frozenset(
     "a an the and or but if then than so of to in on at by for with from as is are was were be been "
     "it its this that these those i you he she we they my your his her our their".split()
 )
-# Alternatives below e^-7 are noise rather than something the policy might say.
-_FLOOR = -7.0
+# Alternatives with a probability below e^-7 are noise.
+_MIN_LOGPROB = -7.0
 _ALTERNATIVES = 16
 _MAX_WORD_TOKENS = 5
 _TRIES = 3
@@ -32,32 +32,34 @@ class Infill(NamedTuple):
 
     text: str
     start: int
-    """Character at which the replaced word begins, in both texts."""
+    """Index of the replaced word's first character, in both texts."""
     original: str
     replacement: str
 
 
-class _Option(NamedTuple):
+class _Replacement(NamedTuple):
     start: int
     end: int
-    begins: str
+    first_token: str
     """First token of the replacement, as text."""
     logprob: float
 
 
-def _options(answer: str, scored: Scored) -> list[_Option]:
-    """Every (word, first token of a less likely word of the same kind) of an answer."""
-    found = []
+def _replacements(answer: str, scored: Scored) -> list[_Replacement]:
+    """All replacements of words in an answer: first tokens of less likely words of the same kind."""
+    replacements = []
     tokens = _tokens_at(answer, scored.offsets)
     for match in _WORD.finditer(answer):
         if match.start() not in tokens or match.group().lower() in _FUNCTION_WORDS:
             continue
-        place, space = tokens[match.start()]
-        for text, logprob in zip(scored.top_texts[place], scored.top_logprobs[place], strict=True):
+        token_index, space = tokens[match.start()]
+        for text, logprob in zip(
+            scored.top_texts[token_index], scored.top_logprobs[token_index], strict=True
+        ):
             word = text.strip()
             if (
-                _FLOOR <= logprob < scored.logprobs[place]
-                # Without the space it would lengthen the word before instead of replacing this one.
+                _MIN_LOGPROB <= logprob < scored.logprobs[token_index]
+                # Without its space the token would extend the word before.
                 and text.startswith(space + word)
                 and _WORD.fullmatch(word)
                 and word.isdigit() == match.group()[0].isdigit()
@@ -65,25 +67,25 @@ def _options(answer: str, scored: Scored) -> list[_Option]:
                 and not match.group().lower().startswith(word.lower())
                 and word.lower() not in _FUNCTION_WORDS
             ):
-                found.append(_Option(match.start(), match.end(), word, logprob))
-    return found
+                replacements.append(_Replacement(match.start(), match.end(), word, logprob))
+    return replacements
 
 
 def _tokens_at(answer: str, offsets: Sequence[tuple[int, int]]) -> dict[int, tuple[int, str]]:
-    """By the character at which it begins: the token's number, and the space that belongs to it.
+    """Index of a token's first character -> index of the token, and the space before it.
 
     Tokenizers differ in whether a token's span includes the space before it.
     """
-    found: dict[int, tuple[int, str]] = {}
-    before = 0
-    for number, (start, end) in enumerate(offsets):
+    tokens: dict[int, tuple[int, str]] = {}
+    previous_end = 0
+    for index, (start, end) in enumerate(offsets):
         text = answer[start:end].lstrip()
-        begins = end - len(text)
-        # A character of several tokens begins with the first of them.
-        if text and begins not in found:
-            found[begins] = (number, answer[before:begins])
-        before = end
-    return found
+        first_character = end - len(text)
+        # A character may consist of several tokens; the first one counts.
+        if text and first_character not in tokens:
+            tokens[first_character] = (index, answer[previous_end:first_character])
+        previous_end = end
+    return tokens
 
 
 def infill_flaws(
@@ -101,48 +103,56 @@ def infill_flaws(
     """
     scored = engine.score(requests, answers, top=_ALTERNATIVES)
     texts = [answer.text for answer in answers]
-    plans: list[list[_Option]] = []
+    attempts_by_answer: list[list[_Replacement]] = []
     for number, (answer, score) in enumerate(zip(texts, scored, strict=True)):
-        draw = random.Random(derive_seed(seed, "word", number))
-        plans.append(_draw_plan(_options(answer, score), draw))
+        random_generator = random.Random(derive_seed(seed, "word", number))
+        attempts_by_answer.append(_draw_attempts(_replacements(answer, score), random_generator))
     flaws: list[Infill | None] = [None] * len(answers)
     for attempt in range(_TRIES):
-        todo = [n for n, plan in enumerate(plans) if flaws[n] is None and attempt < len(plan)]
-        if not todo:
+        unfinished = [
+            n
+            for n, attempts in enumerate(attempts_by_answer)
+            if flaws[n] is None and attempt < len(attempts)
+        ]
+        if not unfinished:
             break
-        chosen = [plans[n][attempt] for n in todo]
+        replacements = [attempts_by_answer[n][attempt] for n in unfinished]
         finished = engine.sample(
             [
-                requests[n].model_copy(update={"prefix": texts[n][: option.start] + option.begins})
-                for n, option in zip(todo, chosen, strict=True)
+                requests[n].model_copy(
+                    update={"prefix": texts[n][: replacement.start] + replacement.first_token}
+                )
+                for n, replacement in zip(unfinished, replacements, strict=True)
             ],
             sampling.model_copy(update={"max_new_tokens": _MAX_WORD_TOKENS}),
             seed=derive_seed(seed, "finish", attempt),
             label="infill",
         )
-        for n, option, rest in zip(todo, chosen, finished, strict=True):
-            flaws[n] = _splice(texts[n], option, rest)
+        for n, replacement, continuation in zip(unfinished, replacements, finished, strict=True):
+            flaws[n] = _splice(texts[n], replacement, continuation)
     return flaws
 
 
-def _draw_plan(options: list[_Option], draw: random.Random) -> list[_Option]:
-    """Up to `_TRIES` options: words in random order, at each the alternative drawn by its probability."""
-    words = sorted({option.start for option in options})
-    draw.shuffle(words)
-    plan = []
+def _draw_attempts(
+    replacements: list[_Replacement], random_generator: random.Random
+) -> list[_Replacement]:
+    """Up to `_TRIES` replacements of different words in random order, each drawn by its probability."""
+    words = sorted({replacement.start for replacement in replacements})
+    random_generator.shuffle(words)
+    attempts = []
     for start in words[:_TRIES]:
-        same_start = [option for option in options if option.start == start]
-        plan += draw.choices(
-            same_start, weights=[math.exp(option.logprob) for option in same_start]
+        same_start = [replacement for replacement in replacements if replacement.start == start]
+        attempts += random_generator.choices(
+            same_start, weights=[math.exp(replacement.logprob) for replacement in same_start]
         )
-    return plan
+    return attempts
 
 
-def _splice(answer: str, option: _Option, continuation: Response) -> Infill | None:
-    """Put the finished word in; None when it ran past the word limit or came out as none that fits."""
+def _splice(answer: str, choice: _Replacement, continuation: Response) -> Infill | None:
+    """The answer with the finished word; None where that is too long or not a proper replacement."""
     rest = re.match(r"[^\W_]*", continuation.text)
     assert rest is not None
-    original, replacement = answer[option.start : option.end], option.begins + rest.group()
+    original, replacement = answer[choice.start : choice.end], choice.first_token + rest.group()
     unfinished = continuation.finish == "length" and rest.end() == len(continuation.text)
     if (
         unfinished
@@ -150,5 +160,5 @@ def _splice(answer: str, option: _Option, continuation: Response) -> Infill | No
         or replacement.isdigit() != original.isdigit()
     ):
         return None
-    text = answer[: option.start] + replacement + answer[option.end :]
-    return Infill(text, option.start, original, replacement)
+    text = answer[: choice.start] + replacement + answer[choice.end :]
+    return Infill(text, choice.start, original, replacement)

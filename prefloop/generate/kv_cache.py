@@ -1,7 +1,7 @@
-"""Keys and values of conversations, a slot each.
+"""KV cache with one slot per conversation.
 
-A conversation that has ended stays in its slot until the slot is needed: one that begins with the same
-tokens starts from its keys and values.
+A finished conversation stays in its slot until the slot is needed: a new one with a common prefix reuses its
+keys and values.
 """
 
 from __future__ import annotations
@@ -17,102 +17,102 @@ from torch import Tensor
 # S slots, N tokens of a step, P slots read together, K key/value heads, C positions of a slot, T positions
 # read, D head dimension.
 
-# Attention of several tokens is computed in pieces of so many positions; a slot has room for whole ones.
+# Attention of several tokens is computed in tiles of this many positions; a slot's capacity is a multiple of it.
 TILE = 64
 
 
-class Found(NamedTuple):
-    """Where a conversation goes."""
+class SlotMatch(NamedTuple):
+    """The slot for a new conversation, and the prefix that it can reuse."""
 
     slot: int
     source: int
-    """The slot whose conversation begins with the same tokens."""
+    """The slot whose conversation has the longest common prefix."""
     shared: int
-    """How many of them have keys and values."""
+    """Tokens of the common prefix whose keys and values are computed."""
     coming: int
-    """How many will have once the running prompts are fed."""
+    """Tokens of a common prefix that will be computed once the running prompts are fed."""
 
 
 class Slots:
-    """Keys and values by layer, allocated when a layer first brings some; and which tokens they are of."""
+    """Keys and values by layer, allocated at a layer's first write, and the token ids that they belong to."""
 
     def __init__(self, count: int, capacity: int) -> None:
-        """Room for `count` conversations of at most `capacity` tokens."""
+        """A cache of `count` conversations of at most `capacity` tokens."""
         capacity = -(-capacity // TILE) * TILE
         self.count, self.capacity = count, capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._ids = np.full((count, capacity), -1, dtype=np.int64)
-        self._planned = np.zeros(count, dtype=np.int64)
-        self._present = np.zeros(count, dtype=np.int64)
+        self._lengths = np.zeros(count, dtype=np.int64)
+        self._computed = np.zeros(count, dtype=np.int64)
 
     def write(self, layer: int, new: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> None:
         """Store one layer's new keys and values, each (K, N, D), at slots and positions, each (N,)."""
         if layer not in self._layers:
-            self._layers[layer] = (self._room(new[0]), self._room(new[1]))
+            self._layers[layer] = (self._zeros(new[0]), self._zeros(new[1]))
         slots_N, positions_N = at
         for store_SKCD, new_KND in zip(self._layers[layer], new, strict=True):
             store_SKCD[slots_N, :, positions_N] = new_KND.transpose(0, 1)
 
-    def _room(self, like_KND: Tensor) -> Tensor:
-        """Zeros (S, K, C, D): what nobody wrote is read, weighted by 0, where a neighbour is longer."""
+    def _zeros(self, like_KND: Tensor) -> Tensor:
+        """Zeros (S, K, C, D), as unwritten positions are read, with weight 0, where a neighbouring slot is longer."""
         shape = (self.count, like_KND.shape[0], self.capacity, like_KND.shape[2])
         if like_KND.device.type != "cpu":
             return like_KND.new_zeros(shape)
-        # NumPy's zeros take no memory before they are written; a rare long prompt would cost much.
+        # NumPy's zeros take no memory until written, which matters for the capacity of a rare long prompt.
         size = math.prod(shape) * like_KND.element_size()
         return torch.from_numpy(np.zeros(size, np.uint8)).view(like_KND.dtype).view(shape)
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
-        """Views (P, K, T, D) of the first `length` positions."""
+        """Keys and values of the first `length` positions, views of (P, K, T, D)."""
         keys_SKCD, values_SKCD = self._layers[layer]
         return keys_SKCD[slots, :, :length], values_SKCD[slots, :, :length]
 
-    def find(self, ids: Sequence[int], free: Collection[int]) -> Found:
-        """The slot for a conversation that begins with `ids`, and from which one it can start.
+    def find(self, ids: Sequence[int], free: Collection[int]) -> SlotMatch:
+        """The slot for a conversation that starts with `ids`, and the slot whose prefix it can reuse.
 
-        The last two tokens are never shared: logits are needed, and come from a segment's last token.
+        The last two tokens are never reused, as logits are computed at the last token of a segment.
         """
-        wanted = np.asarray(ids[:-2], dtype=np.int64)
-        same = (self._ids[:, : len(wanted)] == wanted).cumprod(axis=1).sum(axis=1)
-        has = np.minimum(same, self._present)
-        source = int(has.argmax())
-        # The free slot that shares most, so that no other conversation is lost; else the emptiest.
-        slot = max(free, key=lambda number: (has[number], -self._present[number], -number))
-        if has[slot] == has[source]:
+        prefix = np.asarray(ids[:-2], dtype=np.int64)
+        common = (self._ids[:, : len(prefix)] == prefix).cumprod(axis=1).sum(axis=1)
+        available = np.minimum(common, self._computed)
+        source = int(available.argmax())
+        # The free slot with the longest prefix, so that no other conversation is overwritten; else the emptiest.
+        slot = max(free, key=lambda number: (available[number], -self._computed[number], -number))
+        if available[slot] == available[source]:
             source = slot
-        coming = int(np.minimum(same, self._planned).max())
-        return Found(slot, source, int(has[source]), coming)
+        coming = int(np.minimum(common, self._lengths).max())
+        return SlotMatch(slot, source, int(available[source]), coming)
 
-    def begin(self, found: Found, ids: Sequence[int]) -> None:
-        """Give a slot to a conversation; what it shares with another is copied."""
-        slot, source, shared = found.slot, found.source, found.shared
+    def begin(self, match: SlotMatch, ids: Sequence[int]) -> None:
+        """Assign the matched slot to a conversation, and copy the common prefix from another slot."""
+        slot, source, shared = match.slot, match.source, match.shared
         if shared and source != slot:
             for store_SKCD in (store for pair in self._layers.values() for store in pair):
                 store_SKCD[slot, :, :shared] = store_SKCD[source, :, :shared]
         self._ids[slot] = -1
         self._ids[slot, : len(ids)] = ids
-        self._planned[slot], self._present[slot] = len(ids), shared
+        self._lengths[slot], self._computed[slot] = len(ids), shared
 
     def follow(self, slot: int, token: int) -> None:
-        """`token` is the next one of a slot's conversation."""
-        self._ids[slot, self._planned[slot]] = token
-        self._planned[slot] += 1
+        """Append a token to a slot's conversation."""
+        self._ids[slot, self._lengths[slot]] = token
+        self._lengths[slot] += 1
 
     def computed(self, slot: int, present: int) -> None:
-        """The first `present` tokens of a slot have keys and values now."""
-        self._present[slot] = present
+        """Record that the first `present` tokens of a slot have keys and values."""
+        self._computed[slot] = present
 
     def grow(self, count: int, capacity: int) -> None:
-        """Make room for at least so many conversations of at least so many tokens; those here stay."""
+        """Enlarge the cache to at least so many slots and tokens, with its contents."""
         old, count, capacity = self.count, max(count, self.count), max(capacity, self.capacity)
         if (count, capacity) == (self.count, self.capacity):
             return
         larger = Slots(count, capacity)
         for layer, pair in self._layers.items():
-            wider = larger._room(pair[0][0]), larger._room(pair[1][0])
+            wider = larger._zeros(pair[0][0]), larger._zeros(pair[1][0])
             for store_SKCD, old_SKCD in zip(wider, pair, strict=True):
                 store_SKCD[:old, :, : self.capacity] = old_SKCD
             larger._layers[layer] = wider
         larger._ids[:old, : self.capacity] = self._ids
-        larger._planned[:old], larger._present[:old] = self._planned, self._present
+        larger._lengths[:old], larger._computed[:old] = self._lengths, self._computed
         self.__dict__.update(larger.__dict__)

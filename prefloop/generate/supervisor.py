@@ -1,11 +1,11 @@
-"""Keeps a program on a leash: neither it nor anything that it started outlives whoever holds the other end.
+"""Runs a program such that neither it nor its child processes outlive the process that started the supervisor.
 
     python -m prefloop.generate.supervisor COMMAND ...
 
-The program runs in a process group of its own. When standard input closes, which also happens when the
-holder is killed, or on SIGTERM, it is told to end; after a while, and whenever it ends by itself, all that
-is left of its group is killed. Prints the group's number, and nothing else: all that the program says goes
-to standard error. Exits as the program did.
+The program runs in its own process group. When standard input closes (also because the parent was killed), or
+on SIGTERM, the program gets SIGTERM; after a grace period, and whenever it ends by itself, the rest of its group
+is killed. Prints only the group's id; the program's output goes to standard error. Exits with the program's
+code.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import sys
 import threading
 
 GRACE = 15.0
-"""Seconds between the order to end and the end."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 
 def main(command: list[str]) -> int:
-    """Run the command to its end; its exit code, negative where a signal ended it."""
+    """Run the command to its end; returns its exit code, negative where a signal ended it."""
     program = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
     )
@@ -34,19 +34,19 @@ def main(command: list[str]) -> int:
         killer.daemon = True
         killer.start()
 
-    def wait_for_holder() -> None:
+    def wait_for_parent() -> None:
         os.read(0, 1)
         end()
 
     signal.signal(signal.SIGTERM, end)
-    threading.Thread(target=wait_for_holder, daemon=True).start()
+    threading.Thread(target=wait_for_parent, daemon=True).start()
     code = program.wait()
     kill(program.pid)
     return code
 
 
 def kill(group: int) -> None:
-    """SIGKILL to all that is left of a process group."""
+    """Send SIGKILL to a process group, if it still exists."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 

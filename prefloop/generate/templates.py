@@ -1,4 +1,4 @@
-"""The prompts we put to a model, as sandboxed Jinja files that users may replace by their own."""
+"""Prompt templates: sandboxed Jinja files, which users can replace."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def shipped_sets() -> list[str]:
 
 
 class PromptSet:
-    """A folder of Jinja files, one per role ("advisor.jinja"); files missing in a user's folder fall back."""
+    """A folder of Jinja files, one per role ("advisor.jinja"); missing files are taken from "compact"."""
 
     def __init__(self, name: str) -> None:
-        """`name` is a shipped set ("compact", "paper") or a folder of the user's."""
+        """`name` is a shipped set ("compact", "paper") or a user's folder. Raises RecipeError."""
         folder = SHIPPED / name if name in shipped_sets() else Path(name)
         if not any(folder.glob("*.jinja")):
             raise RecipeError(
@@ -43,9 +43,9 @@ class PromptSet:
             lstrip_blocks=True,
         )
         for file in sorted(folder.glob("*.jinja")):
-            self._demand_syntax(file.name)
+            self._check_syntax(file.name)
 
-    def _demand_syntax(self, file: str) -> None:
+    def _check_syntax(self, file: str) -> None:
         try:
             self._environment.get_template(file)
         except TemplateSyntaxError as error:
@@ -59,7 +59,7 @@ class PromptSet:
             ) from error
 
     def render(self, role: str, **values: object) -> tuple[Message, ...]:
-        """The conversation that asks a model to play `role`; the template's text is the user's turn."""
+        """The prompt of a role, a single user turn with the rendered template. Raises RecipeError."""
         try:
             text = self._environment.get_template(f"{role}.jinja").render(**values)
         except TemplateNotFound as error:

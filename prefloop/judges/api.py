@@ -54,7 +54,7 @@ class Api(ServerOptions, Judge):
     """A model behind an OpenAI-compatible server rates each answer 1 to 5, or compares them in both orders.
 
     Asked greedily. Where the server gives log-probs, a verdict is read from the probabilities of the rating
-    tokens at the place of the written one (as G-Eval does); else the written one alone counts.
+    tokens at the position of the written rating (as G-Eval does); else only the written rating counts.
     """
 
     mode: Literal["pointwise", "pairwise"] = "pairwise"
@@ -64,12 +64,12 @@ class Api(ServerOptions, Judge):
     ties: bool = False
     """pairwise: offer "equally good" as a third choice; it counts as half a win."""
     max_tokens: int = Field(default=16, ge=2)
-    """Tokens of a reply, its end included; a model that thinks aloud needs more, and a last line that is the verdict."""
+    """Tokens of a reply, its end included; a model that reasons first needs more, and must end with a line that is the verdict."""
     logprobs: bool = True
     """Ask for the log-probs of tokens; false for servers that refuse such requests."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """More fields of each request: what makes a small model answer in form (llama.cpp's grammar, vLLM's
-    structured_outputs), or a large one think less."""
+    """More fields of each request, such as llama.cpp's grammar or vLLM's structured_outputs, which force a small
+    model to answer in form."""
     verdicts: str = "runs/verdicts.jsonl"
     """File that verdicts are appended to and known ones are taken from; several runs may share it."""
 
@@ -228,7 +228,7 @@ def read(key: str, reply: Reply, options: Sequence[str]) -> StoredReply:
     """Parse a reply into the probability of each option; no verdict where the text does not name exactly one."""
     text = reply.text
     if reply.finish == "length":
-        text = text.rpartition("\n")[0]  # the last line might have gone on: "1" to "10"
+        text = text.rpartition("\n")[0]  # the last line may be incomplete: "1" of "10"
     try:
         chosen = read_verdict(text, options)
     except ValueError as error:

@@ -47,7 +47,7 @@ Member = Annotated[
 
 
 class Ensemble(Judge):
-    """Several judges, weighted; where one of them has no verdict, neither has the ensemble."""
+    """Several judges, weighted; where one of them has no verdict, the ensemble has none either."""
 
     example: ClassVar = {
         "judges": [{"name": "similarity"}, {"name": "self_judge"}],
@@ -57,9 +57,9 @@ class Ensemble(Judge):
     judges: tuple[Member, ...] = Field(min_length=2)
     """Sections like `judge` itself, each with a name and options."""
     weights: tuple[float, ...] | None = None
-    """One positive weight a judge; null weighs them equally."""
+    """One positive weight per judge; null: equal weights."""
     combine: Literal["sum", "vote"] = "sum"
-    """sum: weighted mean of the scores, so mind their scales. vote: weighted share of opponents beaten, ties half."""
+    """sum: weighted mean of the scores, so their scales matter. vote: weighted fraction of opponents beaten, ties half."""
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Ensemble:

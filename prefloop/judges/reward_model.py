@@ -56,8 +56,8 @@ class RewardModel(Judge):
     """Tokens of question and answer together; the model's own window may be shorter. null: what
     `prefloop reward train` trained with, 4,096 for any other model."""
     too_long: Literal["auto", "cut", "reject"] = "auto"
-    """What does not fit gives no verdict (reject), or loses its beginning, as in training (cut): the
-    question's, and where there is no chat template the answer's end only then. auto: cut for a model of
+    """What is longer gives no verdict (reject), or is cut as in training (cut): at the question's beginning, and
+    without a chat template, if that is not enough, at the answer's end. auto: cut for a model of
     `prefloop reward train`, which was trained so; reject for any other."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Padded tokens scored at once; a single longer conversation makes a batch of its own."""

@@ -29,7 +29,7 @@ _FENCED = re.compile(r"^```(?:json)?\s*\n(.*)\n```$", re.DOTALL | re.IGNORECASE)
 
 
 class Rules(Judge):
-    """Share of the given rules that an answer keeps, 0 to 1; each value of a list is a rule of its own.
+    """Fraction of the given rules that an answer follows, 0 to 1; each value of a list is a rule of its own.
 
     The kinds are those of IFEval (Zhou et al. 2023, arXiv:2311.07911, table 1) that hold for a whole data
     set and in any language; prompts with instructions of their own need a judge of kind `python`.
@@ -52,13 +52,13 @@ class Rules(Judge):
     bullets: int | None = Field(default=None, ge=0)
     """Exactly so many lines that begin with *, +, - or •."""
     include: tuple[str, ...] = ()
-    """Words or phrases that must occur; case counts for nothing."""
+    """Words or phrases that must occur, in any case."""
     exclude: tuple[str, ...] = ()
     """Words or phrases that must not occur."""
     starts_with: str | None = None
-    """How the answer begins."""
+    """Text that the answer must begin with."""
     ends_with: str | None = None
-    """How the answer ends."""
+    """Text that the answer must end with."""
     case: Literal["lower", "upper"] | None = None
     """All letters in lower case, or in upper case."""
     no_commas: bool = False

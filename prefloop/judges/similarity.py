@@ -23,7 +23,7 @@ TOO_LONG = NoVerdict("longer than the embedding model's window")
 
 
 class Similarity(Judge):
-    """Likeness to the target: character n-gram F-score, 0 to 100, or with `model` a cosine, -1 to 1.
+    """Similarity to the target: character n-gram F-score, 0 to 100, or with `model` a cosine, -1 to 1.
 
     chrF is Popovic 2015 with sacrebleu's settings. The cosine is that of mean-pooled token embeddings, as
     sentence-transformers makes them.

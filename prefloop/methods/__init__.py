@@ -1,4 +1,4 @@
-"""What a method is. One file per method; the file's name is the method's name; no list to edit."""
+"""The base class of methods. One file per method; the file's name is the method's name; no list to edit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Pairing = Callable[[Sequence[Candidates]], Iterator[Pair | Reject]]
 
 @dataclass(frozen=True)
 class Actors:
-    """Who plays in one chunk of one round."""
+    """The models and prompts that a method may use in one chunk of one round."""
 
     policy: Engine
     """The generating policy: the current one, or the initial one where the method says `frozen`."""
@@ -35,13 +35,13 @@ class Actors:
     prompts: PromptSet
     round: int
     seed: int
-    """Of this chunk; methods derive one seed per phase from it."""
+    """Seed of this chunk; methods derive one seed per phase from it."""
     beside_initial: Callable[[Judge], OpenJudge] | None = None
-    """Opens a judge that compares the policy as trained so far with the initial one, both in this process."""
+    """Opens a judge that compares the current policy with the initial one, both in this process."""
 
 
 def unfinished(roles: Mapping[str, Response]) -> tuple[str, ...]:
-    """The roles whose response the length limit cut off."""
+    """The roles whose response was cut off by the length limit."""
     return tuple(role for role, response in roles.items() if response.finish == "length")
 
 
@@ -51,7 +51,7 @@ def sampled_tokens(roles: Mapping[str, Response]) -> dict[str, tuple[int, ...]]:
 
 
 def further(asked: Request, answer: str, turn: Sequence[Message]) -> Request:
-    """The conversation of `asked` and its answer, going on with `turn`."""
+    """The conversation of `asked`, continued with its answer and then `turn`."""
     said = Message(role="assistant", content=answer)
     return Request(messages=(*asked.messages, said, *turn))
 
@@ -59,7 +59,7 @@ def further(asked: Request, answer: str, turn: Sequence[Message]) -> Request:
 def scored(
     groups: Sequence[Candidates], judge: OpenJudge | None, names: Sequence[str] = ()
 ) -> Iterator[Candidates | Reject]:
-    """The groups with the judge's scores of these responses; of all, where none is named."""
+    """The groups with the judge's scores of the responses `names` (all, where none is named)."""
     assert judge is not None, "a method that ranks by the judge declares needs_judge"
     names_of = [tuple(names or group.responses) for group in groups]
     verdicts = score_responses(
@@ -79,7 +79,7 @@ def scored(
 
 
 def unranked(group: Candidates, reason: str, verdict: NoVerdict) -> Reject:
-    """A group that a judge could not decide."""
+    """The reject of a group without a verdict."""
     return Reject(prompt_id=group.prompt.id, stage="rank", reason=reason, detail=verdict.reason)
 
 
@@ -102,28 +102,28 @@ def pair_of(group: Candidates, chosen: str, rejected: str, round: int) -> Pair:
 
 
 class Method(Options):
-    """A method's fields are its options; what it needs is declared; the rest it composes."""
+    """A method: its fields are its options, its class attributes and properties declare what it needs."""
 
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
-    """The responses of a pair that the trainer scores, in order."""
+    """Roles of the responses whose log-probs the loss takes, in order."""
     trains: ClassVar[Trains] = "groups"
-    """What its loss sees: groups of answers with summed log-probs (`loss`), or the tokens of the round's own answers (prefloop.train.ppo.TokenMethod)."""
+    """The loss's input: groups of answers with summed log-probs (`loss`), or the tokens of the round's own answers (prefloop.train.ppo.TokenMethod)."""
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """The paper's schedule as defaults of the recipe's sections `loop` and `train`."""
+    """The paper's schedule, as defaults of the recipe's sections `loop`, `train` and `evaluate`."""
 
     reference: Reference = "initial"
-    """Whose log-probs the loss is measured from: the initial policy's, or the round's first."""
+    """The reference policy of the loss: the initial policy, or the policy at the round's start."""
     generator: Generator = "current"
-    """Who generates: the policy as trained so far, or the initial policy for the whole run."""
+    """Which policy generates: the current one, or the initial one for the whole run."""
     prompt_set: str = "compact"
-    """Prompts put to the model: "compact" for small models, "paper" in full, or a folder of yours."""
+    """Prompt templates: "compact" for small models, "paper" in full, or your own folder."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How answers are drawn, in generation and, unless `evaluate.sampling` says otherwise, in evaluation."""
 
     @model_validator(mode="before")
     @classmethod
     def _parts_keep_the_methods_defaults(cls, values: Any) -> Any:
-        """`gates: {cut_off: false}` changes one gate of the method's, not the others back to the class's."""
+        """A partial section keeps the method's other defaults: `gates: {cut_off: false}` changes one gate only."""
         if not isinstance(values, Mapping):
             return values
         parts = {
@@ -137,43 +137,43 @@ class Method(Options):
 
     @property
     def needs_target(self) -> bool:
-        """Whether every prompt must come with a target response."""
+        """Whether every prompt must have a target response."""
         return False
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether every prompt must come with a labelled pair of answers."""
+        """Whether every prompt must have a labelled pair of answers."""
         return False
 
     @property
     def needs_judge(self) -> bool:
-        """Whether `rank` asks the recipe's judge."""
+        """Whether `rank` uses the recipe's judge."""
         return False
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss looks at the reference's log-probs; without, they are not computed."""
+        """Whether the loss uses the reference's log-probs; if not, they are not computed."""
         return True
 
     def in_round(self, round: int) -> Method:
-        """The method with the options that hold in this round, for its loss."""
+        """The method with this round's values of options that change by round, for its loss."""
         return self
 
     @property
     def asks_logprobs(self) -> str | None:
-        """The option by which it asks the generating model for log-probs, where one does."""
+        """The option for which it needs log-probs of the generating model; None where it needs none."""
         return None
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """All the text of one chunk of prompts."""
+        """Generate all responses to one chunk of prompts."""
         raise NotImplementedError
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The same groups with scores and ratings."""
+        """The groups with the judge's scores and the method's ratings."""
         raise NotImplementedError
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """Training examples from ranked groups; gates live here."""
+        """Training pairs from ranked groups, after the gates."""
         raise NotImplementedError
 
     def pairing(self, ranked: Iterable[Candidates], round: int) -> Pairing:
@@ -189,7 +189,7 @@ class Method(Options):
         raise NotImplementedError
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """The mean loss where policy and reference are equal, if it is known: the trainer's first check."""
+        """The mean loss where policy equals reference, for the trainer's first check; None where it is not known."""
         return None
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:

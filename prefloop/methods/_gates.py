@@ -1,4 +1,4 @@
-"""Gates: when a pair is not worth training on. Each rejection has a fixed phrase and is counted."""
+"""Gates: filters of pairs that should not be trained on. Each rejection has a fixed phrase and is counted."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ _META_TALK = re.compile(
 
 
 def is_meta_talk(text: str) -> bool:
-    """Whether an answer talks about being an answer ("Here is the improved version") instead of being one."""
+    """Whether a text talks about itself as an answer ("Here is the improved version") instead of answering."""
     return _META_TALK.search(text) is not None
 
 
 class Gates(Options):
-    """What a pair must satisfy. Empty answers never pass."""
+    """Conditions that a pair must satisfy. Empty answers never pass."""
 
     cut_off: bool = True
     """Reject an answer that the length limit cut off."""
@@ -61,7 +61,7 @@ class Gates(Options):
     """Reject when one answer has more than this many times the other's characters."""
 
     def reject(self, group: Candidates, first: str, second: str) -> Reject | None:
-        """The reject of a group whose two named responses must not be trained on; None when they may."""
+        """The reject of a group whose responses `first` and `second` fail a gate; None where they pass."""
         one, other = group.responses[first], group.responses[second]
         reason = self.reason_against(one, other)
         if reason is None:
@@ -70,7 +70,7 @@ class Gates(Options):
         return Reject(prompt_id=group.prompt.id, stage="pair", reason=reason, detail=detail)
 
     def reason_against(self, first: Response, second: Response) -> str | None:
-        """Why this pair must not be trained on; None when it may."""
+        """The gate that the pair fails, as a fixed phrase; None where it passes."""
         texts = (first.text, second.text)
         lengths = sorted(len(text.strip()) for text in texts)
         if lengths[0] == 0:

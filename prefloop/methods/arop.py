@@ -1,6 +1,6 @@
-"""AROP: the policy refines its own answer, plants one subtle flaw in it, and learns the difference by a margin.
+"""AROP: the policy refines its own answer, adds one subtle flaw to it, and learns to prefer the former by a margin.
 
-Source: "Adversarial Reflection-Optimized Preference". Section 4.2's three phases are `_draft`, `_refine` and
+Source: "Adversarial Reflection-Optimized Preference". Section 4.2's three phases are two drafts, `_refine` and
 `_flaw`; section 4.3's loss is -log sigma(R - M) against the initial policy; Algorithm 1 generates
 with the current policy, so optimiser and learning-rate schedule run through all rounds.
 """
@@ -38,12 +38,12 @@ _Said = tuple[Request, Response]
 
 
 class Margin(Options):
-    """AROP's M, one number a pair, at least 0 (docs/methods/arop.md, "The margin")."""
+    """AROP's M, one number per pair, at least 0 (docs/methods/arop.md, "The margin")."""
 
     kind: Literal["fixed", "confidence", "severity", "edit", "axes"] = "confidence"
-    """How M is found. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
+    """How M is computed. Section 4.3: fixed, or from the model's own confidence; 6.2: by axes."""
     m: float = Field(default=1.0, ge=0.0)
-    """fixed: M itself; confidence, edit: what the measured difference is multiplied by."""
+    """fixed: M itself; confidence, edit: factor of the measured difference."""
     m_min: float = Field(default=0.0, ge=0.0)
     """severity, axes: M of a flaw rated 1."""
     m_max: float = Field(default=2.0, ge=0.0)
@@ -56,7 +56,7 @@ class Margin(Options):
     """axes: weight of each axis (section 6.2, V-AROP)."""
 
     def rated_axes(self) -> tuple[str | None, ...]:
-        """The ratings to ask for: none, one of the flaw as a whole (None), or one an axis."""
+        """The ratings to ask the policy for: none, (None,) for one of the whole flaw, or one per axis."""
         if self.kind == "axes":
             return tuple(self.axes)
         return (None,) if self.kind == "severity" else ()
@@ -83,7 +83,7 @@ class Margin(Options):
 
 
 class AROP(Method):
-    """Adversarial Reflection-Optimized Preference: refine, plant one subtle flaw, learn it by a margin."""
+    """Adversarial Reflection-Optimized Preference: refine, add one subtle flaw, learn the difference by a margin."""
 
     answer: ClassVar[str] = "draft_a"
     roles: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
@@ -103,17 +103,17 @@ class AROP(Method):
     margin: Margin = Margin()
     """M of section 4.3; kind fixed with m 0 is the ablation "w/o Margin" of Table 2."""
     gates: Gates = Gates(max_edit_share=0.5, max_length_ratio=2.0)
-    """A flaw that rewrites everything is none of the subtle ones that the method stands on."""
+    """The two limits keep flaws subtle, as the method assumes."""
 
     @property
     def asks_logprobs(self) -> str | None:
-        """Confidences and severities are read from probabilities, and so is where a word can be replaced."""
+        """Confidences, severities and infilled words are read from the policy's token probabilities."""
         if self.margin.kind == "confidence" or self.margin.rated_axes():
             return f"margin.kind: {self.margin.kind}"
         return "flaw: infill" if self.flaw == "infill" else None
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """Candidates A and B, the refined answer and its flawed copy."""
+        """Drafts A and B, the refined answer and its flawed copy for each prompt."""
         asks = [Request(messages=prompt.messages) for prompt in prompts]
         drafts = self._sample(asks, actors, "draft_a")
         found = [{"draft_a": draft} for draft in drafts]
@@ -141,7 +141,7 @@ class AROP(Method):
         return actors.policy.sample(asks, self.sampling, seed=seed, label=phase)
 
     def _ask(self, actors: Actors, role: str, said: _Said, **values: str) -> Request:
-        """The request that plays `role`, alone or after a conversation and its answer."""
+        """The request for `role`: a single message, or a further turn after a conversation and its answer."""
         if self.layout == "single":
             return Request(messages=actors.prompts.render(role, **values))
         asked, answer = said
@@ -154,7 +154,7 @@ class AROP(Method):
         found: list[dict[str, Response]],
         actors: Actors,
     ) -> list[_Said]:
-        """Structured critique and refinement: analyse A and B, write one better answer."""
+        """Structured critique and refinement: analyse A and B, write one better answer. Returns requests and answers."""
         refine_asks = [
             self._ask(
                 actors,
@@ -167,16 +167,16 @@ class AROP(Method):
             for prompt, ask, r in zip(prompts, asks, found, strict=True)
         ]
         refined = self._sample(refine_asks, actors, "refined")
-        # Asked of the bare template: a draft that says "Final answer:" does not ask for one.
+        # Looked up in the template without values, as a draft may contain "Final answer:" too.
         nothing = (Request(messages=()), Response(text=""))
         bare = self._ask(actors, "refine", nothing, question="", answer_a="", answer_b="")
         splits = _FINAL in bare.messages[-1].content
         for responses, response in zip(found, refined, strict=True):
             responses["refined"] = response
             if splits:
-                # The analysis before the final answer is thinking, not part of y_w; without the final
-                # answer nothing is left, and the gates count an empty answer. What is left was not sampled as
-                # an answer of its own, so it has no tokens of its own.
+                # The analysis before the final answer is not part of y_w; without a final answer the response is
+                # empty, which the gates reject. What is left was not sampled as an answer of its own, so it has
+                # no tokens of its own.
                 before, final, answer = response.text.rpartition(_FINAL)
                 critique = before if final else answer
                 responses["critique"] = response.model_copy(update={"text": critique.strip()})
@@ -192,7 +192,7 @@ class AROP(Method):
         refined: list[Response],
         actors: Actors,
     ) -> list[Response | None]:
-        """Max-margin rejection synthesis: one subtle flaw in the refined answer."""
+        """Max-margin rejection synthesis: one subtle flaw in the refined answer; None where infilling found no word."""
         if self.flaw == "infill":
             flaws = infill_flaws(
                 actors.policy,
@@ -201,7 +201,7 @@ class AROP(Method):
                 self.sampling,
                 seed=derive_seed(actors.seed, "flawed"),
             )
-            # A copy but for one word ends as its original does.
+            # A copy that differs in one word ends as its original does.
             return [
                 None if flaw is None else Response(text=flaw.text, finish=response.finish)
                 for flaw, response in zip(flaws, refined, strict=True)
@@ -213,7 +213,7 @@ class AROP(Method):
         return [*self._sample(prompted, actors, "flawed")]
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The order is given; what is measured is how far apart the two answers are."""
+        """Rate how far apart the two answers are, for the margin; their order is given."""
         ratings: list[dict[str, float]] = [{} for _ in groups]
         if self.margin.kind == "confidence":
             asks = [Request(messages=group.prompt.messages) for group in groups]
@@ -238,7 +238,7 @@ class AROP(Method):
     def _severity(
         self, groups: Sequence[Candidates], axis: str | None, actors: Actors
     ) -> list[float | None]:
-        """Expected rating 1 to 5, over the probabilities of the rating tokens, never sampled text.
+        """Expected ratings, 1 to 5, from the probabilities of the rating tokens; nothing is sampled.
 
         None where they have less than `margin.min_mass` together.
         """
@@ -259,7 +259,7 @@ class AROP(Method):
         return [None if row is None else expected_rating(row) for row in found]
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """Refined over flawed, with its margin, where the gates let it pass."""
+        """Refined over flawed answer, with its margin, after the gates."""
         for group in ranked:
             reject = self.gates.reject(group, "refined", "flawed")
             if reject is not None:
@@ -299,11 +299,11 @@ class AROP(Method):
         return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """Mean of log(1 + e^M)."""
+        """The mean of log(1 + e^M) over the pairs."""
         return sum(p.margin + math.log1p(math.exp(-p.margin)) for p in pairs) / len(pairs)
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
-        """How often refining changes the draft and how much of the refined answer the flaw touches."""
+        """How often refining leaves the draft unchanged, and the fraction of words that the flaw changes."""
         if not ranked:
             return {}
         texts = [{name: r.text for name, r in group.responses.items()} for group in ranked]

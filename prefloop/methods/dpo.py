@@ -1,4 +1,4 @@
-"""DPO: a policy is fitted to pairs directly, without a reward model in between.
+"""DPO: the policy is trained on pairs directly, without a reward model.
 
 Source: Rafailov et al. 2023, "Direct Preference Optimization" (arXiv:2305.18290), equation 7. Its
 schedule is that of the baseline in "Introspective Adversarial Learning", section 4.2.
@@ -42,5 +42,5 @@ class DPO(PairMethod):
         return dpo_loss(logps, self.roles, self.beta)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """log 2."""
+        """log 2, as both log-ratios are 0."""
         return math.log(2)

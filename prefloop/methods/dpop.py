@@ -1,4 +1,4 @@
-"""DPOP: DPO that holds the chosen answer at least as likely as the reference does.
+"""DPOP: DPO with a penalty where the chosen answer becomes less likely than under the reference.
 
 Source: Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive"
 (arXiv:2402.13228). SPACP, the loss of IAL, takes its penalty from here.
@@ -42,5 +42,5 @@ class DPOP(PairMethod):
         return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """log 2: the penalty begins at 0."""
+        """log 2, as the penalty starts at 0."""
         return math.log(2)

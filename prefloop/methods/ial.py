@@ -1,4 +1,4 @@
-"""IAL: Player, Advisor, Player again; a judge ranks; SPACP on target, better and worse answer.
+"""IAL: Player, Advisor, Player again; a judge ranks; the loss is SPACP on target, better and worse answer.
 
 Source: "Introspective Adversarial Learning". Algorithm 1, line by line: the Player answers (7), the Advisor,
 which is the same model, suggests (8), the Player rewrites (9), the reward model ranks (10); the
@@ -69,12 +69,12 @@ class IAL(Method):
     copy_draft: bool = False
     """Both answers are the draft: the ablation of identical responses (appendix B.4)."""
     gates: Gates = Gates(identical=False, meta_talk=False)
-    """Both answers are what the target is preferred to, so clumsy ones are trained on by default."""
+    """The target is preferred to both answers, so flawed ones are useful and pass by default."""
     advice: Sampling = Sampling(max_new_tokens=128)
-    """How the Advisor writes."""
+    """Sampling of the Advisor's suggestion."""
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """Draft, suggestion and rewrite of each prompt."""
+        """Draft, suggestion and rewrite for each prompt."""
         asks = [Request(messages=prompt.messages) for prompt in prompts]
         drafts = actors.policy.sample(
             asks, self.sampling, seed=derive_seed(actors.seed, "draft"), label="player"
@@ -131,7 +131,7 @@ class IAL(Method):
             responses["rewrite"] = rewrite
 
     def _ask(self, actors: Actors, role: str, before: Request, said: str, **values: str) -> Request:
-        """The request that plays `role`, alone or after the conversation `before` and its answer `said`."""
+        """The request for `role`: a single message, or a further turn after `before` and its answer `said`."""
         if self.layout == "single":
             return Request(messages=actors.prompts.render(role, **values))
         return further(before, said, actors.prompts.render(f"{role}_turn", **values))
@@ -152,7 +152,7 @@ class IAL(Method):
             yield pair_of(group, better, worse, round)
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
-        """SPACP of B triples."""
+        """The SPACP loss of B triples."""
         from prefloop.train import losses
 
         r_t, r_c, r_r = (logps.ratio(role) for role in self.roles)
@@ -181,7 +181,7 @@ class IAL(Method):
         return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """(1 + lambda) log 2 with both terms smoothed, lambda log 2 with the first one linear."""
+        """(1 + lambda) log 2 with both terms smoothed, lambda log 2 with a linear first term; None with `penalty: nll`."""
         if self.penalty == "nll":
             return None
         return (self.lam if self.objective == "linear" else 1 + self.lam) * math.log(2)

@@ -1,4 +1,4 @@
-"""IPO: the gap between the two answers is drawn to a fixed width, and no further.
+"""IPO: the difference of the answers' log-ratios is regressed to a fixed value.
 
 Source: Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences"
 (arXiv:2310.12036), equation 17. The gap is taken per token, as in TRL.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class IPO(PairMethod):
-    """Identity Preference Optimization: a squared loss that stops where the gap is wide enough."""
+    """Identity Preference Optimization: a squared loss towards a fixed difference of log-ratios."""
 
     defaults: ClassVar = {
         "loop": {"rounds": 1},
@@ -27,7 +27,7 @@ class IPO(PairMethod):
     }
 
     beta: float = Field(default=0.1, gt=0.0)
-    """The paper's tau: the gap in log-ratio per token is drawn to 1 / (2 beta). Our default is DPO's."""
+    """The paper's tau: the target of the difference in log-ratio per token is 1 / (2 beta). Our default is DPO's."""
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
         """(r(y_w)/|y_w| - r(y_l)/|y_l| - 1/(2 beta))^2 of B pairs."""
@@ -43,5 +43,5 @@ class IPO(PairMethod):
         return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """The squared width that the gap is drawn to."""
+        """The squared target (1 / (2 beta))^2, as the difference is 0."""
         return (1 / (2 * self.beta)) ** 2

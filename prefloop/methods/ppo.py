@@ -1,4 +1,4 @@
-"""PPO: one answer a prompt, scored by the judge; clipped policy steps on its tokens, with values and a KL penalty.
+"""PPO: one answer per prompt, scored by the judge; clipped policy steps on its tokens, with values and a KL penalty.
 
 Source: "Introspective Adversarial Learning", appendix B.2, for the values (AROP's baseline RLAIF-PPO gives none);
 Ziegler et al. 2019 (arXiv:1909.08593) and Huang et al. 2024 (arXiv:2403.17031) for PPO on language models.
@@ -23,7 +23,7 @@ ANSWER = "answer"
 
 
 class PPO(Method):
-    """Proximal Policy Optimization: one answer a prompt, the judge's score as reward, clipped steps on tokens."""
+    """Proximal Policy Optimization: one answer per prompt, the judge's score as reward, clipped steps on tokens."""
 
     needs_judge: ClassVar[bool] = True
     trains: ClassVar[Trains] = "tokens"
@@ -31,38 +31,38 @@ class PPO(Method):
     defaults: ClassVar = {
         "loop": {"rounds": 100, "prompts_per_round": 64, "carry_optimizer": True},
         "train": {"epochs": 3, "lr": 5e-7, "optimizer": "adamw", "batch_size": 32},
-        # Its answers to held-out prompts are measured anyway; playing it on them gives nothing more.
+        # Generating for held-out prompts adds nothing: their answers are measured anyway.
         "evaluate": {"introspection": False},
     }
 
     sampling: Sampling = Sampling(temperature=1.0)
-    """How answers are drawn: from the policy as it is, so temperature 1 and nothing cut away."""
+    """How answers are drawn: on-policy, so temperature 1 without truncation."""
     ratio_clip: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """How far the ratio of new to old probability may pay. IAL appendix B.2: 0.2."""
+    """Clip range of the ratio of new to old probability. IAL appendix B.2: 0.2."""
     value_clip: float | None = Field(default=0.2, gt=0.0)
-    """How far a value may move in one round; null lets it. IAL appendix B.2: 0.2."""
+    """Clip range of a value's change in one round; null: no clip. IAL appendix B.2: 0.2."""
     value_coef: float = Field(default=0.1, ge=0.0)
-    """Weight of the value loss, whose gradient reaches the policy's own layers."""
+    """Weight of the value loss, whose gradient reaches the policy's layers too."""
     gamma: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Discount a token."""
+    """Discount factor per token."""
     lam: float = Field(default=0.95, ge=0.0, le=1.0)
-    """GAE's lambda: 0 trusts the values, 1 the rewards."""
+    """GAE's lambda: 0 relies on the values, 1 on the rewards."""
     whiten: bool = True
-    """Bring the round's advantages to mean 0 and variance 1."""
+    """Scale the round's advantages to mean 0 and variance 1."""
     kl_coef: float = Field(default=0.02, ge=0.0)
     """Penalty on log π − log π_ref, at each token, in the reward. IAL appendix B.2: fixed at 0.02."""
     kl_control: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: after each round the coefficient moves to where the divergence is `kl_target`."""
+    """adaptive: after each round the coefficient is changed so that the divergence approaches `kl_target`."""
     kl_target: float = Field(default=6.0, gt=0.0)
-    """Wanted divergence from the reference, nats an answer; only with kl_control adaptive."""
+    """Target divergence from the reference in nats per answer; only with kl_control adaptive."""
     kl_horizon: float = Field(default=10_000.0, gt=0.0)
-    """Answers in which the coefficient can change by a fifth; only with kl_control adaptive."""
+    """Number of answers over which the coefficient can change by 20 %; only with kl_control adaptive."""
     normalize_reward: bool = True
     """Subtract the mean of all scores so far and divide by their standard deviation."""
     reward_clip: float | None = Field(default=5.0, gt=0.0)
-    """Hold the reward, normalised or not, within this distance of 0; null does not."""
+    """Clip the reward, normalised or not, to this distance from 0; null: no clip."""
     cut_off_penalty: float = Field(default=1.0, ge=0.0)
-    """Taken off the score, in the judge's units, where the length limit cut the answer off."""
+    """Subtracted from the score, in the judge's units, where the answer was cut off by the length limit."""
 
     @model_validator(mode="after")
     def _its_answers_are_its_own(self) -> PPO:
@@ -80,7 +80,7 @@ class PPO(Method):
         return self
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """One answer of each prompt."""
+        """One answer to each prompt."""
         answers = actors.policy.sample(
             [Request(messages=prompt.messages) for prompt in prompts],
             self.sampling,
@@ -91,11 +91,11 @@ class PPO(Method):
             yield Candidates(prompt=prompt, responses={ANSWER: answer})
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The judge's score of each answer by itself."""
+        """The judge's score of each single answer."""
         yield from scored(groups, actors.judge, (ANSWER,))
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """Each answer as the one response of its example, with its score less the penalty for being cut off."""
+        """An example per answer, with its score minus the penalty for being cut off."""
         for group in ranked:
             answer = group.responses[ANSWER]
             if not answer.text.strip():
@@ -115,13 +115,13 @@ class PPO(Method):
             )
 
     def first_memory(self) -> Memory:
-        """No score seen, and the first KL coefficient."""
+        """The state before the first round: no scores, and the initial KL coefficient."""
         from prefloop.train.ppo import Memory
 
         return Memory(kl_coef=self.kl_coef)
 
     def targets(self, rollout: Rollout, memory: Memory) -> tuple[Targets, Memory]:
-        """Advantages and returns of a round's N answers; the memory with its scores and the next KL coefficient."""
+        """Advantages and returns of a round's N answers; the state with their scores and the next KL coefficient."""
         from prefloop.train import ppo
 
         mask_NT = rollout.mask_NT

@@ -1,7 +1,7 @@
-"""Self-rewarding: the policy writes several answers, judges them itself, and learns the best over the worst.
+"""Self-rewarding: the policy samples several answers, judges them itself, and learns the best over the worst.
 
-Source: Yuan et al. 2024, "Self-Rewarding Language Models" (arXiv:2401.10020), section 2. Who judges is the
-recipe's `judge`: `self_judge` is the policy, read from its rating tokens. New prompts are not written.
+Source: Yuan et al. 2024, "Self-Rewarding Language Models" (arXiv:2401.10020), section 2. The judge is the
+recipe's: `self_judge` is the policy itself, by its rating tokens. New prompts are not generated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class SelfRewarding(Method):
-    """Self-Rewarding: of several own answers the best over the worst, in the policy's own judgement."""
+    """Self-Rewarding: the best of several own answers over the worst, as judged by the policy."""
 
     needs_judge: ClassVar[bool] = True
     defaults: ClassVar = {
@@ -39,7 +39,7 @@ class SelfRewarding(Method):
     sampling: Sampling = Sampling(temperature=0.7, top_p=0.9)
     """Section 3.1.2: T = 0.7, p = 0.9."""
     gates: Gates = Gates()
-    """When best and worst are not worth training on; equal scores never are (section 2.3)."""
+    """Filters of the pair of best and worst; equal scores are always rejected (section 2.3)."""
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
         """Several answers to each prompt."""
@@ -50,7 +50,7 @@ class SelfRewarding(Method):
         yield from scored(groups, actors.judge)
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """Best over worst."""
+        """The best answer of each group over its worst."""
         for group in ranked:
             yield best_over_worst(group, self.gates, round)
 
@@ -59,11 +59,11 @@ class SelfRewarding(Method):
         return dpo_loss(logps, self.roles, self.beta)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """log 2."""
+        """log 2, as both log-ratios are 0."""
         return math.log(2)
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
-        """What the judge thinks of the best, of the mean and of the worst answer to a prompt."""
+        """Means over prompts of the best, mean and worst score."""
         if not ranked:
             return {}
         groups = [list(group.scores.values()) for group in ranked]

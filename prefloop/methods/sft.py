@@ -1,4 +1,4 @@
-"""SFT: supervised fine-tuning on the data's own answers, as a baseline that goes around the same loop.
+"""SFT: supervised fine-tuning on the data's target answers, as a baseline in the same loop.
 
 Source: the loss is equation 4 of "Introspective Adversarial Learning"; the schedule that of its appendix
 B.2.2. The recipe's section `sft` does the same once, before another method begins.
@@ -28,16 +28,16 @@ class SFT(Method):
     }
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The prompts; their answers come with them."""
+        """Groups without responses: the targets are in the data."""
         for prompt in prompts:
             yield Candidates(prompt=prompt, responses={})
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """There is nothing to put in order."""
+        """The groups unchanged: there is nothing to rank."""
         yield from groups
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """One target an example, and nothing that it is preferred to."""
+        """One example per target, without a rejected answer."""
         for group in ranked:
             assert group.prompt.target is not None
             yield Pair(

@@ -46,7 +46,7 @@ class SPA(PairMethod):
     reference: Reference = "round_start"
     """The policy that labelled a round's pairs; labels themselves are always measured from the initial policy."""
     generator: Generator = "current"
-    """Who writes the drafts of the rounds after the seed round: the policy that labels them."""
+    """The policy that generates drafts after the seed round: the one that labels them."""
     beta: float = Field(default=0.1, gt=0.0)
     """Inverse temperature, of the loss and of the implicit reward. IAL section 4.2: 0.1."""
     alpha: float = Field(default=0.1, ge=0.0, le=0.5)
@@ -66,14 +66,14 @@ class SPA(PairMethod):
         return self
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """Round 0: the seed pairs, as `pairs` says. Later: two drafts a prompt."""
+        """Round 0: the seed pairs, as `pairs` says. Later rounds: two drafts per prompt."""
         if actors.round <= 0:
             yield from super().generate(prompts, actors)
         else:
             yield from drafts(prompts, actors, self.sampling, 2)
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The implicit reward of each draft, and how sure the de-coupled policy is of their order."""
+        """The implicit reward of each draft, and the de-coupled policy's confidence in their order."""
         if actors.round <= 0:
             yield from super().rank(groups, actors)
             return
@@ -137,7 +137,7 @@ class SPA(PairMethod):
         return result.model_copy(update={"ratings": {_CONFIDENCE: sure}})
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
-        """(1 - alpha) DPO + alpha DPO with the pair the other way round, of B pairs."""
+        """(1 - alpha) DPO + alpha DPO with swapped pairs, of B pairs."""
         import torch
 
         from prefloop.train import losses
@@ -153,19 +153,19 @@ class SPA(PairMethod):
         return math.log(2)
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
-        """How sure the policy is of its own labels."""
+        """The mean confidence of the policy in its own labels."""
         found = [g.ratings[_CONFIDENCE] for g in ranked if _CONFIDENCE in g.ratings]
         return {"label_confidence": sum(found) / len(found)} if found else {}
 
 
 def confidence(labels: Sequence[float], detected: Sequence[float]) -> float:
-    """P(the label is right), sigma of the detector's reward of the better-labelled of two less the other's."""
+    """P(the label is right): sigma of the detector's reward difference, better-labelled draft minus the other."""
     better = 0 if labels[0] > labels[1] else 1
     gap = detected[better] - detected[1 - better]
     return (1 + math.tanh(gap / 2)) / 2  # sigma, without overflow
 
 
 def least(confidences: dict[str, float], per_cent: float) -> list[str]:
-    """The `per_cent` % of names with the lowest confidence, to the nearest whole number of them."""
+    """The names with the lowest confidence, `per_cent` % of all, rounded to the nearest number."""
     count = math.floor(len(confidences) * per_cent / 100 + 0.5)
     return sorted(confidences, key=confidences.__getitem__)[:count]

@@ -1,4 +1,4 @@
-"""SPAC: pairs, and a critic that thinks little of what the policy itself says.
+"""SPAC: pairs, and an adversarial critic that scores the policy's own answers low.
 
 Source: Ji et al. 2024, "Self-Play with Adversarial Critic: Provable and Scalable Offline Alignment for
 Language Models" (arXiv:2406.04274), in the form of "Introspective Adversarial Learning", equation 9, and
@@ -42,7 +42,7 @@ class SPAC(PairMethod):
     reference: Reference = "round_start"
     """Equation 9 is measured from pi_t, the policy at the round's start."""
     generator: Generator = "current"
-    """Whose answer the pair is set beside (and drafts are): pi_t's own."""
+    """The policy that generates the sample (and drafts): pi_t itself."""
     eta: float = Field(default=0.1, gt=0.0)
     """Inverse temperature of the implicit reward. IAL section 4.1: 0.1, written beta there."""
     lam: float = Field(default=1.0, ge=0.0)
@@ -51,7 +51,7 @@ class SPAC(PairMethod):
     """Both terms inside log-sigmoid (IAL appendix B.6), or equation 9, whose first term has no lower bound."""
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """The pair's answers, and one of the policy."""
+        """The pair's answers, and one sample of the policy."""
         groups = list(super().generate(prompts, actors))
         asks = [Request(messages=g.prompt.messages) for g in groups if isinstance(g, Candidates)]
         seed = derive_seed(actors.seed, _SAMPLE)
@@ -64,7 +64,7 @@ class SPAC(PairMethod):
                 yield group
 
     def rank(self, groups: Sequence[Candidates], actors: Actors) -> Iterator[Candidates | Reject]:
-        """As other pairs; the sample takes no part in the order."""
+        """Rank the pair's answers; the sample is not ranked."""
         samples = {group.prompt.id: group.responses[_SAMPLE] for group in groups}
         alone = [
             group.model_copy(
@@ -80,7 +80,7 @@ class SPAC(PairMethod):
                 yield group
 
     def pair(self, ranked: Iterable[Candidates], round: int) -> Iterator[Pair | Reject]:
-        """Triples (y, y+, y-)."""
+        """Triples (y, y+, y-) of sample, chosen and rejected."""
         for group in ranked:
             sample = group.responses[_SAMPLE]
             if not sample.text.strip():
@@ -100,7 +100,7 @@ class SPAC(PairMethod):
             yield found
 
     def loss(self, logps: GroupLogps, progress: float) -> LossOutput:
-        """SPAC of B triples."""
+        """The SPAC loss of B triples."""
         from prefloop.train import losses
 
         r_s, r_c, r_r = (logps.ratio(role) for role in self.roles)
@@ -110,5 +110,5 @@ class SPAC(PairMethod):
         return losses.LossOutput(loss_B, metrics)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """(1 + lambda) log 2 with both terms smoothed, lambda log 2 with the first one linear."""
+        """(1 + lambda) log 2 with both terms smoothed, lambda log 2 with a linear first term."""
         return (self.lam if self.objective == "linear" else 1 + self.lam) * math.log(2)

@@ -1,4 +1,4 @@
-"""SPIN: the data's answer against the policy's own, until the two cannot be told apart.
+"""SPIN: the data's answer over the policy's own sample, until the two are indistinguishable.
 
 Source: Chen et al. 2024, "Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models"
 (arXiv:2401.01335), Algorithm 1; the values are those of its experiments with zephyr-7b-sft-full, and
@@ -56,18 +56,18 @@ class SPIN(Method):
     beta: Annotated[_Beta | _Betas, BeforeValidator(as_tuple)] = (0.1, 0.1, 0.1, 5.0)
     """The paper's lambda, by round, or one for all; the last holds for all that follow. Its section 6.1 takes 5.0 in iteration 3; IAL section 4.2 keeps 0.1."""
     sampling: Sampling = Sampling(temperature=1.0)
-    """How the policy answers: the loss stands on samples of the policy as it is, at temperature 1; IAL's runs have 0.7."""
+    """How the policy answers: the loss assumes samples of the policy itself, at temperature 1; IAL's runs have 0.7."""
     gates: Gates = Gates(cut_off=False, meta_talk=False)
     """A sample that the length limit cut off is trained on, as in the paper's code."""
 
     def in_round(self, round: int) -> SPIN:
-        """With this round's beta alone."""
+        """The method with this round's beta only."""
         if isinstance(self.beta, float):
             return self
         return self.model_copy(update={"beta": self.beta[min(round, len(self.beta) - 1)]})
 
     def generate(self, prompts: Sequence[Prompt], actors: Actors) -> Iterator[Candidates | Reject]:
-        """One answer of the policy beside the data's."""
+        """One sample of the policy for each prompt, beside the data's target."""
         asks = [Request(messages=prompt.messages) for prompt in prompts]
         seed = derive_seed(actors.seed, "sample")
         samples = actors.policy.sample(asks, self.sampling, seed=seed, label="opponent")
@@ -92,5 +92,5 @@ class SPIN(Method):
         return dpo_loss(logps, self.roles, beta)
 
     def loss_at_start(self, pairs: Sequence[Pair]) -> float | None:
-        """log 2."""
+        """log 2, as both log-ratios are 0."""
         return math.log(2)

@@ -86,7 +86,7 @@ class Chain:
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
-    # A round or score of 0 is a value; in Python it would equal False.
+    # 0 is a value (a round, a score), although it is falsy.
     return {
         name: value
         for name, value in values.items()

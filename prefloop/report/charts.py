@@ -258,7 +258,7 @@ def _histogram(
                     linewidth=1.6,
                     gid=f"r{number}-{dash}",
                 )
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.0f} %"))
 
     return _draw(title, note, draw, [], rounds=False)
 

@@ -52,11 +52,11 @@ class RoundFacts:
     generated_tokens: int
     trained_tokens: int
     seconds: dict[str, float]
-    """By stage: generate, rank, pair, train, evaluate."""
+    """Seconds by stage: generate, rank, pair, train, evaluate."""
 
     @property
     def speed(self) -> dict[str, float | None]:
-        """Tokens a second, generated and trained on."""
+        """Tokens per second, generated and trained on; None where not known."""
         generating = self.seconds.get("generate", 0.0)
         training = self.seconds.get("train", 0.0)
         return {

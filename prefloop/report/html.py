@@ -100,7 +100,7 @@ def _write_all(runs: Sequence[RunFacts], path: Path) -> tuple[int, int]:
         for number, run in enumerate(runs):
             for chain in run.chains():
                 values = {"run": number, **chain.to_json()}
-                # Plain ASCII: half a surrogate pair is kept as what it is.
+                # Plain ASCII, which keeps lone surrogates as escapes.
                 file.write(json.dumps(values).encode() + b"\n")
                 total += 1
                 texts = (*(step.text for step in chain.steps), *(text for _, text in chain.prompt))

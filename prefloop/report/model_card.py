@@ -48,7 +48,7 @@ class CardFacts:
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
-    """Write the card as `folder`/README.md, replacing the one that a library may have put there."""
+    """Write the card as `folder`/README.md, replacing one that a library may have written."""
     path = folder / "README.md"
     path.write_text(model_card(facts), encoding="utf-8")
     return path
@@ -161,7 +161,7 @@ def _use(facts: CardFacts) -> str:
 
 def _origin(facts: CardFacts) -> str:
     recipe = yaml.safe_dump(_without_paths(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
-    # A fence longer than any run of backquotes inside cannot be closed from inside.
+    # Longer than any run of backquotes inside, so that the recipe cannot end the block.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     lines = ["## How it was made", "", f"{fence}yaml\n{recipe}{fence}"]
     versions = list(_flat(_without_paths(dict(facts.environment))))

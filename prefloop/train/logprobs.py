@@ -348,7 +348,7 @@ def _is_wrapped(model: nn.Module) -> bool:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside a wrapper for several processes and inside peft's."""
+    """The transformers model, without wrappers for several processes and without peft's."""
     inner: Any = model.module if _is_wrapped(model) else model
     if not hasattr(inner, "get_base_model"):
         return inner

@@ -155,7 +155,7 @@ def _row(members: Sequence[int], trees: Sequence[Tree]) -> Row:
     slots: list[Slot] = []
     for g in members:
         tree, start = trees[g], len(tokens)
-        # Every node after the prompt is scored once, so node n is scored token n + shift.
+        # Every node after the prompt is scored once, so node n is scored token n + offset.
         offset = len(targets) - tree.prompt_length
         slots += [
             Slot(g, c, torch.tensor([node + offset for node in path], dtype=torch.long))

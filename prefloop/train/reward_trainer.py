@@ -80,7 +80,7 @@ class EncodedPair:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer side."""
+        """Tokens of the longer of the two."""
         return max(len(self.chosen.ids), len(self.rejected.ids))
 
 

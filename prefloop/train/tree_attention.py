@@ -101,7 +101,7 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> Tensor:
-    """Each node's attention to its ancestors and itself.
+    """Attention of each node to its ancestors and itself.
 
     query (1, H, T, D), key and value (1, K, T, D), ends (T,) one past each node's subtree; returns
     (1, H, T, D). `scaling` of the scores is 1 / sqrt(D) where it is None.

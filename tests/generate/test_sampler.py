@@ -47,7 +47,7 @@ def test_draws_fit_the_exact_distribution(
     sampling: Sampling, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chi-square over the tokens expected at least ten times and the rest together."""
-    monkeypatch.setattr(decode, "_SIZES", sizes)
+    monkeypatch.setattr(decode, "_CANDIDATE_COUNTS", sizes)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(1200, generator=generator) * 2
     draws = 8_000
@@ -79,7 +79,7 @@ def test_few_candidates_decide_what_the_whole_vocabulary_would(
     logits[40:60, 100:220] = 20.0  # more than the first look takes
     uniforms = torch.rand(200, generator=generator)
     quick = draw(logits, sampling, uniforms)
-    monkeypatch.setattr(decode, "_SIZES", ())
+    monkeypatch.setattr(decode, "_CANDIDATE_COUNTS", ())
     slow = draw(logits, sampling, uniforms)
     # Sums over a few and over all may round to either side of a uniform number, hardly ever.
     assert (quick[0] != slow[0]).sum() <= 1

@@ -1,1 +1,1 @@
-"""Benchmarks for lm-evaluation-harness; the YAML files work with its own command line too (--include_path)."""
+"""Task files for lm-evaluation-harness; they work with its own command line too (--include_path)."""

@@ -14,10 +14,10 @@ from prefloop.records import Prompt, Request, Response, Sampling
 
 
 class Divergence(Measure):
-    """KL(pi || pi_initial) of answers to held-out prompts, in nats an answer and nats a token.
+    """KL(pi || pi_initial) of answers to held-out prompts, in nats per answer and per token.
 
     The mean of log pi(y|x) - log pi_initial(y|x) over answers that the policy draws at temperature 1: an unbiased
-    estimate of the divergence of answers up to `max_new_tokens` tokens. It may come out slightly negative.
+    estimate of the divergence of answers up to `max_new_tokens` tokens. The estimate can be slightly negative.
     """
 
     suites: ClassVar[tuple[Suite, ...]] = ("quick",)
@@ -25,20 +25,20 @@ class Divergence(Measure):
     needs_initial: ClassVar[bool] = True
 
     held_out: str | None = None
-    """Source of the prompts; null takes those of --data, or of the run."""
+    """Source of the prompts; null: those of --data, else the run's held-out prompts."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many prompts; null: all."""
+    """Use only the first `limit` prompts; null: all."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Tokens of an answer at most."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts answered at a time; what a kill can cost."""
+    """Prompts answered per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where there are no prompts."""
         held_out_prompts(self.held_out, self.limit)
 
     def run(self, subject: Subject) -> Outcome:
-        """Answer at temperature 1, and score the answers under both models."""
+        """Sample answers at temperature 1, and score them under both models."""
         prompts = held_out_prompts(self.held_out, self.limit)
         sampling = Sampling(temperature=1.0, max_new_tokens=self.max_new_tokens)
         answers = answers_of(

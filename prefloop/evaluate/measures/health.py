@@ -28,20 +28,20 @@ class Health(Measure):
     }
 
     held_out: str | None = None
-    """Source of the prompts; null takes those of --data, or of the run."""
+    """Source of the prompts; null: those of --data, else the run's held-out prompts."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many prompts; null: all."""
+    """Use only the first `limit` prompts; null: all."""
     sampling: Sampling = Sampling()
     """How answers are drawn."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts answered at a time; what a kill can cost."""
+    """Prompts answered per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where there are no prompts."""
         held_out_prompts(self.held_out, self.limit)
 
     def run(self, subject: Subject) -> Outcome:
-        """Answer, and count."""
+        """Sample answers, and compute the three measures."""
         prompts = held_out_prompts(self.held_out, self.limit)
         answers = answers_of(
             subject.engine,

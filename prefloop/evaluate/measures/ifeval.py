@@ -205,19 +205,19 @@ class Ifeval(Measure):
     """
 
     data: str | None = None
-    """File with rows {"prompt", "instruction_id_list", "kwargs"}, as google's input_data.jsonl; `google/IFEval`
+    """File with rows {"prompt", "instruction_id_list", "kwargs"}, as Google's input_data.jsonl; `google/IFEval`
     on the Hub has them too (split train)."""
     limit: int | None = Field(default=None, ge=1)
-    """So many prompts, drawn by `draw`; null: all."""
+    """Number of prompts, drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of that draw; not the evaluation's own, so that all models meet the same prompts."""
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=1280)
-    """How answers are drawn. Fewer new tokens fail instructions on length that the model might keep."""
+    """How answers are drawn. With fewer new tokens, instructions on length may fail."""
     chunk: int = Field(default=16, ge=1)
-    """Prompts asked at a time; what a kill can cost."""
+    """Prompts asked per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
-        """DataError for the file and for missing packages."""
+        """DataError where the file or a package is missing, or a row is malformed."""
         check_packages()
         self._questions()
 

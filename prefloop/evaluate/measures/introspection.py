@@ -33,11 +33,11 @@ class Introspection(Measure):
     of: str | None = None
     """Folder of the run whose method is played; null: the subject's own run."""
     held_out: str | None = None
-    """Source of the prompts; null takes those of --data, or of the run."""
+    """Source of the prompts; null: those of --data, else the run's held-out prompts."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many prompts; null: all."""
+    """Use only the first `limit` prompts; null: all."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts played at a time; what a kill can cost."""
+    """Prompts played per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where there are no prompts."""

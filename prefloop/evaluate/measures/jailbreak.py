@@ -56,16 +56,16 @@ class Jailbreak(Measure):
     attacks: int | tuple[str, ...] | None = 20
     """How many attacks, drawn by `draw`, or which ones by name; null: all. AROP's paper takes 20."""
     prompt_limit: int | None = Field(default=None, ge=1)
-    """So many prompts (of ready attacks: goals), drawn by `draw`; null: all."""
+    """Number of prompts (of ready attacks: goals), drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of both draws; not the evaluation's own, so that all models meet the same attacks."""
     plain: bool = True
-    """Ask each prompt without an attack too: what attacks add is the difference."""
+    """Use each prompt without an attack too, as the baseline JSR_plain."""
     judged_by: Literal["refusal_rules", "judge"] = "refusal_rules"
-    """refusal_rules: harmful is what does not refuse. judge: the evaluation's judge scores each answer to the
-    plain prompt, and `threshold` divides."""
+    """refusal_rules: an answer without a refusal is harmful. judge: the evaluation's judge scores each answer to
+    the plain prompt, and `threshold` decides."""
     threshold: float | None = None
-    """judged_by judge: the score that divides; there is no value that fits all judges."""
+    """judged_by judge: the score that separates harmful answers; no value fits all judges."""
     harmful: Literal["at_most", "at_least"] = "at_most"
     """judged_by judge: which side of the threshold is harmful. at_most for a judge of harmlessness."""
     labelled: str | None = None
@@ -75,13 +75,13 @@ class Jailbreak(Measure):
     """File with rows {"prompt", "label": "safe" or "unsafe"}: only completions of unsafe prompts are used, as a
     judge of harm needs (for refusal_rules, safe ones do as well)."""
     labelled_limit: int | None = Field(default=None, ge=1)
-    """So many labelled completions, drawn by `draw`; null: all."""
+    """Number of labelled completions, drawn at random by seed `draw`; null: all."""
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=150)
-    """How answers are drawn; greedy, so that JSR is the model's and not the draw's."""
+    """How answers are drawn; greedy, so that JSR does not depend on sampling."""
     store_text: bool = False
-    """Keep attack and answer in the result. They may be harmful, and files get copied."""
+    """Store attack and answer in the result; they may be harmful."""
     chunk: int = Field(default=32, ge=1)
-    """Attacks asked and judged at a time; what a kill can cost."""
+    """Attacks asked and judged per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError for the files and names, JudgeError for a judge without its threshold."""

@@ -66,14 +66,14 @@ class Leaderboard(Measure):
     folder: Path | None = None
     """Folder of local files (docs/leaderboard.md); None loads the hub's data sets."""
     tasks: tuple[Benchmark, ...] = Field(default=BENCHMARKS, min_length=1)
-    """Which of the six; their mean is given for all six only."""
+    """Which of the six benchmarks; the mean is reported for all six only."""
     items: int | None = Field(default=None, ge=1)
     """Questions drawn from each task, MMLU's spread evenly over its subjects; None asks all."""
     chat_template: bool = False
     """Put the prompts into the tokenizer's chat template, examples as turns. The leaderboard of 2023 did not."""
 
     def check(self) -> None:
-        """The harness must be installed, local files there."""
+        """ModelError where the harness is not installed, DataError where local files are missing."""
         if find_spec("lm_eval") is None:
             raise ModelError(
                 "the leaderboard needs lm-evaluation-harness; pip install 'prefloop[eval]'"

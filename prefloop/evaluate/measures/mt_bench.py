@@ -60,7 +60,7 @@ class MtBench(Measure):
     be empty, and is read for math, reasoning and coding only, as in FastChat. FastChat's question.jsonl with its
     reference answers put in."""
     limit: int | None = Field(default=None, ge=1)
-    """So many questions, drawn by `draw`; null: all."""
+    """Number of questions, drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of that draw; not the evaluation's own, so that all models meet the same questions."""
     judge_range: tuple[float, float] | None = None
@@ -70,7 +70,7 @@ class MtBench(Measure):
     max_new_tokens: int = Field(default=1024, ge=1)
     """Tokens of an answer, as in FastChat."""
     chunk: int = Field(default=8, ge=1)
-    """Questions of one category asked and judged at a time; what a kill can cost."""
+    """Questions of one category asked and judged per cache file; a killed evaluation repeats at most one file."""
 
     @property
     def name(self) -> str:
@@ -199,7 +199,7 @@ class MtBench(Measure):
         return Item(id=question.id, values=values, group=question.category, texts=texts)
 
     def _estimates(self, items: Sequence[Item], seed: int) -> dict[str, Estimate]:
-        """Over questions: both turns together, each turn, each category."""
+        """Means over questions: of both turns, of each turn, and by category."""
         names = [self.name, *(f"{self.name}_turn_{turn + 1}" for turn in range(TURNS))]
         values = {name: [i.values[name] for i in items if name in i.values] for name in names}
         for category in dict.fromkeys(item.group for item in items):

@@ -40,21 +40,21 @@ class OverRefusal(Measure):
     prompts: str | None = None
     """File with rows {"id", "prompt", "type", "label": "safe" or "unsafe"}, as XSTest's."""
     limit: int | None = Field(default=None, ge=1)
-    """So many prompts of each label, drawn by `draw`; null: all."""
+    """Number of prompts of each label, drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of that draw; not the evaluation's own, so that all models meet the same prompts."""
     labelled: str | None = None
     """File with rows {"prompt", "completion", "label"} in XSTest's labels, on which the rules' own error is
     measured; null: the error is not known, and the result says so."""
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=150)
-    """How answers are drawn; greedy, as in XSTest. A refusal shows in the first sentences."""
+    """How answers are drawn; greedy, as in XSTest. Refusals are detected in the first sentences."""
     store_text: bool = False
-    """Keep the answers in the result. Those to unsafe prompts may be harmful."""
+    """Store the answers in the result; those to unsafe prompts may be harmful."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts asked at a time; what a kill can cost."""
+    """Prompts asked per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
-        """DataError for the files."""
+        """DataError where a file is missing or malformed."""
         self._questions()
         if self.labelled is not None:
             read_labelled(self.labelled)

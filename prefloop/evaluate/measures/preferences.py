@@ -31,13 +31,13 @@ class Preferences(Measure):
     data: str | None = None
     """Labelled pairs that were not trained on, as `prefloop judge check` reads them; ties are left out."""
     limit: int | None = Field(default=None, ge=1)
-    """So many pairs, drawn by `draw`; null: all."""
+    """Number of pairs, drawn at random by seed `draw`; null: all."""
     draw: int = 0
     """Seed of that draw; not the evaluation's, so that all subjects meet the same pairs."""
     beta: float = Field(default=0.1, gt=0.0)
     """Inverse temperature of the implicit reward."""
     chunk: int = Field(default=32, ge=1)
-    """Pairs scored at a time; what a kill can cost."""
+    """Pairs scored per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where no pairs are named, or the file holds none."""

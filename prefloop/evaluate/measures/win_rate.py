@@ -47,18 +47,18 @@ class WinRate(Measure):
     needs_judge: ClassVar[bool] = True
 
     held_out: str | None = None
-    """Source of the prompts; null takes those of --data, or of the run."""
+    """Source of the prompts; null: those of --data, else the run's held-out prompts."""
     limit: int | None = Field(default=None, ge=1)
-    """The first so many prompts; null: all."""
+    """Use only the first `limit` prompts; null: all."""
     opponent: str = Field(default=START, min_length=1)
     """"start", the model from which training started; "targets", the prompts' own responses; a file of rows with
     prompt and response, matched by prompt; or a model: a folder, Hub id or embedded:NAME."""
     sampling: Sampling = Sampling()
     """How answers are drawn, the opponent's too where it is a model."""
     both_orders: bool = True
-    """Ask the judge twice, with the answers exchanged; needless for a judge that scores answers one by one."""
+    """Ask the judge twice, with the answers exchanged; not needed for a judge that scores single answers."""
     chunk: int = Field(default=32, ge=1)
-    """Prompts answered and judged at a time; what a kill can cost."""
+    """Prompts answered and judged per cache file; a killed evaluation repeats at most one file."""
 
     def check(self) -> None:
         """DataError where there are no prompts, or the opponent's stored answers do not fit them."""
@@ -81,8 +81,8 @@ class WinRate(Measure):
         own = self._sample(subject.engine, prompts, subject, subject.answers or subject.folder)
         others = self._opponent_answers(prompts, subject)
         rows = [
-            _Row(prompt=prompt, own=mine, other=other)
-            for prompt, mine, other in zip(prompts, own, others, strict=True)
+            _Row(prompt=prompt, own=own_answer, other=other)
+            for prompt, own_answer, other in zip(prompts, own, others, strict=True)
         ]
 
         def work(part: Sequence[_Row], number: int) -> list[Item]:
