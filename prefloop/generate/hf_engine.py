@@ -247,7 +247,10 @@ class HFEngine:
         self, requests: Sequence[Request], options: Sequence[str]
     ) -> list[tuple[float, ...]]:
         """Probability of each option as the next token."""
-        rows = [self._prompt(request) for request in requests]
+        rows = [
+            self.chat.prompt_ids(request.messages, request.prefix, at_answer=True)
+            for request in requests
+        ]
         firsts = [self.chat.option_ids(r.messages, options, r.prefix) for r in requests]
         with _evaluating(self.model):
 

@@ -321,7 +321,7 @@ class VLLMEngine:
         firsts = [self._chat.option_ids(r.messages, options, r.prefix) for r in requests]
         bodies = [
             {
-                "prompt": self._prompt(request),
+                "prompt": self._chat.prompt_ids(request.messages, request.prefix, at_answer=True),
                 "max_tokens": 1,
                 "temperature": 0.0,
                 "logprobs": len(ids),
