@@ -315,9 +315,12 @@ def read_row(where: str, row: Row, options: FieldOptions, beside: Sequence[str] 
         raise cells.fail(
             "the prompt does not end with the user's turn; leave what follows to the answers"
         )
-    for name in cells.row:
-        if name in _CONTENT and name in cells and name not in cells.used:
-            _demand_nothing_new(cells, name, found, options)
+    lost = [name for name in cells.row if _would_be_lost(cells, name, found, options)]
+    if lost:
+        raise cells.fail(
+            f"{', '.join(map(repr, lost))} would be lost beside {', '.join(map(repr, cells.used))}; pass over with "
+            f"data.ignore: [{', '.join(lost)}], or say with data.format which columns are meant"
+        )
     used = [names.get(name, name) for name in cells.used if name in cells.row]
     ignored = [name for name in row if name not in used and name not in beside]
     return Read(format, found, tuple(used), tuple(ignored))
@@ -385,26 +388,20 @@ def _missing(cells: Cells, options: FieldOptions) -> str:
     )
 
 
-def _demand_nothing_new(cells: Cells, name: str, found: Found, options: FieldOptions) -> None:
-    """Refuse a column that would be lost; one that repeats what was read is read."""
+def _would_be_lost(cells: Cells, name: str, found: Found, options: FieldOptions) -> bool:
+    """Whether a column has content that nobody has read; one that repeats what was read counts as read."""
+    if name not in _CONTENT or name not in cells or name in cells.used:
+        return False
     if isinstance(found, str) or options.format is not None:
-        return
-    known = {" ".join(text.split()) for entry in found for text in entry.texts}
+        return False
     if name == "turns" and isinstance(cells.row[name], int):
-        return  # how many there are
+        return False  # how many there are
+    known = {" ".join(text.split()) for entry in found for text in entry.texts}
     said = list(_texts(cells.row[name]))
     if said and all(" ".join(text.split()) in known for text in said):
         cells.used[name] = None
-        return
-    format = _used_names(cells)
-    raise cells.fail(
-        f"{name!r} would be lost beside {format}; pass it over with data.ignore: [{name}], or say "
-        "with data.format which columns are meant"
-    )
-
-
-def _used_names(cells: Cells) -> str:
-    return ", ".join(map(repr, cells.used)) or "the other columns"
+        return False
+    return True
 
 
 def _texts(value: object) -> Iterator[str]:

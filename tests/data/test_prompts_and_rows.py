@@ -155,7 +155,9 @@ def test_messages_that_end_with_the_assistant_give_the_target(tmp_path):
 
 def test_messages_come_before_prompt_and_a_null_option_turns_them_off(tmp_path):
     path = jsonl(tmp_path / "m.jsonl", [{"prompt": "P", "response": "R", "messages": TURNS}])
-    with pytest.raises(DataError, match=r"m\.jsonl:1: 'prompt' would be lost beside 'messages'"):
+    with pytest.raises(
+        DataError, match=r"m\.jsonl:1: 'prompt', 'response' would be lost beside 'messages'"
+    ):
         read(path)
     ignoring = read(path, ignore=("prompt", "response"))
     assert [(p.text, p.target) for p in ignoring] == [("Hi", "Hello")]
