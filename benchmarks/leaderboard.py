@@ -27,7 +27,7 @@ from typing import Any
 
 from prefloop.evaluate.measures.leaderboard import (
     TASKS,
-    Drawn,
+    DrawnQuestions,
     Leaderboard,
     harness_folders,
     load_tasks,
@@ -221,7 +221,7 @@ def compared(benchmark: str, sides: Mapping[str, Mapping[str, Any]]) -> dict[str
     }
 
 
-def drawn(benchmark: str, folder: Path, items: int) -> Drawn:
+def drawn(benchmark: str, folder: Path, items: int) -> DrawnQuestions:
     """Questions as the measure draws them; MMLU's from two subjects."""
     measure = Leaderboard(folder=folder, tasks=(benchmark,), items=items)
     tasks = load_tasks([benchmark], folder)
