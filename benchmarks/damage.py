@@ -63,7 +63,7 @@ def prefloop(words: Sequence[str]) -> tuple[int, str, str]:
             cli.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
+    except Exception as error:  # noqa: BLE001
         code = 70
         err.write(f"{type(error).__name__}: {error}")
     finally:
@@ -158,7 +158,9 @@ def _comparison(folder: Path, found: Sequence[Case]) -> list[Case]:
         print(f"compare cannot be played: {err}", file=sys.stderr)
         return []
     words = lambda copy: ["compare", str(path), "--out", str(copy), "--json"]  # noqa: E731
-    return [Case("compare", out, {"compare": words, "table": lambda copy: [*words(copy), "--table"]})]
+    return [
+        Case("compare", out, {"compare": words, "table": lambda copy: [*words(copy), "--table"]})
+    ]
 
 
 def _reward(folder: Path, pairs: Path) -> list[Case]:
@@ -176,7 +178,14 @@ def _reward(folder: Path, pairs: Path) -> list[Case]:
     train = lambda copy: ["reward", "train", str(path), "--out", str(copy), "--json"]  # noqa: E731
 
     def check(copy: Path) -> list[str]:
-        return ["judge", "check", f"{{name: reward_model, model: {copy}}}", "--data", str(pairs), "--json"]
+        return [
+            "judge",
+            "check",
+            f"{{name: reward_model, model: {copy}}}",
+            "--data",
+            str(pairs),
+            "--json",
+        ]
 
     return [Case("reward", out, {"reward train": train, "judge check": check})]
 
@@ -241,8 +250,11 @@ def one_damage(case: Case, number: int, draw: random.Random) -> tuple[str, str, 
     shutil.copytree(case.folder, copy)
     name = draw.choice(list(case.commands))
     if name == "run":  # a finished run reads little; most are to go on
-        for later in draw.choice(([], ["0001"], ["0001/train.done.json", "0001/policy"], ["0001/pairs.done.json"])
-                                 if (copy / "rounds/0001").is_dir() else ([],)):
+        for later in draw.choice(
+            ([], ["0001"], ["0001/train.done.json", "0001/policy"], ["0001/pairs.done.json"])
+            if (copy / "rounds/0001").is_dir()
+            else ([],)
+        ):
             _remove(copy / "rounds" / later)
     words, wanted = case.commands[name](copy), _KNOWN[case.name, name]
     files = sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)

@@ -81,7 +81,10 @@ _SYSTEM = {
     errno.EDQUOT: ("the disk quota of {} is used up", "free some space or ask for more"),
     errno.EFBIG: ("a file in {} grew larger than is allowed here", "raise the limit (ulimit -f)"),
     errno.EIO: ("the disk of {} fails to read or write", "look into the system's log"),
-    errno.ENOMEM: ("there is too little memory for {}", "close other programs or use a smaller model"),
+    errno.ENOMEM: (
+        "there is too little memory for {}",
+        "close other programs or use a smaller model",
+    ),
 }
 
 

@@ -18,8 +18,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from prefloop.annotate.items import Comparison, Plan, Side
 from prefloop.errors import DataError, RunFolderError
+from prefloop.manifest import hash_file, read_sealed, sealed, write_atomically
 from prefloop.records import Record
-from prefloop.run_folder import hash_file, read_sealed, sealed, write_atomically
 
 Choice: TypeAlias = Literal["a", "b", "tie", "skip"]
 
@@ -114,8 +114,7 @@ class Stored:
     """What a file of votes holds."""
 
     def __init__(self, path: Path) -> None:
-        """Read it whole. Raises DataError where a line before the last is damaged."""
-        _verify(path)
+        """Read it whole. DataError where a line before the last is damaged, RunFolderError where votes are lost."""
         data = path.read_bytes()
         self.head: Head | None = None
         self.ballots = Ballots()
@@ -140,6 +139,7 @@ class Stored:
             if isinstance(line, Head):
                 self.head = line
             self.ballots.apply(line)
+        _verify(path)
 
 
 def read_votes(path: Path, comparison: Comparison) -> Stored:

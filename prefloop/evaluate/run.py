@@ -33,8 +33,9 @@ from prefloop.evaluate.significance import differences, holm
 from prefloop.evaluate.subjects import Source, contents, find, held_out, names, opened
 from prefloop.evaluate.suites import Chosen, choose
 from prefloop.machine import environment, keep_freed_memory
+from prefloop.manifest import Manifest, write_atomically
 from prefloop.records import Sampling, read_jsonl, write_jsonl
-from prefloop.run_folder import Manifest, alone_in, write_atomically
+from prefloop.run_folder import alone_in
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")

@@ -27,7 +27,6 @@ from prefloop.config import Options
 from prefloop.errors import ApiError
 from prefloop.records import Message
 
-
 T = TypeVar("T")
 
 

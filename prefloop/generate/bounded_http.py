@@ -16,7 +16,7 @@ import httpcore2
 import httpx2
 
 
-class Refusal(Exception):  # noqa: N818
+class Refusal(Exception):
     """A reply that is not read any further; asking again would give the same."""
 
 
@@ -85,7 +85,9 @@ class _Backend(httpcore2.SyncBackend):
         self._attempt = attempt
         self._largest = largest
 
-    def connect_tcp(self, host: str, port: int, timeout: float | None = None, **rest: Any) -> Any:
+    def connect_tcp(  # type: ignore[override]
+        self, host: str, port: int, timeout: float | None = None, **rest: Any
+    ) -> httpcore2.NetworkStream:
         stream = super().connect_tcp(host, port, self._attempt.seconds(timeout), **rest)
         return _Stream(stream, self._attempt, self._largest)
 
@@ -118,5 +120,3 @@ class _Stream(httpcore2.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
-
-

@@ -59,9 +59,7 @@ class Ensemble(Judge):
     @model_validator(mode="after")
     def _weights_fit(self) -> Ensemble:
         given = self.weights
-        if given is not None and (
-            len(given) != len(self.judges) or not all(w > 0 for w in given)
-        ):
+        if given is not None and (len(given) != len(self.judges) or not all(w > 0 for w in given)):
             raise ValueError(
                 f"judge.weights must hold {len(self.judges)} positive numbers, one a judge"
             )

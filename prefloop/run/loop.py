@@ -49,9 +49,7 @@ _FAILED = "failed: "
 """Begins the name of a count of failures; a reason follows."""
 
 
-def run(
-    recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool = False
-) -> Outcome:
+def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool = False) -> Outcome:
     """Play all rounds that are not played yet; continuing a killed run is the same call.
 
     Raises RunFolderError where a model, data or versions are not those of the start, unless changes are accepted.
@@ -60,7 +58,9 @@ def run(
     with open_run(folder, recipe.dump(), accept_changes=accept_changes) as rundir:
         rundir.same_inputs(inputs(recipe))
         for change in rundir.same_inputs(surroundings(), decisive=False):
-            log.warning("%s: the run's numbers may differ in their last digits from here on", change)
+            log.warning(
+                "%s: the run's numbers may differ in their last digits from here on", change
+            )
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)
         with closing(loop.session.outside):

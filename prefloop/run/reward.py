@@ -29,6 +29,7 @@ from prefloop.evaluate.judge_check import by_source, score_pairs
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.reward_model import RewardModel
 from prefloop.machine import Stopwatch, environment, keep_freed_memory
+from prefloop.manifest import Manifest, write_atomically
 from prefloop.models.reward import (
     CONFIG_KEY,
     REPORT,
@@ -36,13 +37,13 @@ from prefloop.models.reward import (
     RewardEncoder,
     features,
     has_segments,
+    reward_manifest,
     window_of,
 )
 from prefloop.models.sources import quiet
 from prefloop.recipe.reward import RewardRecipe
-from prefloop.models.reward import reward_manifest
 from prefloop.records import write_jsonl
-from prefloop.run_folder import Manifest, alone_in, differences, write_atomically
+from prefloop.run_folder import alone_in, differences
 from prefloop.train import checkpoint
 
 HELD_OUT = "held_out.jsonl"

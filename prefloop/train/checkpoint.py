@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefloop.errors import RunFolderError
-from prefloop.run_folder import hash_file, read_sealed, sealed
+from prefloop.manifest import hash_file, read_sealed, sealed
+from prefloop.run_folder import METRICS
 
 _PREFIX = "checkpoint-"
 
@@ -58,12 +59,14 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     found = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(
+            memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        )
     return found.hexdigest()
 
 
-def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) -> None:
-    """Write the state under the step in `position`; older ones go afterwards. `metrics` are those of all steps so far."""
+def save_checkpoint(folder: Path, state: State, **position: Any) -> None:
+    """Write the state under the step in `position`, and what the folder's metrics are so far; older ones go afterwards."""
     final = folder / f"{_PREFIX}{position['step']:06d}"
     part = folder / f".{final.name}"
     shutil.rmtree(part, ignore_errors=True)
@@ -72,7 +75,9 @@ def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) 
     save_tensors(part / "optimizer.safetensors", state.optimizer)
     for rank, random in enumerate(state.random):
         save_tensors(part / f"random-{rank}.safetensors", random)
-    position |= {"metrics_bytes": metrics.stat().st_size, "metrics": hash_file(metrics)}
+    metrics = folder / METRICS
+    if metrics.exists():
+        position |= {"metrics_bytes": metrics.stat().st_size, "metrics": hash_file(metrics)}
     (part / "position.json").write_text(sealed(position), encoding="utf-8")
     part.rename(final)
     for old in folder.glob(f"{_PREFIX}*"):
@@ -80,12 +85,10 @@ def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) 
             shutil.rmtree(old)
 
 
-def load_checkpoint(
-    folder: Path, ranks: int, metrics: Path
-) -> tuple[State, dict[str, Any]] | None:
+def load_checkpoint(folder: Path, ranks: int) -> tuple[State, dict[str, Any]] | None:
     """The newest checkpoint and its position; None where there is none.
 
-    Raises RunFolderError where it or the `metrics` up to it have changed, and where another number of
+    Raises RunFolderError where it or the metrics up to it have changed, and where another number of
     processes made it: their random states and shares of the work would not be the same.
     """
     found = sorted(folder.glob(f"{_PREFIX}*"))
@@ -99,7 +102,8 @@ def load_checkpoint(
             f"launch {len(random)} again, or delete {folder} to train the round anew"
         )
     position = read_sealed(newest / "position.json", f"delete {folder} to train the round anew")
-    if not metrics.exists() or hash_file(metrics, position["metrics_bytes"]) != position["metrics"]:
+    metrics, seal = folder / METRICS, position.pop("metrics", None)
+    if seal and not (metrics.exists() and hash_file(metrics, position["metrics_bytes"]) == seal):
         raise RunFolderError(
             f"{metrics} is not as it was written; delete {folder} to train the round anew"
         )

@@ -87,7 +87,10 @@ def drip(before: bytes) -> Callable[[socket.socket], None]:
 def test_the_timeout_bounds_the_whole_attempt_however_the_bytes_drip(speak) -> None:
     """One byte each 0.4 s went on past 45 s at `timeout: 3`."""
     begin = time.monotonic()
-    with listening(speak) as (url, _), pytest.raises(ApiError, match=r"within 0\.5 s after 1 attempt;"):
+    with (
+        listening(speak) as (url, _),
+        pytest.raises(ApiError, match=r"within 0\.5 s after 1 attempt;"),
+    ):
         asked(url)
     assert time.monotonic() - begin < 1.5
 
@@ -167,7 +170,9 @@ def test_a_verdict_that_breaks_is_no_verdict_with_its_reason(body, tmp_path) -> 
     assert verdict.reason == MALFORMED
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "http://:80/v1", "http://h:99999/v1", "http://h:x/v1"])
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "http://:80/v1", "http://h:99999/v1", "http://h:x/v1"]
+)
 def test_an_address_that_is_none_is_refused(url) -> None:
     with pytest.raises(ValueError, match="is no address"):
         ServerOptions(url=url, model="m")

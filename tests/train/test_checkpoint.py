@@ -123,7 +123,7 @@ def test_of_two_checkpoints_the_newest_counts(tmp_path, monkeypatch):
     net, optimizer = make("adamw")
     save(tmp_path, net, optimizer, step=1)
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, **_: object) -> None:
         raise KeyboardInterrupt
 
     with torch.no_grad():
