@@ -123,7 +123,7 @@ def test_of_two_checkpoints_the_newest_counts(tmp_path, monkeypatch):
     net, optimizer = make("adamw")
     save(tmp_path, net, optimizer, step=1)
 
-    def killed(path: Path, **_: object) -> None:
+    def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_checkpoint_killed_half_way_does_not_count_and_does_not_hinder(tmp_pat
     net, optimizer = make("adamw")
     save(tmp_path, net, optimizer, step=1)
 
-    def killed(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def killed(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
         path.write_bytes(b"torn")
         raise KeyboardInterrupt
 
