@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from prefloop.config import parse_yaml
+from prefloop.config import read_yaml
 from prefloop.data.preferences import (
     LabelledPairs,
     Preference,
@@ -122,7 +122,7 @@ def _claim(folder: Path, recipe: RewardRecipe) -> None:
             raise RunFolderError(f"{folder} holds something else; choose another folder with --out")
         write_atomically(place, recipe.dump())
         return
-    old = parse_yaml(place.read_text(encoding="utf-8"), str(place))
+    old = read_yaml(place, needs="data")
     changed = differences(old, recipe.model_dump(mode="json"))
     if changed:
         raise RunFolderError(

@@ -59,9 +59,8 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     found = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        found.update(
-            memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        )
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(data)
     return found.hexdigest()
 
 
