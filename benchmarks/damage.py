@@ -63,7 +63,7 @@ def prefloop(words: Sequence[str]) -> tuple[int, str, str]:
             cli.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException as error:
+    except Exception as error:  # noqa: BLE001
         code = 70
         err.write(f"{type(error).__name__}: {error}")
     finally:
@@ -124,6 +124,7 @@ def cases(folder: Path) -> list[Case]:
             continue
         found.append(Case(name, out, run_commands(path)))
     found += [*_evaluation(folder, found), *_comparison(folder, found), *_reward(folder, pairs)]
+    found.append(_votes(folder))
     return found
 
 
@@ -188,6 +189,27 @@ def _reward(folder: Path, pairs: Path) -> list[Case]:
         ]
 
     return [Case("reward", out, {"reward train": train, "judge check": check})]
+
+
+def _votes(folder: Path) -> Case:
+    from prefloop.annotate.items import Plan, read_comparison
+    from prefloop.annotate.service import AnnotationService
+    from prefloop.annotate.votes import VoteFile
+
+    sides, out = [folder / f"{name}.jsonl" for name in "ab"], folder / "votes"
+    for side in sides:
+        rows = [{"prompt": f"question {n}", "answer": f"{side.stem}{n}"} for n in range(8)]
+        side.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = read_comparison(str(sides[0]), str(sides[1]))
+    out.mkdir()
+    desk = AnnotationService(comparison, Plan(), VoteFile(out / "votes.jsonl", comparison, Plan()))
+    state = desk.join("Ann")
+    for number in range(8):
+        choice: Any = ("first", "second", "tie")[number % 3]
+        state = desk.vote("Ann", state["item"]["id"], choice, None, 1.5)
+    desk.close()
+    words = ["annotate", *map(str, sides), "--report", "--json", "--votes"]
+    return Case("annotate", out, {"report": lambda copy: [*words, str(copy / "votes.jsonl")]})
 
 
 # How.
@@ -273,6 +295,8 @@ def one_damage(case: Case, number: int, draw: random.Random) -> tuple[str, str, 
         verdict = "harmless"
     elif name == "verify":
         verdict = "noticed" if "damaged" in out and ": 0" not in out else "silent"
+    elif case.name == "annotate" and '"torn_bytes": 0' not in out:
+        verdict = "noticed"  # the report says how many bytes are no vote
     elif target.name in out and result(case.name, name, copy, out) != wanted:
         verdict = "noticed"  # a table goes on without the cell, and names the file
     else:

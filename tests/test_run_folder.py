@@ -9,17 +9,10 @@ from typing import Any
 import pytest
 
 from prefloop.errors import RunFolderError
+from prefloop.manifest import write_atomically
 from prefloop.records import Candidates, Message, Pair, Prompt, Reject, Response, RoundResult
 from prefloop.run.chunks import Journal
-from prefloop.run_folder import (
-    RoundDir,
-    RunDir,
-    differences,
-    open_run,
-    read_run,
-    replace_folder,
-    write_atomically,
-)
+from prefloop.run_folder import RoundDir, RunDir, differences, open_run, read_run, replace_folder
 
 RECIPE = "name: a\ntrain:\n  lr: 1.0e-06\n  epochs: 2\n"
 OTHER = RECIPE.replace("1.0e-06", "1.0e-05")

@@ -17,8 +17,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from prefloop.annotate.items import AnnotationPlan, Comparison, Side
 from prefloop.errors import DataError, RunFolderError
+from prefloop.manifest import hash_file, read_sealed, sealed, write_atomically
 from prefloop.records import Record
-from prefloop.run_folder import hash_file, read_sealed, sealed, write_atomically
 
 Choice: TypeAlias = Literal["a", "b", "tie", "skip"]
 
@@ -113,8 +113,7 @@ class StoredVotes:
     """The contents of a file of votes."""
 
     def __init__(self, path: Path) -> None:
-        """Read all lines. Raises DataError where a line before the last is damaged."""
-        _verify(path)
+        """Read all lines. DataError where a line before the last is damaged, RunFolderError where votes are lost."""
         data = path.read_bytes()
         self.header: Header | None = None
         self.ballots = Ballots()
@@ -139,6 +138,7 @@ class StoredVotes:
             if isinstance(line, Header):
                 self.header = line
             self.ballots.apply(line)
+        _verify(path)
 
 
 def read_votes(path: Path, comparison: Comparison) -> StoredVotes:

@@ -87,8 +87,8 @@ def _play_and_tabulate(
 
     from prefloop.compare.run import play
     from prefloop.compare.table import tabulate
+    from prefloop.manifest import write_atomically
     from prefloop.report.comparison import latex, markdown, show_comparison
-    from prefloop.run_folder import write_atomically
 
     def say(line: str) -> None:
         typer.echo(line, err=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prefloop.data.prompts import DataOptions, read_prompts
 from prefloop.errors import DataError
+from prefloop.manifest import Manifest
 from prefloop.records import (
     Prompt,
     Record,
@@ -20,7 +21,6 @@ from prefloop.records import (
     read_jsonl,
     write_jsonl,
 )
-from prefloop.run_folder import Manifest
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine

@@ -39,8 +39,9 @@ from prefloop.evaluate.subjects import (
 )
 from prefloop.evaluate.suites import ChosenMeasure, choose
 from prefloop.machine import environment, keep_freed_memory
+from prefloop.manifest import Manifest, write_atomically
 from prefloop.records import Sampling, read_jsonl, write_jsonl
-from prefloop.run_folder import Manifest, alone_in, write_atomically
+from prefloop.run_folder import alone_in
 
 Say = Callable[[str], None]
 LIMITS = ("limit", "items", "prompt_limit")

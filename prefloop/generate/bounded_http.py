@@ -85,7 +85,9 @@ class _Backend(httpcore2.SyncBackend):
         self._attempt = attempt
         self._largest = largest
 
-    def connect_tcp(self, host: str, port: int, timeout: float | None = None, **rest: Any) -> Any:
+    def connect_tcp(  # type: ignore[override]
+        self, host: str, port: int, timeout: float | None = None, **rest: Any
+    ) -> httpcore2.NetworkStream:
         stream = super().connect_tcp(host, port, self._attempt.seconds(timeout), **rest)
         return _Stream(stream, self._attempt, self._largest)
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prefloop.errors import ModelError
+from prefloop.manifest import Manifest
 from prefloop.models.chat_template import dated
 from prefloop.records import Message
-from prefloop.run_folder import Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from prefloop.manifest import write_atomically
 from prefloop.report.formats import latex_text, markdown_table, show_table
-from prefloop.run_folder import write_atomically
 
 Report = Mapping[str, Any]
 _ARROWS = {"higher": "↑", "lower": "↓", "neither": ""}

@@ -221,6 +221,7 @@ def _steps(run: RunDir) -> Iterator[dict[str, Any]]:
 
 def _rows(round_dir: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that may be growing; a half-written last line is left out."""
+    round_dir.sealed("train").verify([path])
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:

@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prefloop.errors import RunFolderError
+from prefloop.manifest import write_atomically
 from prefloop.report import page_tables as tables
 from prefloop.report.charts import (
     RUN_COLOURS,
@@ -34,7 +35,6 @@ from prefloop.report.charts import (
 from prefloop.report.console import measure_names
 from prefloop.report.facts import Evaluated, RunFacts, read_evaluation, read_facts
 from prefloop.report.formats import visible
-from prefloop.run_folder import write_atomically
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("text.js", "charts.js", "detail.js", "pairs.js")

@@ -12,13 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.errors import RunFolderError
+from prefloop.manifest import sealed, write_atomically
 from prefloop.records import Candidates, Pair, Record, Reject
-from prefloop.run_folder import (
-    REJECTS,
-    RoundDir,
-    sealed,
-    write_atomically,
-)
+from prefloop.run_folder import REJECTS, RoundDir
 
 _ALL = "all"
 

@@ -13,9 +13,10 @@ from prefloop.evaluate.answers import ANSWER
 from prefloop.evaluate.curves import CURVE
 from prefloop.evaluate.win_rates import win_rate
 from prefloop.judges import NoVerdict, Verdict
+from prefloop.manifest import write_atomically
 from prefloop.recipe import Recipe
 from prefloop.records import Candidates, CurvePoint, Prompt, Request, Response, derive_seed
-from prefloop.run_folder import RoundDir, write_atomically
+from prefloop.run_folder import RoundDir
 from prefloop.train.checkpoint import random_state, set_random_state
 
 HELD_OUT = "held-out"

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from prefloop.machine import installed_versions
+from prefloop.manifest import hash_file
 from prefloop.models.sources import local_folder, resolve_source
 from prefloop.recipe import Recipe
 from prefloop.records import Prompt
-from prefloop.run_folder import hash_file
 
 _NOT_THE_MODEL = ("README.md", "training_args.json")
 

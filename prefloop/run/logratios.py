@@ -11,12 +11,13 @@ from pathlib import Path
 from prefloop.errors import RunFolderError
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.machine import Bar
+from prefloop.manifest import write_atomically
 from prefloop.models.sources import quiet
 from prefloop.recipe import load_recipe
 from prefloop.records import Pair, PairRatios, Request, Response, Scored, TokenLogps
 from prefloop.report.facts import LOGRATIOS, read_ratios
 from prefloop.run.session import Session
-from prefloop.run_folder import RoundDir, RunDir, read_run, write_atomically
+from prefloop.run_folder import RoundDir, RunDir, read_run
 
 
 def add_logratios(folder: Path, count: int) -> int:

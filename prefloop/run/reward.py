@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefloop.config import parse_yaml
+from prefloop.config import read_yaml
 from prefloop.data.formats import FieldOptions
 from prefloop.data.preferences import (
     LabelledPairs,
@@ -30,6 +30,7 @@ from prefloop.evaluate.judge_check import by_source, score_pairs
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.reward_model import RewardModel
 from prefloop.machine import Stopwatch, environment, keep_freed_memory
+from prefloop.manifest import Manifest, write_atomically
 from prefloop.models.reward import (
     CONFIG_KEY,
     REPORT,
@@ -43,13 +44,7 @@ from prefloop.models.reward import (
 from prefloop.models.sources import quiet
 from prefloop.recipe.reward import RewardRecipe
 from prefloop.records import write_jsonl
-from prefloop.run_folder import (
-    Manifest,
-    alone_in,
-    differences,
-    give_usual_modes,
-    write_atomically,
-)
+from prefloop.run_folder import alone_in, differences, give_usual_modes
 from prefloop.train import checkpoint
 
 if TYPE_CHECKING:
@@ -141,7 +136,7 @@ def _claim(folder: Path, recipe: RewardRecipe) -> None:
             raise RunFolderError(f"{folder} holds something else; choose another folder with --out")
         write_atomically(place, recipe.dump())
         return
-    old = parse_yaml(place.read_text(encoding="utf-8"), str(place))
+    old = read_yaml(place, needs="data")
     changed = differences(old, recipe.model_dump(mode="json"))
     if changed:
         raise RunFolderError(

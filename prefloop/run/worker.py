@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.errors import PrefloopError
+from prefloop.manifest import write_atomically
 from prefloop.run.launch import Stage, end_with_parent, working_in
-from prefloop.run_folder import RunDir, write_atomically
+from prefloop.run_folder import RunDir
 
 _TERMINATED = 128 + signal.SIGTERM
 

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prefloop.errors import RunFolderError
-from prefloop.run_folder import hash_file, read_sealed, sealed
+from prefloop.manifest import hash_file, read_sealed, sealed
+from prefloop.run_folder import METRICS
 
 _PREFIX = "checkpoint-"
 
@@ -58,12 +59,13 @@ def _hash(tensors: dict[str, Tensor]) -> str:
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 
-def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) -> None:
-    """Write a checkpoint named by the step in `position`, then remove older ones; `metrics`: of all steps so far."""
+def save_checkpoint(folder: Path, state: State, **position: Any) -> None:
+    """Write a checkpoint named by the step in `position`, with the folder's metrics so far; then remove older ones."""
     final = folder / f"{_PREFIX}{position['step']:06d}"
     temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -72,7 +74,9 @@ def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) 
     save_tensors(temporary / "optimizer.safetensors", state.optimizer)
     for rank, random in enumerate(state.random):
         save_tensors(temporary / f"random-{rank}.safetensors", random)
-    position |= {"metrics_bytes": metrics.stat().st_size, "metrics": hash_file(metrics)}
+    metrics = folder / METRICS
+    if metrics.exists():
+        position |= {"metrics_bytes": metrics.stat().st_size, "metrics": hash_file(metrics)}
     (temporary / "position.json").write_text(sealed(position), encoding="utf-8")
     temporary.rename(final)
     for old in folder.glob(f"{_PREFIX}*"):
@@ -80,10 +84,10 @@ def save_checkpoint(folder: Path, state: State, metrics: Path, **position: Any) 
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, ranks: int, metrics: Path) -> tuple[State, dict[str, Any]] | None:
+def load_checkpoint(folder: Path, ranks: int) -> tuple[State, dict[str, Any]] | None:
     """The newest checkpoint and its position; None where there is none.
 
-    Raises RunFolderError where it or the `metrics` up to it have changed, and where another number of processes
+    Raises RunFolderError where it or the metrics up to it have changed, and where another number of processes
     made it, as random states and the division of the examples would differ.
     """
     checkpoints = sorted(folder.glob(f"{_PREFIX}*"))
@@ -99,7 +103,8 @@ def load_checkpoint(folder: Path, ranks: int, metrics: Path) -> tuple[State, dic
             f"launch {len(random_files)} again, or delete {folder} to train the round anew"
         )
     position = read_sealed(newest / "position.json", f"delete {folder} to train the round anew")
-    if not metrics.exists() or hash_file(metrics, position["metrics_bytes"]) != position["metrics"]:
+    metrics, seal = folder / METRICS, position.pop("metrics", None)
+    if seal and not (metrics.exists() and hash_file(metrics, position["metrics_bytes"]) == seal):
         raise RunFolderError(
             f"{metrics} is not as it was written; delete {folder} to train the round anew"
         )

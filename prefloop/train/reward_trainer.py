@@ -206,7 +206,7 @@ def train_reward_model(
     )
     log = folder / "metrics.jsonl"
     torch.manual_seed(derive_seed(seed, "dropout"))
-    done = _resume(log, placement)
+    done = _resume(folder, placement)
     rows = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     log.write_text("".join(f"{row}\n" for row in rows[:done]), encoding="utf-8")
     model.train()
@@ -221,7 +221,7 @@ def train_reward_model(
                 state = checkpoint.State(
                     placement.weights(), placement.optimizer_state(), [checkpoint.random_state()]
                 )
-                checkpoint.save_checkpoint(folder, state, log, step=number + 1)
+                checkpoint.save_checkpoint(folder, state, step=number + 1)
             bar.advance(items=1, amount=sum(2 * pair.longest for pair in chosen))
     model.eval()
     losses = [json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()]
@@ -234,9 +234,9 @@ def train_reward_model(
     }
 
 
-def _resume(log: Path, placement: Replicated) -> int:
+def _resume(folder: Path, placement: Replicated) -> int:
     """Load the newest checkpoint; returns its number of steps, 0 without one."""
-    newest = checkpoint.load_checkpoint(log.parent, ranks=1, metrics=log)
+    newest = checkpoint.load_checkpoint(folder, ranks=1)
     if newest is None:
         return 0
     state, position = newest

@@ -186,7 +186,7 @@ class Trainer:
                 bar.advance(1, amount=row["tokens"])
                 job.after_step(number + 1)
                 if self._is_due(number + 1, len(steps)):
-                    self._save(job.folder, number + 1, metrics)
+                    self._save(job.folder, number + 1)
         if not self.ranks.first:
             return {}
         rows = read_metrics(metrics)
@@ -202,8 +202,7 @@ class Trainer:
 
     def _resume(self, job: Job) -> tuple[int, int]:
         """Go on from the newest checkpoint; the steps it has behind it, and the bytes of their metrics."""
-        metrics = job.folder / METRICS
-        found = checkpoint.load_checkpoint(job.folder, self.ranks.count, metrics)
+        found = checkpoint.load_checkpoint(job.folder, self.ranks.count)
         if found is None:
             rank = self.ranks.number
             torch.manual_seed(derive_seed(job.seed, "rank", rank) if rank else job.seed)
@@ -214,14 +213,14 @@ class Trainer:
         checkpoint.set_random_state(state.random[self.ranks.number])
         return int(position["step"]), int(position["metrics_bytes"])
 
-    def _save(self, folder: Path, step: int, metrics: Path) -> None:
+    def _save(self, folder: Path, step: int) -> None:
         state = checkpoint.State(
             self.placement.weights(),
             self.placement.optimizer_state(),
             self.ranks.gather(checkpoint.random_state()),
         )
         if self.ranks.first:
-            checkpoint.save_checkpoint(folder, state, metrics, step=step)
+            checkpoint.save_checkpoint(folder, state, step=step)
 
     def _is_due(self, step: int, steps: int) -> bool:
         every = self.options.save_every

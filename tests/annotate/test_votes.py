@@ -41,6 +41,7 @@ def test_a_kill_at_any_byte_loses_no_line_that_was_whole(
     assert data.count(b"\n") == 7  # head, name, four votes, one undo
     for length in range(len(data) + 1):
         path.write_bytes(data[:length])
+        (folder / "votes.jsonl.done.json").unlink(missing_ok=True)  # it vouched for all
         VoteFile(path, comparison, AnnotationPlan()).close()
         # What lacks its line break only is whole: it was written, if not acknowledged.
         whole = data[: length + 1] if data[length : length + 1] == b"\n" else data[:length]
@@ -60,6 +61,9 @@ def test_a_torn_line_is_reported_and_the_vote_is_asked_again(
     path = folder / "votes.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
+    (
+        folder / "votes.jsonl.done.json"
+    ).unlink()  # a kill in the last line leaves one for the lines before
     stored = read_votes(path, comparison)
     assert len(standing(stored)) == 1
     assert stored.torn_bytes > 0
@@ -123,7 +127,24 @@ def test_every_vote_is_synced_before_it_counts(
         os, "fsync", lambda fd: (synced.append(Path("votes.jsonl").read_bytes()), real(fd))[1]
     )
     play(service, ["first", "undo"])
-    assert [text.count(b"\n") for text in synced] == [2, 3, 4]
+    # Each line, and then the note that vouches for it.
+    assert [text.count(b"\n") for text in synced] == [2, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("lost", ["a vote", "a choice"])
+def test_votes_that_are_lost_or_changed_are_noticed(
+    service: AnnotationService, folder: Path, lost: str
+) -> None:
+    play(service, ["first", "second"])
+    service.close()
+    path = folder / "votes.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    changed = (
+        lines[-1].replace('"choice":"a"', '"choice":"b"').replace('"first":"a"', '"first":"b"')
+    )
+    path.write_text("".join(lines[:-1] + ([changed] if lost == "a choice" else [])))
+    with pytest.raises(RunFolderError, match="does not hold the votes as they were given"):
+        StoredVotes(path)
 
 
 def test_votes_on_other_answers_or_under_another_plan_are_refused(

@@ -26,11 +26,13 @@ from prefloop import cli
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.recipe import load_recipe
 from prefloop.run import loop
+from prefloop.run_folder import RoundDir
 from prefloop.train import losses
 
 ROWS = [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(6)]
 ROW = json.dumps(ROWS[0]) + "\n"
 ROUND = "runs/r/rounds/0000"
+REDO = "`prefloop verify runs/r --redo`"
 
 
 def recipe(model_folder: Path) -> str:
@@ -128,7 +130,7 @@ def run_folder(shell: Shell, finished: Path) -> Path:
         (b"name: \xff\n", ("r.yaml is not UTF-8", "save it as UTF-8")),
         ("method: {name: ial\nseed: 1\n", ("r.yaml:2:5", "expected ',' or '}'")),
         ("method:\n\tname: ial\n", ("r.yaml:2:1", "indent with spaces")),
-        ("method: &a [*a]\n", ("r.yaml", "Circular reference", "write it plainly")),
+        ("method: &a [*a]\n", ("r.yaml", "an alias inside its own anchor", "write it plainly")),
         ("method: {name: ial}\nseed: !!int ten\n", ("r.yaml", "write it plainly")),
         ("seed: " + "[" * 1500, ("r.yaml", "recursion", "write it plainly")),
         ("method: !!python/name:os.system\n", ("r.yaml:1:9", "os.system")),
@@ -369,39 +371,22 @@ def test_a_folder_in_use(shell: Shell, run_folder: Path) -> None:
         ((), "../../recipe.yaml", b"{", ("recipe.yaml is damaged", "choose another --out")),
         ((), "../../recipe.yaml", b"", ("recipe.yaml is damaged", "choose another --out")),
         ((), "../../recipe.yaml", b"\xff", ("recipe.yaml is damaged", "choose another --out")),
-        ((), "pairs.done.json", b"{", ("pairs.done.json is damaged", f"delete {ROUND}")),
-        (("ranked",), "candidates.jsonl", b"{\n", ("candidates.jsonl:1", f"delete {ROUND}")),
-        (("ranked",), "candidates.jsonl", b"\xff\n", ("candidates.jsonl:1", f"delete {ROUND}")),
-        (("ranked",), "candidates.jsonl", None, ("candidates.jsonl is gone", f"delete {ROUND}")),
-        (
-            ("candidates",),
-            "candidates.progress.json",
-            b"{",
-            ("candidates.progress.json is damaged", f"delete {ROUND}"),
-        ),
-        (
-            ("candidates",),
-            "candidates.progress.json",
-            b"{}",
-            ("candidates.progress.json is damaged", f"delete {ROUND}"),
-        ),
-        (
-            ("candidates",),
-            "candidates.progress.json",
-            b'{"chunks": 1, "candidates.jsonl": 999999, "rejects.jsonl": 0}',
-            ("candidates.jsonl is shorter", f"delete {ROUND}"),
-        ),
+        ((), "pairs.done.json", b"{", ("pairs.done.json is damaged", REDO)),
+        (("ranked",), "candidates.jsonl", b"{\n", ("candidates.jsonl is 2 bytes long", REDO)),
+        (("ranked",), "candidates.jsonl", None, ("candidates.jsonl is gone", REDO)),
+        (("candidates",), "candidates.progress.json", b"{", ("progress.json is damaged", REDO)),
+        (("candidates",), "candidates.progress.json", b"{}", ("is not as it was written", REDO)),
         (
             ("train", "result"),
             "train/reference.safetensors",
             b"junk" * 9,
-            ("runs/r is damaged or gone", "delete the folder of its round"),
+            ("reference.safetensors is damaged", f"delete {ROUND}/train"),
         ),
         (
             ("result", "answers"),
             "policy/adapter_model.safetensors",
             b"junk" * 9,
-            (f"the adapter in {ROUND}/policy does not fit",),
+            ("adapter_model.safetensors is 36 bytes long", REDO),
         ),
     ],
 )
@@ -420,6 +405,60 @@ def test_a_damaged_run_folder(
     else:
         (Path(ROUND) / file).write_bytes(content)
     shell.refuses("run", "r.yaml", saying=saying)
+
+
+DAMAGED = {
+    "pairs.jsonl": lambda data: data[: data[:-1].rfind(b"\n") + 1],
+    "rejects.jsonl": lambda data: data + b"x",
+    "policy/adapter_model.safetensors": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "train/metrics.jsonl": lambda data: b"",
+    "pairs.done.json": lambda data: data.replace(b'"records": ', b'"records": 1'),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_verify_names_a_damaged_file_and_redo_makes_its_stage_again(
+    shell: Shell, run_folder: Path, finished: Path, file: str
+) -> None:
+    path = Path(ROUND) / file
+    assert shell("verify", "runs/r") == (0, "")
+    path.write_bytes(DAMAGED[file](path.read_bytes()))
+    assert shell("verify", "runs/r")[0] == 1
+    assert shell("verify", "runs/r", "--redo")[0] == 0
+    assert shell("run", "r.yaml") == (0, "")
+    assert shell("verify", "runs/r") == (0, "")
+    assert made(run_folder) == made(finished)
+
+
+def test_changed_rows_stop_a_resume_unless_they_are_accepted(
+    shell: Shell, run_folder: Path
+) -> None:
+    """A rows file edited between stop and resume: answers to other questions were compared."""
+    shutil.rmtree(ROUND)
+    rows = Path("rows.jsonl")
+    rows.write_text(rows.read_text().replace("question", "other question"))
+    saying = ("runs/r was begun with other inputs", "data.train was", "--accept-changes")
+    shell.refuses("run", "r.yaml", saying=saying)
+    assert shell("run", "r.yaml", "--accept-changes")[0] == 0
+    assert "changed inputs" in (run_folder / "events.jsonl").read_text()
+
+
+def test_what_changes_no_record_is_no_other_recipe(shell: Shell, run_folder: Path) -> None:
+    Path("r.yaml").rename("renamed.yaml")
+    sets = ("--set", "data.train=./rows.jsonl", "--set", "generate.batch_size=1")
+    assert shell("run", "renamed.yaml", "--out", "runs/r", *sets)[0] == 0
+
+
+def test_a_run_cannot_switch_its_models_code_on(shell: Shell, run_folder: Path) -> None:
+    from prefloop.evaluate.subjects import find
+
+    recipe = run_folder / "recipe.yaml"
+    recipe.write_text(
+        recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
+    )
+    (run_folder / "environment.json").unlink()
+    assert not find("runs/r").base.trust_remote_code
+    assert find("runs/r", trust=True).base.trust_remote_code
 
 
 def test_deleting_the_round_that_is_damaged_redoes_it(
@@ -455,6 +494,9 @@ def test_a_wrong_look_back_at_a_run(
     pairs.write_text(
         pairs.read_text().replace('"unfinished":["chosen","rejected"]', '"unfinished":[]')
     )
+    RoundDir(Path(ROUND), 0).finish("pairs")
+    for stage in ("train", "result"):  # made from the pairs as they were
+        (Path(ROUND) / f"{stage}.done.json").unlink()
     shell.refuses(*words, saying=saying)
 
 

@@ -16,6 +16,7 @@ FLOORS = (
     {"errors"},
     {"records", "machine"},
     {"config"},
+    {"manifest"},
     {"run_folder"},
     {"data", "models"},
     {"train", "generate"},

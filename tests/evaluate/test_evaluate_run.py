@@ -191,6 +191,7 @@ def test_what_has_changed_is_measured_again_and_nothing_else(
         shutil.copytree(made / "runs", "runs")
         policy = Path("runs/r/policy/adapter_model.safetensors")
         shutil.copy("runs/r/rounds/0000/policy/adapter_model.safetensors", policy)
+        Path("runs/r/policy.done.json").unlink()  # another policy, not a damaged one
     rows = shell.report(*words)["subjects"]["r"]["measures"]
     again = {name for name, row in rows.items() if not row["kept_from_before"]}
     assert again == (set(rows) if change == "weights" else {"preferences"})

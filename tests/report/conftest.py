@@ -157,3 +157,9 @@ def write_ratios(run: RunDir) -> None:
 def made_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run for tests that only read it."""
     return make_run(tmp_path_factory.mktemp("runs") / "made")
+
+
+def write_metrics(run: Path, data: bytes) -> None:
+    """Other metrics in the first round, sealed as if its training had left them."""
+    (run / "rounds/0000/train/metrics.jsonl").write_bytes(data)
+    RoundDir(run / "rounds/0000", 0).finish("train", tokens=1, seconds=1.0)

@@ -111,6 +111,7 @@ def test_pairs_that_left_the_order_of_their_groups_find_them(tmp_path: Path) -> 
         round_dir = run.round(0)
         write_round(round_dir, ["a", "b", "c"], plain_text)
         write_jsonl(round_dir.path / "pairs.jsonl", reversed(round_dir.records("pairs", Pair)))
+        round_dir.finish("pairs")
         chains = list(round_chains(round_dir, {}))
     assert [chain.id for chain in chains] == ["0000/c", "0000/b", "0000/a"]
     assert all(len(chain.steps) == 5 for chain in chains)

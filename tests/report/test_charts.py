@@ -9,7 +9,7 @@ import pytest
 
 from prefloop.report.charts import Chart, distribution_charts, round_charts, step_charts
 from prefloop.report.facts import read_facts
-from tests.report.conftest import make_run
+from tests.report.conftest import make_run, write_metrics
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_no_picture_has_styles_text_of_a_run_or_white_paper(charts: dict[str, Ch
 def test_a_long_training_is_drawn_with_as_many_points_as_can_be_seen(tmp_path: Path) -> None:
     run = make_run(tmp_path / "long")
     lines = [f'{{"step": {n}, "loss": {n}.0}}\n' for n in range(5000)]
-    (run / "rounds/0000/train/metrics.jsonl").write_text("".join(lines))
+    write_metrics(run, "".join(lines).encode())
     (line,) = next(chart for chart in step_charts([read_facts(run)]) if chart.title == "Loss").lines
     assert 200 < len(line.x) <= 300
     assert line.x[0] == pytest.approx(line.y[0] + 1), "means of the same steps"
@@ -100,7 +100,7 @@ def test_the_targets_reward_is_drawn_where_it_is_not_the_chosen_ones(
 ) -> None:
     run = make_run(tmp_path / "run", rounds=1)
     row = {"reward_chosen": 0.5, "reward_rejected": 0.1, "real_reward": taught, "penalty": 0.0}
-    (run / "rounds/0000/train/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    write_metrics(run, json.dumps(row).encode() + b"\n")
     charts = {chart.title: chart for chart in step_charts([read_facts(run)])}
     found = [label for _, label in charts["Reward of each response"].labels]
     assert found == ["chosen", "rejected", *labels]
@@ -109,7 +109,7 @@ def test_the_targets_reward_is_drawn_where_it_is_not_the_chosen_ones(
 def test_a_metric_without_a_number_has_no_picture(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1)
     rows = '{"step": 0, "loss": 1.0, "odd": NaN, "other": null}\n'
-    (run / "rounds/0000/train/metrics.jsonl").write_text(rows)
+    write_metrics(run, rows.encode())
     assert [chart.title for chart in step_charts([read_facts(run)])] == ["Loss"]
 
 

@@ -21,7 +21,7 @@ from prefloop.report.formats import visible
 from prefloop.report.html import write_report
 from prefloop.report.page_tables import about, measures, notices, recipe_differences, rejects
 from prefloop.report.watch import watch_run
-from tests.report.conftest import RECIPE, make_run
+from tests.report.conftest import RECIPE, make_run, write_metrics
 
 HOSTILE = {
     "script": "<script>window.hurt = 1</script>",
@@ -109,7 +109,7 @@ def test_a_report_that_fails_leaves_the_older_one_whole(tmp_path: Path) -> None:
     assert old.chains_file is not None
     before = old.page.read_bytes(), old.chains_file.read_bytes()
     (run / "rounds/0001/ranked.jsonl").write_text("no record\n")
-    with pytest.raises(RunFolderError, match=r"ranked\.jsonl:1 is not a Candidates record"):
+    with pytest.raises(RunFolderError, match=r"ranked\.jsonl is 10 bytes long"):
         write_report([run], tmp_path / "page.html", limit=20)
     assert (old.page.read_bytes(), old.chains_file.read_bytes()) == before
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -230,7 +230,7 @@ def test_a_run_that_is_going_on_has_a_report_that_says_so(tmp_path: Path) -> Non
     run = make_run(tmp_path / "run", rounds=2)
     lines = (run / "events.jsonl").read_text().splitlines(keepends=True)
     (run / "events.jsonl").write_text("".join(lines[:-1]) + '{"time": "2026-01')
-    for path in (run / "rounds/0001").glob("*.done.json"):
+    for path in [*(run / "rounds/0001").glob("*.done.json"), run / "rounds/0000/train.done.json"]:
         path.unlink()
     with (run / "rounds/0000/train/metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
@@ -321,13 +321,14 @@ def test_an_evaluation_is_shown_beside_the_runs_it_measured(made_run: Path, tmp_
 def test_a_damaged_recipe_is_a_sentence(recipe: bytes, look: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1)
     (run / "recipe.yaml").write_bytes(recipe)
+    (run / "environment.json").unlink()  # else it says so first
     with pytest.raises(RunFolderError, match=r"recipe\.yaml is damaged"):
         look(run)
 
 
 def test_a_damaged_line_of_metrics_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", rounds=1)
-    (run / "rounds/0000/train/metrics.jsonl").write_bytes(b'{"step": 0}\n\xff\n')
+    write_metrics(run, b'{"step": 0}\n\xff\n')
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl:2 is damaged"):
         read_facts(run)
 

@@ -533,7 +533,7 @@ class Interrupter:
         self._around(save, "save_checkpoint", lambda folder, *_, **p: folder / str(p["step"]))
         self._around(save, "drop_checkpoints", lambda folder: folder)
         if thorough:
-            self._around(save, "save_file", lambda tensors, path: path)
+            self._around(save, "save_file", lambda tensors, path, **_: path)
             self._around(prefloop.run_folder, "write_atomically", lambda path, text: path)
 
     def _around(self, owner: Any, name: str, place: Callable[..., Path]) -> None:

@@ -482,6 +482,9 @@ def test_embeddings_of_cut_texts_are_those_of_their_ends(encoder_folder):
 def test_a_damaged_head_is_one_sentence(encoder_folder, pairs_file, tmp_path):
     train_reward(head_recipe(encoder_folder, pairs_file), tmp_path / "r")
     (tmp_path / "r/model.safetensors").write_bytes(b"x")
+    with pytest.raises(RunFolderError, match=r"model\.safetensors is 1 bytes long"):
+        RewardModel(model=str(tmp_path / "r")).open(None, PromptSet("compact"))
+    (tmp_path / "r/report.json").unlink()  # of a head that nobody vouches for
     with pytest.raises(ModelError, match="damaged"):
         RewardModel(model=str(tmp_path / "r")).open(None, PromptSet("compact"))
 

@@ -144,7 +144,7 @@ def test_a_checkpoint_killed_half_way_does_not_count_and_does_not_hinder(tmp_pat
     net, optimizer = make("adamw")
     save(tmp_path, net, optimizer, step=1)
 
-    def killed(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def killed(tensors: dict[str, torch.Tensor], path: Path, **_: object) -> None:
         path.write_bytes(b"torn")
         raise KeyboardInterrupt
 
