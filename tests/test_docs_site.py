@@ -83,7 +83,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_page_is_there_and_every_link_within_the_site_leads_somewhere(site: Path) -> None:
     for page in (ROOT / "docs").rglob("*.md"):
         assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).is_file()
-    for name in ("project/readme.html", "api/records.html", "source/prefloop/loop.py.html"):
+    for name in ("project/readme.html", "api/records.html", "source/prefloop/run/loop.py.html"):
         assert (site / name).is_file()
     ids: dict[Path, set[str]] = {}
     for page in site.rglob("*.html"):
