@@ -317,7 +317,8 @@ def _idle_after_backward(policy: Policy, rows: list[list[int]]) -> int:
         logits = policy.model(input_ids=torch.tensor([ids]), use_cache=False).logits
         logits.log_softmax(-1)[0, torch.arange(len(ids)), ids].sum().backward()
     policy.model.eval()
-    idle = sum(weight.grad is None for weight in policy.trainable_parameters())
+    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    idle = sum(weight.grad is None for weight in trained)
     policy.model.zero_grad(set_to_none=True)
     return idle
 

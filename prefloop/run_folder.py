@@ -34,6 +34,7 @@ from prefloop.records import (
     Record,
     Reject,
     RoundResult,
+    read_json,
     read_jsonl,
 )
 

@@ -301,6 +301,9 @@ def _unpack(weights: Path, folder: Path) -> None:
                 _convert(weights, part)
             give_usual_modes(part)
             part.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else a process that knows no lock was first
+                raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

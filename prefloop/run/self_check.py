@@ -218,7 +218,7 @@ def _reopened(policy: Policy, folder: Path) -> float:
         place = Path(temporary) / "policy"
         policy.save(place)
         weights = load_file(place / "adapter_model.safetensors")
-        opened = _skeleton(policy, PeftConfig.from_pretrained(str(place)))
+        opened = _skeleton(policy, PeftConfig.from_pretrained(str(place), trust_remote_code=False))
     for module in opened.modules():
         for name, weight in module._parameters.items():
             if weight is not None and weight.requires_grad:

@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_sentence(shell: Shell) -> None:
     assert shell("schema", "--out", "schema.json") == (
         2,
         "",
-        "prefloop: schema.json: No space left on device; free some space\n",
+        "prefloop: the disk of schema.json is full; free some space, then the same command goes on where it stopped\n",
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from prefloop.errors import ApiError
 from prefloop.generate.api_client import Ask, ChatServer, Refused, Reply, ServerOptions
-from prefloop.judges.api import MALFORMED, Api, Reading, VerdictFile
+from prefloop.judges.api import MALFORMED, Api, StoredReply, VerdictFile
 from prefloop.records import Message, Prompt
 from tests.fake_chat_server import completion
 
@@ -180,7 +180,7 @@ def test_an_address_that_is_none_is_refused(url) -> None:
 
 def test_an_edited_verdict_is_noticed(tmp_path) -> None:
     path = tmp_path / "verdicts.jsonl"
-    VerdictFile(path).add(Reading(key="k", reply="4", row=(0.25, 0.75)))
+    VerdictFile(path).add(StoredReply(key="k", reply="4", row=(0.25, 0.75)))
     assert VerdictFile(path).known["k"].row == (0.25, 0.75)
     path.write_text(path.read_text().replace("0.25", "0.15"))
     from prefloop.errors import JudgeError

@@ -22,6 +22,7 @@ from transformers import (
 from prefloop.errors import ModelError
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions
+from tests.conftest import trainable_weights
 
 SMALL: dict[str, Any] = {
     "vocab_size": 264,
@@ -106,7 +107,7 @@ def trained_names(policy: Policy) -> str:
 def disturb(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for weight in policy.trainable_parameters():
+        for weight in trainable_weights(policy):
             weight += 0.2 * torch.randn(weight.shape, generator=generator)
 
 
