@@ -450,15 +450,15 @@ def test_what_changes_no_record_is_no_other_recipe(shell: Shell, run_folder: Pat
 
 
 def test_a_run_cannot_switch_its_models_code_on(shell: Shell, run_folder: Path) -> None:
-    from prefloop.evaluate.subjects import find
+    from prefloop.evaluate.subjects import find_subject
 
     recipe = run_folder / "recipe.yaml"
     recipe.write_text(
         recipe.read_text().replace("trust_remote_code: false", "trust_remote_code: true")
     )
     (run_folder / "environment.json").unlink()
-    assert not find("runs/r").base.trust_remote_code
-    assert find("runs/r", trust=True).base.trust_remote_code
+    assert not find_subject("runs/r").base.trust_remote_code
+    assert find_subject("runs/r", trust=True).base.trust_remote_code
 
 
 def test_deleting_the_round_that_is_damaged_redoes_it(

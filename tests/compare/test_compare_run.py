@@ -164,7 +164,7 @@ def test_a_cell_that_cannot_take_what_another_has_done_stops_no_other(tmp_path):
     (found[0].folder / "rounds/0000/ranked.jsonl").unlink()
     failed = play(found, jobs=2, say=lambda line: None, start=Stage().start)
     assert list(failed) == ["b seed 0", "c seed 0"]
-    assert "No such file" in failed["b seed 0"]
+    assert "ranked.jsonl is gone" in failed["b seed 0"]
     assert (found[3].folder / "policy").is_dir()
 
 

@@ -14,7 +14,7 @@ from prefloop.compare.table import tabulate
 from prefloop.recipe.options import Budget
 from prefloop.records import Candidates, Message, Prompt, Response, RoundResult, write_jsonl
 from prefloop.run.cost import spent
-from prefloop.run_folder import RunDir, open_run
+from prefloop.run_folder import RoundDir, RunDir, open_run
 
 BASE: dict[str, Any] = {
     "model": {"source": "some/model"},
@@ -93,6 +93,8 @@ def test_prompts_that_differ_from_seed_to_seed_leave_the_seeds_to_compare(tmp_pa
     for cell in found:
         path = cell.folder / "rounds/0000/answers.jsonl"
         path.write_text(path.read_text().replace('"id":"p', f'"id":"s{cell.seed}p'))
+        RoundDir(path.parent, 0).finish("answers", seconds=10.0)
+        RoundDir(path.parent, 0).finish("result", seconds=10.0)
     report = tabulate(comparison, found, {})
     assert report["differences"]["score"]["good"]["prompts"] == 0
     assert report["differences"]["score"]["good"]["real"]

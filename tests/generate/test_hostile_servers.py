@@ -181,7 +181,7 @@ def test_an_address_that_is_none_is_refused(url) -> None:
 def test_an_edited_verdict_is_noticed(tmp_path) -> None:
     path = tmp_path / "verdicts.jsonl"
     VerdictFile(path).add(StoredReply(key="k", reply="4", row=(0.25, 0.75)))
-    assert VerdictFile(path).known["k"].row == (0.25, 0.75)
+    assert VerdictFile(path).replies["k"].row == (0.25, 0.75)
     path.write_text(path.read_text().replace("0.25", "0.15"))
     from prefloop.errors import JudgeError
 

@@ -363,7 +363,7 @@ def test_two_processes_may_unpack_at_once(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(sources, "_convert", convert)
     sources._unpack(tmp_path / "weights.gguf", target)
     assert (target / "config.json").read_text() == "the other's"
-    assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert sorted(path.name for path in target.parent.iterdir()) == [".model.lock", "model"]
 
 
 @pytest.mark.slow

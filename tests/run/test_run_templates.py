@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prefloop.manifest import read_sealed, sealed
 from prefloop.models.chat_template import set_template_date
 from prefloop.recipe import Recipe
 from prefloop.records import Message
@@ -48,8 +49,8 @@ def test_a_run_that_goes_on_another_day_tells_the_day_it_began(tmp_path: Path) -
         assert rundir.first_day() == date.today()
         assert f"Today: {date.today():%d %b %Y}" in prompt_of(Session(chosen, rundir))
     around = folder / "environment.json"
-    noted = json.loads(around.read_text())
-    around.write_text(json.dumps({**noted, "date": "2025-03-01"}))
+    noted = read_sealed(around, "")
+    around.write_text(sealed({**noted, "date": "2025-03-01"}))
     with open_run(folder, chosen.dump()) as rundir:
         assert "Today: 01 Mar 2025" in prompt_of(Session(chosen, rundir))
     assert json.loads(around.read_text())["date"] == "2025-03-01"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -20,6 +20,7 @@ from prefloop.models.policy import ModelOptions, Policy
 from prefloop.records import Message, Pair
 from prefloop.train import losses
 from prefloop.train.batches import check_initial_loss, encode_pairs
+from prefloop.train.checkpoint import save_tensors
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import LossOutput
 from prefloop.train.options import TrainOptions
@@ -149,7 +150,7 @@ def test_a_rollout_of_another_policy_is_found_at_the_first_step(model_folder, tm
     wrong = load_file(tmp_path / "other" / ROLLOUT)
     wrong["logps_NT"] += 2.0 * torch.randn(wrong["logps_NT"].shape)
     (tmp_path / "mine").mkdir()
-    save_file(wrong, tmp_path / "mine" / ROLLOUT)
+    save_tensors(tmp_path / "mine" / ROLLOUT, wrong)
     trained = policy(model_folder)
     with pytest.raises(TrainingError, match=r"first loss is .* give .* delete that folder"):
         PPOTrainer(trained, OPTIONS).run(job(trained, tmp_path / "mine"))

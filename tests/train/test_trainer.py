@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.models.chat import Chat
@@ -20,6 +20,7 @@ from prefloop.records import Message, Pair
 from prefloop.run_folder import read_metrics
 from prefloop.train import losses
 from prefloop.train.batches import encode_pairs, schedule
+from prefloop.train.checkpoint import save_tensors
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.options import TrainOptions
@@ -219,7 +220,7 @@ def test_the_reference_is_computed_once_and_then_read(model_folder, tmp_path):
     trained = policy(model_folder)
     first = job(trained, tmp_path)
     known = {role: logp_N - 1.0 for role, logp_N in logps(trained, first.examples).items()}
-    save_file(known, tmp_path / "reference.safetensors")
+    save_tensors(tmp_path / "reference.safetensors", known)
     seen = []
 
     def looking(logps: GroupLogps, progress: float) -> LossOutput:
@@ -238,7 +239,7 @@ def test_a_wrong_reference_is_found_at_the_first_step(model_folder, tmp_path):
     start = job(trained, tmp_path, loss_at_start=lambda chosen: LOG_2)
     wrong = logps(trained, start.examples)
     wrong["chosen"] = wrong["chosen"] - 10.0
-    save_file(wrong, tmp_path / "reference.safetensors")
+    save_tensors(tmp_path / "reference.safetensors", wrong)
     with pytest.raises(TrainingError, match=r"first loss is 0\.3133 where .* give 0\.6931.*delete"):
         Trainer(trained, OPTIONS).run(start)
     assert same(before, weights(trained))

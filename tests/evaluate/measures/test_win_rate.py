@@ -186,7 +186,8 @@ def test_a_verdict_that_is_kept_is_not_asked_for_again(prompts: str, tmp_path: P
         for p in (tmp_path / "k").iterdir()
         if (p / "00002.jsonl").exists() and "win_rate" in (p / "00002.jsonl").read_text()
     ]
-    (kept / "00002.jsonl").unlink()
+    for path in kept.glob("00002.*"):
+        path.unlink()
     assert measure.run(subject(tmp_path / "k", second, says("mine"))) == before
     assert len(first.seen) == 16
     assert len(second.seen) == 4
