@@ -502,11 +502,11 @@ def test_holdout_and_eval_exclude_each_other():
 
 def test_the_embedded_set_brings_its_own_evaluation_split():
     loaded = load("embedded:instructions", needs_target=True)
-    assert (len(loaded.train), len(loaded.eval), loaded.dropped) == (224, 72, {})
+    assert (len(loaded.train), len(loaded.eval), loaded.dropped) == (600, 72, {})
 
 
 def test_the_embedded_set_can_be_held_out_from_or_evaluated_on(tmp_path):
-    assert len(load("embedded:instructions", holdout=24).train) == 200
+    assert len(load("embedded:instructions", holdout=24).train) == 576
     path = jsonl(tmp_path / "t.jsonl", [{"question": "a"}])
     loaded = load(path, eval="embedded:instructions", prompt_field="question")
     assert (len(loaded.train), len(loaded.eval)) == (1, 72)
