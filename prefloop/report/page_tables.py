@@ -58,6 +58,10 @@ ROUND_MEASURES: dict[str, Meaning] = {
     "stop_rate": Meaning(
         "Stop rate", "Share of answers that end by themselves, not at the length limit."
     ),
+    "no_verdict": Meaning(
+        "No verdict",
+        "Share of answers that the judge could not score; they are in no score and no win rate.",
+    ),
     "score_rewrite": Meaning("Judge's score of rewrites", "Mean over the held-out prompts."),
 }
 

@@ -218,7 +218,7 @@ class _Loop:
         measures = answer_measures(answers, start, seed=self.recipe.seed)
         measures |= set_measures(self._eval_sets(), answers, start, seed=self.recipe.seed)
         if self.recipe.judge is not None:
-            measures["no_verdict_rate"] = no_verdict_rate(answers)
+            measures["no_verdict"] = no_verdict_rate(answers)
         if self.recipe.evaluate.introspection:
             self._play_held_out(round_dir)
             measures |= self.recipe.method.measures(round_dir.records("introspection", Candidates))

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import StringIO
 from itertools import pairwise
@@ -29,7 +29,7 @@ from prefloop.generate.engines.fake import _WORDS, Fake, _OpenFake
 from prefloop.models.chat import Chat
 from prefloop.models.policy import ModelOptions, Policy
 from prefloop.recipe import Recipe, load_recipe
-from prefloop.records import Candidates, Pair
+from prefloop.records import Candidates, Pair, Prompt
 from prefloop.run.chunks import Journal
 from prefloop.run.loop import run
 from prefloop.run_folder import Outcome, RunDir, read_run
@@ -606,3 +606,29 @@ def test_a_run_stopped_at_every_single_place_ends_in_the_same_bytes(
     places = play_interrupted(wanted, tmp_path / "stopped", thorough=True)
     assert len(places) > 100
     assert what_counts(tmp_path / "stopped") == what_counts(unbroken)
+
+
+def half_a_verdict(prompt: Prompt, responses: Sequence[str]) -> list[float | None]:
+    """A judge that knows nothing of every second question."""
+    known = int(re.findall(r"\d+", prompt.id)[-1]) % 2
+    return [float(len(text)) if known else None for text in responses]
+
+
+def test_a_judge_s_failures_on_held_out_answers_are_counted_and_told(model_folder, tmp_path):
+    said = StringIO()
+    chosen = recipe(
+        model_folder,
+        "arop",
+        judge={"name": "python", "function": f"{__name__}:half_a_verdict"},
+        evaluate={**LIGHT, "prompts": 8},
+        loop={"rounds": 1, "prompts_per_round": 4},
+    )
+    folder = run(chosen, tmp_path / "run", Console(file=said, width=200)).folder
+    start = RunDir(folder).start
+    manifest = start.manifest("answers") or {}
+    without = sum(not group.scores for group in start.records("answers", Candidates))
+    assert 0 < without < 8
+    assert sum(manifest["failures"].values()) == without
+    assert "rejects" not in manifest
+    assert RunDir(folder).results()[0].measures["no_verdict"] == without / 8
+    assert f"{without} without a verdict" in said.getvalue()
