@@ -286,9 +286,8 @@ def recipe(shape: Shape, method: str, model: Path, data: Path) -> Recipe:
 
 
 @contextmanager
-def trained_groups() -> Iterator[list[TokenGroup]]:
-    """Inside, the list is filled with what the trainer gives the model to compute."""
-    found: list[TokenGroup] = []
+def trained_groups(found: list[TokenGroup]) -> Iterator[None]:
+    """Inside, `found` is filled with what the trainer gives the model to compute."""
     compute = prefloop.train.trainer.group_logprobs
 
     def noting(model: Any, groups: Sequence[TokenGroup], **options: Any) -> Any:
@@ -296,16 +295,17 @@ def trained_groups() -> Iterator[list[TokenGroup]]:
         return compute(model, groups, **options)
 
     with mock.patch.object(prefloop.train.trainer, "group_logprobs", noting):
-        yield found
+        yield
 
 
-def play(name: str, method: str, folder: Path) -> Row:
-    """One round in `folder`, which then holds model/ and run/."""
+def play(name: str, method: str, folder: Path, groups: list[TokenGroup] | None = None) -> Row:
+    """One round in `folder`, which then holds model/ and run/; `groups` is filled with what was trained on."""
+    groups = [] if groups is None else groups
     shape = SHAPES[name]
     tokenizer = write_model(shape, folder / "model")
     chosen = recipe(shape, method, folder / "model", folder / "data.jsonl")
     try:
-        with trained_groups() as groups:
+        with trained_groups(groups):
             run(chosen, folder / "run", Console(file=StringIO()))
     finally:
         set_template_date(None)
