@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from prefloop.data.survey import Survey
     from prefloop.models.chat import Chat
 
+_TOLD = "model.chat_template_kwargs."
+
 
 def data(
     source: Annotated[
@@ -23,7 +25,8 @@ def data(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An option of a recipe's section data, such as prompt_field=question; repeatable.",
+            help="An option of a recipe's section data, such as prompt_field=question, or what the chat template is "
+            "told, model.chat_template_kwargs.enable_thinking=false; repeatable.",
         ),
     ] = None,
     model: Annotated[
@@ -37,8 +40,9 @@ def data(
     """Show how data are read: format, columns, what is dropped, lengths, duplicates, the first conversations."""
     from prefloop.data.survey import survey
 
-    options = _options(source, overrides or [])
-    chat = _chat(model)
+    told = [text for text in overrides or [] if text.startswith(_TOLD)]
+    options = _options(source, [text for text in overrides or [] if text not in told])
+    chat = _chat(model, told)
     found = survey(
         options.sources("train")[0],
         split=options.split,
@@ -65,10 +69,11 @@ def _options(source: str, overrides: list[str]) -> Any:
     return build(DataOptions, values, "data")
 
 
-def _chat(model: str) -> Chat:
+def _chat(model: str, told: list[str]) -> Chat:
     """The tokenizer alone: no weights are read."""
     from transformers import AutoTokenizer
 
+    from prefloop.config import overridden
     from prefloop.errors import ModelError
     from prefloop.models.chat import Chat
     from prefloop.models.sources import quiet, reason, resolve_source
@@ -81,7 +86,10 @@ def _chat(model: str) -> Chat:
         raise ModelError(
             f"{model} has no usable tokenizer ({reason(error)}); name another with --model"
         ) from error
-    return Chat(tokenizer)
+    values: dict[str, Any] = {"model": {"chat_template_kwargs": {}}}
+    for override in told:
+        values = overridden(values, override)
+    return Chat(tokenizer, template_kwargs=values["model"]["chat_template_kwargs"])
 
 
 def _lines(found: Survey, chat: Chat) -> Iterator[str]:

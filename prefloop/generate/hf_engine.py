@@ -39,7 +39,7 @@ from prefloop.generate.fallback import (
 from prefloop.generate.kv_cache import Slots
 from prefloop.generate.scoring import Wanted, joined, score, scores_of
 from prefloop.machine import Bar, is_out_of_memory
-from prefloop.models.chat import Chat
+from prefloop.models.chat import Chat, named_ends
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions
 from prefloop.records import Request, Response, Sampling, Scored, derive_seed
@@ -101,8 +101,7 @@ class HFEngine:
         label: str = "generate",
     ) -> list[list[int]]:
         """What follows each prompt, without a chat template: as TokenEngine says."""
-        named = self.model.generation_config.eos_token_id
-        stops = {self.chat.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+        stops = {self.chat.tokenizer.eos_token_id, *named_ends(self.model)}
 
         def ended(ids: list[int]) -> bool:
             if ids[-1] in stops:

@@ -73,10 +73,11 @@ class Gates(Options):
         """The gate that the pair fails, as a fixed phrase; None where it passes."""
         texts = (first.text, second.text)
         lengths = sorted(len(text.strip()) for text in texts)
-        if lengths[0] == 0:
-            return "empty answer"
+        # First, as an answer that was cut off in its thought is empty.
         if self.cut_off and "length" in (first.finish, second.finish):
             return "cut off"
+        if lengths[0] == 0:
+            return "empty answer"
         if self.identical and fold_whitespace(texts[0]) == fold_whitespace(texts[1]):
             return "identical"
         if self.meta_talk and any(is_meta_talk(text) for text in texts):

@@ -125,6 +125,8 @@ class AROP(Method):
         else:
             found = [{**responses, "refined": responses["draft_a"]} for responses in found]
         flaws = self._flaw(prompts, said, [r["refined"] for r in found], actors)
+        if self.flaw == "infill":
+            found = [{**r, "refined": _without_thought(r["refined"])} for r in found]
         for prompt, responses, flawed in zip(prompts, found, flaws, strict=True):
             if flawed is None:
                 yield Reject(
@@ -203,7 +205,7 @@ class AROP(Method):
             )
             # A copy that differs in one word ends as its original does.
             return [
-                None if flaw is None else Response(text=flaw.text, finish=response.finish)
+                None if flaw is None else _as_text(response, flaw.text)
                 for flaw, response in zip(flaws, refined, strict=True)
             ]
         prompted = [
@@ -313,3 +315,13 @@ class AROP(Method):
             "identical_rate": sum(same) / len(same),
             "flaw_edit_share": sum(shares) / len(shares),
         }
+
+
+def _as_text(answer: Response, text: str) -> Response:
+    """A text that nobody sampled, which ends as an answer does."""
+    return Response(text=text, finish=answer.finish)
+
+
+def _without_thought(answer: Response) -> Response:
+    """What an infilled copy, which has no thought, is compared with: the pair must differ in the word alone."""
+    return _as_text(answer, answer.text) if answer.reasoning else answer

@@ -89,12 +89,7 @@ class Chat:
         cls, model: Any, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None
     ) -> Chat:
         """With the ends of turn that the model's generation_config names, else its config."""
-        found: Any = None
-        for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
-            if found is None:
-                found = getattr(config, "eos_token_id", None)
-        ids = [] if found is None else [found] if isinstance(found, int) else list(found)
-        return cls(tokenizer, eos_token_ids=ids, template_kwargs=template_kwargs)
+        return cls(tokenizer, eos_token_ids=named_ends(model), template_kwargs=template_kwargs)
 
     # Conversations into tokens.
 
@@ -150,21 +145,17 @@ class Chat:
         """Whether sampled tokens end with the end of a turn."""
         return bool(ids) and ids[-1] in self.stop_ids
 
-    def split(self, ids: Sequence[int], *, begun: bool = False) -> Answer:
-        """Sampled tokens as text, up to the first end of turn, the thought apart.
-
-        `begun`: they go on from a begun answer, so that no thought is open before them.
-        """
+    def split(self, ids: Sequence[int]) -> Answer:
+        """Sampled tokens as text, up to the first end of turn, the thought apart."""
         ended = next((n for n, token in enumerate(ids) if token in self.stop_ids), None)
         kept = list(ids if ended is None else ids[:ended])
-        opened = self._opens_thought and not begun
-        thought, text = self._thought_apart(kept, opened)
+        thought, text = self._thought_apart(kept)
         lead, tail = self._around()
         if ended is not None:
             text = text.removesuffix(tail)
         if thought is not None:
             return Answer(text.lstrip() if text.strip() else "", thought)
-        return Answer(text if begun else text.removeprefix(lead))
+        return Answer(text.removeprefix(lead))
 
     # Plain texts.
 
@@ -367,7 +358,7 @@ class Chat:
     def _added_id(self, token: str) -> int:
         return int(self._added.get(token, self.tokenizer.convert_tokens_to_ids(token)))
 
-    def _thought_apart(self, ids: list[int], opened: bool) -> tuple[str | None, str]:
+    def _thought_apart(self, ids: list[int]) -> tuple[str | None, str]:
         """The thought (None without one) and the answer."""
         thought = self.thought
         if thought is None:
@@ -381,7 +372,7 @@ class Chat:
             # Spelled in other tokens, joined with what stands around it.
             end = self.decode(ids).partition(thought.close)
             return end[0].strip().removeprefix(thought.open.rstrip()).strip(), end[2]
-        if opened or text.lstrip().startswith(thought.open.rstrip()):
+        if self._opens_thought or text.lstrip().startswith(thought.open.rstrip()):
             return self._thought_text(ids), ""
         return None, self.decode(ids)
 
@@ -392,6 +383,15 @@ class Chat:
         if self.thought.end:
             text = text.partition(self.thought.end)[0]
         return text.strip()
+
+
+def named_ends(model: Any) -> list[int]:
+    """The end tokens that a model's generation_config names, else its config."""
+    found: Any = None
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        if found is None:
+            found = getattr(config, "eos_token_id", None)
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:

@@ -49,7 +49,8 @@ def check_policy(policy: Policy, options: TrainOptions, folder: Path) -> dict[st
     `policy` is a fresh one. Weights and random state are as before afterwards; `folder` is for a moment's copy.
     """
     # An engine of its own: what a moment's weights make it decide is not kept.
-    engine = HFEngine(policy.model, policy.tokenizer, batch_size=_ROWS)
+    arguments = policy.options.chat_template_kwargs
+    engine = HFEngine(policy.model, policy.tokenizer, batch_size=_ROWS, template_kwargs=arguments)
     rows = _rows(engine)
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), quiet(), _unheard():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefloop import cli
+from tests import shapes
 
 ROWS = [
     {"ask": "Name a colour.", "chosen": "Blue.", "rejected": "Seven.", "score": 1},
@@ -49,6 +50,17 @@ def test_it_shows_format_uses_lengths_duplicates_and_what_is_trained_on(said) ->
     assert "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n" in text
     assert "chosen «Blue.<|im_end|>»\nrejected «Seven.<|im_end|>»" in text
     assert text.count("\n--- ") == 1
+
+
+def test_the_template_is_told_what_a_recipe_tells_it(said, tmp_path: Path) -> None:
+    shapes.qwen3().save_pretrained(tmp_path / "model")
+    told = ["--model", str(tmp_path / "model"), "--set", "prompt_field=ask"]
+    closed = "<|im_start|>assistant\n<think>\n\n</think>\n\n\nchosen «Blue.<|im_end|>»"
+    assert closed not in said(*told)
+    assert closed in said(*told, "--set", "model.chat_template_kwargs.enable_thinking=false")
+    text = said(*told, "--set", "model.chat_template_kwargs.thinks=false")
+    assert text.startswith("2 ")
+    assert "model.chat_template_kwargs.thinks: the chat template of" in text
 
 
 def test_it_gives_the_same_as_json(said) -> None:

@@ -375,6 +375,20 @@ def test_a_pair_keeps_the_tokens_that_were_sampled_and_an_infilled_flaw_has_none
     assert found.token_ids == {"chosen": made.responses["refined"].token_ids}  # type: ignore[union-attr]
 
 
+def test_an_infilled_pair_of_a_thinking_policy_differs_in_its_word_alone() -> None:
+    class Thinks(FakeEngine):
+        def sample(self, *args: Any, **kwargs: Any) -> list[Response]:
+            found = super().sample(*args, **kwargs)
+            return [response.model_copy(update={"reasoning": "hm"}) for response in found]
+
+    groups = AROP(flaw="infill", margin=Margin(kind="fixed")).generate(PROMPTS, actors(Thinks()))
+    made = [g for g in groups if isinstance(g, Candidates)]
+    assert made
+    for candidates in made:
+        assert candidates.responses["draft_a"].token_ids
+        assert only(fixed(flaw="infill"), candidates).token_ids == {}  # type: ignore[union-attr]
+
+
 def test_a_pair_says_which_of_its_answers_were_cut_off() -> None:
     whole = group("It floats on water.", "It sinks on water.")
     cut = whole.responses["flawed"].model_copy(update={"finish": "length"})

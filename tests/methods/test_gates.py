@@ -130,6 +130,9 @@ def test_a_gate_rejects_unless_it_is_off(first: str, second: str, gate: str, why
 def test_an_answer_cut_off_is_rejected_on_either_side() -> None:
     cut, whole = Response(text="one two", finish="length"), Response(text="one three")
     assert Gates().reason_against(cut, whole) == "cut off"
+    in_thought = Response(text="", reasoning="hm", finish="length")
+    assert Gates().reason_against(whole, in_thought) == "cut off"
+    assert Gates(cut_off=False).reason_against(whole, in_thought) == "empty answer"
     assert Gates().reason_against(whole, cut) == "cut off"
     assert Gates(cut_off=False).reason_against(cut, whole) is None
 

@@ -297,8 +297,10 @@ def test_after_a_begun_answer_no_thought_is_open() -> None:
     tokenizer = shapes.r1()
     chat = Chat(tokenizer)
     assert tokenizer.decode(chat.prompt_ids(ASKED, "It is")).endswith("</think>\n\nIt is")
-    ids = ids_of(tokenizer, " Rome<｜end▁of▁sentence｜>")
-    assert chat.split(ids, begun=True) == (" Rome", "")
+    engine = HFEngine(bigram(tokenizer, "0 Rome<｜end▁of▁sentence｜>"), tokenizer)
+    begun = [Request(messages=ASKED, prefix="It is 0")]
+    (found,) = engine.sample(begun, Sampling(temperature=0.0, max_new_tokens=9), seed=0)
+    assert (found.text, found.reasoning, found.finish) == (" Rome", "", "stop")
 
 
 def test_a_target_stands_outside_the_thought_and_may_bring_its_own() -> None:
