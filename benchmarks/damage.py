@@ -192,7 +192,7 @@ def _reward(folder: Path, pairs: Path) -> list[Case]:
 
 
 def _votes(folder: Path) -> Case:
-    from prefloop.annotate.items import Plan, read_comparison
+    from prefloop.annotate.items import AnnotationPlan, read_comparison
     from prefloop.annotate.service import AnnotationService
     from prefloop.annotate.votes import VoteFile
 
@@ -202,7 +202,9 @@ def _votes(folder: Path) -> Case:
         side.write_text("".join(json.dumps(row) + "\n" for row in rows))
     comparison = read_comparison(str(sides[0]), str(sides[1]))
     out.mkdir()
-    desk = AnnotationService(comparison, Plan(), VoteFile(out / "votes.jsonl", comparison, Plan()))
+    desk = AnnotationService(
+        comparison, AnnotationPlan(), VoteFile(out / "votes.jsonl", comparison, AnnotationPlan())
+    )
     state = desk.join("Ann")
     for number in range(8):
         choice: Any = ("first", "second", "tie")[number % 3]
@@ -271,14 +273,11 @@ def one_damage(case: Case, number: int, draw: random.Random) -> tuple[str, str, 
     copy = case.folder.with_name(f"copy-{number}")
     shutil.copytree(case.folder, copy)
     name = draw.choice(list(case.commands))
-    if name == "run":  # a finished run reads little; most are to go on
-        for later in draw.choice(
-            ([], ["0001"], ["0001/train.done.json", "0001/policy"], ["0001/pairs.done.json"])
-            if (copy / "rounds/0001").is_dir()
-            else ([],)
-        ):
+    if name == "run" and (copy / "rounds/0001").is_dir():
+        # A finished run reads little; most are to go on.
+        for later in draw.choice(_UNDONE):
             _remove(copy / "rounds" / later)
-    words, wanted = case.commands[name](copy), _KNOWN[case.name, name]
+    words = case.commands[name](copy)
     files = sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)
     files = [p for p in files if not any(word in p.name for word in SEALED_BY_NOTHING)]
     target, how = draw.choice(files), draw.choice(list(DAMAGES))
@@ -287,27 +286,33 @@ def one_damage(case: Case, number: int, draw: random.Random) -> tuple[str, str, 
     target.write_bytes(damaged)
     code, out, err = prefloop(words)
     about = f"{name}: {how} of {target.relative_to(copy)}: {(err or out).strip()[-300:]}"
-    if code == 70:
-        verdict = "traceback"
-    elif code:
-        verdict = "noticed"
-    elif damaged == data:
-        verdict = "harmless"
-    elif name == "verify":
-        verdict = "noticed" if "damaged" in out and ": 0" not in out else "silent"
-    elif case.name == "annotate" and '"torn_bytes": 0' not in out:
-        verdict = "noticed"  # the report says how many bytes are no vote
-    elif target.name in out and result(case.name, name, copy, out) != wanted:
-        verdict = "noticed"  # a table goes on without the cell, and names the file
+    if code or damaged == data:
+        verdict = {70: "traceback", 0: "harmless"}.get(code, "noticed")
     else:
-        verdict = "harmless" if result(case.name, name, copy, out) == wanted else "silent"
-    if verdict == "harmless" and damaged != data and "verify" in case.commands:
-        # Another file may lie there by now: what the command made anew is as it is to be.
-        rewritten = not target.exists() or target.read_bytes() != damaged
-        if not rewritten and not prefloop(["verify", str(copy)])[0]:
-            verdict = "harmless, unseen by verify"
+        verdict = _of_a_success(case, name, copy, target, out)
+    # Another file may lie there by now: what the command made anew is as it is to be.
+    rewritten = not target.exists() or target.read_bytes() != damaged
+    if verdict == "harmless" and damaged != data and "verify" in case.commands and not rewritten:
+        seen = prefloop(["verify", str(copy)])[0]
+        verdict = "harmless" if seen else "harmless, unseen by verify"
     _remove(copy, copy.with_suffix(".out.jsonl"), copy.with_suffix(".merged"))
     return f"{case.name}/{kind_of(target)}", verdict, about
+
+
+_UNDONE = ([], ["0001"], ["0001/train.done.json", "0001/policy"], ["0001/pairs.done.json"])
+"""What is taken out of a run's rounds before it goes on."""
+
+
+def _of_a_success(case: Case, name: str, copy: Path, target: Path, out: str) -> str:
+    """The verdict on a command that ended well beside the damaged `target`, by what it printed and made."""
+    if name == "verify":
+        return "noticed" if "damaged" in out and ": 0" not in out else "silent"
+    if case.name == "annotate" and '"torn_bytes": 0' not in out:
+        return "noticed"  # the report says how many bytes are no vote
+    if result(case.name, name, copy, out) == _KNOWN[case.name, name]:
+        return "harmless"
+    # A table goes on without the cell, and names the file.
+    return "noticed" if target.name in out else "silent"
 
 
 _KNOWN: dict[tuple[str, str], Any] = {}
@@ -380,6 +385,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         kind, verdict, about = one_damage(found[number % len(found)], number, draw)
         counts.setdefault(kind, Counter())[verdict] += 1
         if verdict in VERDICTS[2:]:
+            print(f"{number}: {kind}: {verdict}: {about}", file=sys.stderr, flush=True)
             wrong.append({"kind": kind, "verdict": verdict, "about": about})
     total = sum(counts.values(), Counter[str]())
     early: dict[str, Counter[str]] = {"kill": Counter(), "disk": Counter()}
