@@ -377,7 +377,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All damages; the numbers that the script prints."""
     draw = random.Random(options.seed)
     found = [case for case in cases(folder) if not options.only or case.name in options.only]
-    for case in found:
+    for case in found if options.count else ():
         learn(case)
     counts: dict[str, Counter[str]] = {}
     wrong = []
@@ -393,7 +393,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for how, times in (("kill", options.kills), ("disk", options.disks)):
         for number in range(times):
             case = runs[number % len(runs)]
-            early[how][interrupted(case, folder, draw, options.seconds, how)] += 1
+            came = interrupted(case, folder, draw, options.seconds, how)
+            early[how][came] += 1
+            print(f"{how} {number}: {case.name}: {came}", file=sys.stderr, flush=True)
     return {
         "damages": options.count,
         **{name: total[name] for name in VERDICTS},
