@@ -9,7 +9,8 @@ harmless   the command ends well, and its result is byte for byte that of the un
 silent     it ends well with another result
 traceback  anything else
 
-`--kills` and `--disks` do the same for processes that are killed, and for files that may not grow any more.
+`--kills` and `--disks` do the same for processes that are killed, and for files that may not grow any more;
+`--edits` damages what runs are made from (rows, pairs, model) between their stop and the command that goes on.
 """
 
 from __future__ import annotations
@@ -315,6 +316,27 @@ def _of_a_success(case: Case, name: str, copy: Path, target: Path, out: str) -> 
     return "noticed" if target.name in out else "silent"
 
 
+def one_edit(case: Case, number: int, draw: random.Random) -> tuple[str, str, str]:
+    """As `one_damage`, for a run's inputs: damaged after round 0, and put back afterwards."""
+    copy = case.folder.with_name(f"copy-{number}")
+    shutil.copytree(case.folder, copy)
+    _remove(*copy.glob("rounds/0001"))
+    folder = case.folder.parent
+    sources = [folder / "rows.jsonl", folder / "pairs.jsonl", *sorted((folder / "model").iterdir())]
+    target, how = draw.choice(sources), draw.choice(list(DAMAGES))
+    data = target.read_bytes()
+    target.write_bytes(DAMAGES[how](data, draw))
+    code, out, err = prefloop(case.commands["run"](copy))
+    target.write_bytes(data)
+    same = not code and result(case.name, "run", copy, out) == result(
+        case.name, "run", case.folder, ""
+    )
+    verdict = {70: "traceback", 0: "harmless" if same else "silent"}.get(code, "noticed")
+    _remove(copy)
+    about = f"run: {how} of {target.relative_to(folder)}: {(err or out).strip()[-300:]}"
+    return f"input/{kind_of(target)}", verdict, about
+
+
 _KNOWN: dict[tuple[str, str], Any] = {}
 
 
@@ -381,15 +403,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         learn(case)
     counts: dict[str, Counter[str]] = {}
     wrong = []
-    for number in range(options.count):
-        kind, verdict, about = one_damage(found[number % len(found)], number, draw)
+    runs = [case for case in found if "run" in case.commands]
+    tries = [(one_damage, found[number % len(found)]) for number in range(options.count)]
+    tries += [(one_edit, runs[number % len(runs)]) for number in range(options.edits)]
+    for number, (one, case) in enumerate(tries):
+        kind, verdict, about = one(case, number, draw)
         counts.setdefault(kind, Counter())[verdict] += 1
         if verdict in VERDICTS[2:]:
             print(f"{number}: {kind}: {verdict}: {about}", file=sys.stderr, flush=True)
             wrong.append({"kind": kind, "verdict": verdict, "about": about})
     total = sum(counts.values(), Counter[str]())
     early: dict[str, Counter[str]] = {"kill": Counter(), "disk": Counter()}
-    runs = [case for case in found if "run" in case.commands]
     for how, times in (("kill", options.kills), ("disk", options.disks)):
         for number in range(times):
             case = runs[number % len(runs)]
@@ -398,6 +422,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             print(f"{how} {number}: {case.name}: {came}", file=sys.stderr, flush=True)
     return {
         "damages": options.count,
+        "edits": options.edits,
         **{name: total[name] for name in VERDICTS},
         "cases": [case.name for case in found],
         "kinds": {kind: dict(counted) for kind, counted in sorted(counts.items())},
@@ -411,6 +436,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=600, help="damages over all kinds")
+    parser.add_argument("--edits", type=int, default=0, help="damages of what runs are made from")
     parser.add_argument("--kills", type=int, default=0, help="processes to kill")
     parser.add_argument("--disks", type=int, default=0, help="runs whose files may not grow")
     parser.add_argument("--seconds", type=float, default=20.0, help="the latest kill")
