@@ -9,7 +9,7 @@ harmless   the command ends well, and its result is byte for byte that of the un
 silent     it ends well with another result
 traceback  anything else
 
-`--kills` and `--disks` do the same for processes that are killed, and for files that may not grow any more;
+`--kills` and `--disks` do the same for processes that are killed, and for files that may not grow;
 `--edits` damages what runs are made from (rows, pairs, model) between their stop and the command that goes on.
 """
 
@@ -365,10 +365,15 @@ def _remove(*paths: Path) -> None:
 # Processes that end early.
 
 
-def interrupted(case: Case, folder: Path, draw: random.Random, seconds: float, how: str) -> str:
-    """Play a run, killed or with files that may not grow; then once more without. What came of it."""
-    out = folder / f"interrupted-{draw.randrange(10**9)}"
-    words = [sys.executable, "-m", "prefloop", *case.commands["run"](out)]
+MAKES = ("run", "evaluate", "compare", "reward train")
+"""Commands that make a folder, and go on with what they have made of it."""
+
+
+def interrupted(case: Case, number: int, draw: random.Random, seconds: float, how: str) -> str:
+    """Begin a command, killed or with files that may not grow; then once more without. What came of it."""
+    name = next(name for name in MAKES if name in case.commands)
+    out = case.folder.with_name(f"{how}-{number}")
+    words = case.commands[name](out)
     limit = draw.choice((100, 1_000, 5_000, 20_000, 60_000))
 
     def limited() -> None:
@@ -376,31 +381,38 @@ def interrupted(case: Case, folder: Path, draw: random.Random, seconds: float, h
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=limited
+        [sys.executable, "-m", "prefloop", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=limited,
+        start_new_session=True,
     )
     if how == "kill":
         time.sleep(draw.uniform(0, seconds))
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # a comparison's cells as well
     said = process.communicate()[1].decode(errors="replace")
     if "Traceback" in said:
-        print(f"limit {limit}: {said[-2000:]}", file=sys.stderr)
+        print(f"{name}, limit {limit}: {said[-2000:]}", file=sys.stderr)
         return "traceback"
-    begun = process.returncode
-    code, text, err = prefloop(case.commands["run"](out))
+    code, text, err = prefloop(words)
     if code:
-        print(f"{how}: {err}", file=sys.stderr)
+        print(f"{how} of {name}: {err}", file=sys.stderr)
         return "lost"
-    same = result(case.name, "run", out, text) == result(case.name, "run", case.folder, "")
+    wanted = result(case.name, "run", case.folder, "") if name == "run" else _KNOWN[case.name, name]
+    same = result(case.name, name, out, text) == wanted
     _remove(out)
-    return ("resumed to the same bytes" if begun else "ended in time") if same else "other bytes"
+    if not same:
+        return "other bytes"
+    return "resumed to the same bytes" if process.returncode else "ended in time"
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All damages; the numbers that the script prints."""
     draw = random.Random(options.seed)
     found = [case for case in cases(folder) if not options.only or case.name in options.only]
-    for case in found if options.count else ():
-        learn(case)
+    for case in found:
+        if options.count or "run" not in case.commands:
+            learn(case)
     counts: dict[str, Counter[str]] = {}
     wrong = []
     runs = [case for case in found if "run" in case.commands]
@@ -414,10 +426,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             wrong.append({"kind": kind, "verdict": verdict, "about": about})
     total = sum(counts.values(), Counter[str]())
     early: dict[str, Counter[str]] = {"kill": Counter(), "disk": Counter()}
+    made = [case for case in found if set(MAKES) & set(case.commands)]
     for how, times in (("kill", options.kills), ("disk", options.disks)):
         for number in range(times):
-            case = runs[number % len(runs)]
-            came = interrupted(case, folder, draw, options.seconds, how)
+            case = made[number % len(made)]
+            came = interrupted(case, number, draw, options.seconds, how)
             early[how][came] += 1
             print(f"{how} {number}: {case.name}: {came}", file=sys.stderr, flush=True)
     return {
