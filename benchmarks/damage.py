@@ -9,7 +9,8 @@ harmless   the command ends well, and its result is byte for byte that of the un
 silent     it ends well with another result
 traceback  anything else
 
-`--kills` and `--disks` do the same for processes that are killed, and for files that may not grow any more.
+`--kills` and `--disks` do the same for processes that are killed, and for files that may not grow;
+`--edits` damages what runs are made from (rows, pairs, model) between their stop and the command that goes on.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def _reward(folder: Path, pairs: Path) -> list[Case]:
 
 
 def _votes(folder: Path) -> Case:
-    from prefloop.annotate.items import Plan, read_comparison
+    from prefloop.annotate.items import AnnotationPlan, read_comparison
     from prefloop.annotate.service import AnnotationService
     from prefloop.annotate.votes import VoteFile
 
@@ -202,7 +203,9 @@ def _votes(folder: Path) -> Case:
         side.write_text("".join(json.dumps(row) + "\n" for row in rows))
     comparison = read_comparison(str(sides[0]), str(sides[1]))
     out.mkdir()
-    desk = AnnotationService(comparison, Plan(), VoteFile(out / "votes.jsonl", comparison, Plan()))
+    desk = AnnotationService(
+        comparison, AnnotationPlan(), VoteFile(out / "votes.jsonl", comparison, AnnotationPlan())
+    )
     state = desk.join("Ann")
     for number in range(8):
         choice: Any = ("first", "second", "tie")[number % 3]
@@ -271,14 +274,11 @@ def one_damage(case: Case, number: int, draw: random.Random) -> tuple[str, str, 
     copy = case.folder.with_name(f"copy-{number}")
     shutil.copytree(case.folder, copy)
     name = draw.choice(list(case.commands))
-    if name == "run":  # a finished run reads little; most are to go on
-        for later in draw.choice(
-            ([], ["0001"], ["0001/train.done.json", "0001/policy"], ["0001/pairs.done.json"])
-            if (copy / "rounds/0001").is_dir()
-            else ([],)
-        ):
+    if name == "run" and (copy / "rounds/0001").is_dir():
+        # A finished run reads little; most are to go on.
+        for later in draw.choice(_UNDONE):
             _remove(copy / "rounds" / later)
-    words, wanted = case.commands[name](copy), _KNOWN[case.name, name]
+    words = case.commands[name](copy)
     files = sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)
     files = [p for p in files if not any(word in p.name for word in SEALED_BY_NOTHING)]
     target, how = draw.choice(files), draw.choice(list(DAMAGES))
@@ -287,27 +287,54 @@ def one_damage(case: Case, number: int, draw: random.Random) -> tuple[str, str, 
     target.write_bytes(damaged)
     code, out, err = prefloop(words)
     about = f"{name}: {how} of {target.relative_to(copy)}: {(err or out).strip()[-300:]}"
-    if code == 70:
-        verdict = "traceback"
-    elif code:
-        verdict = "noticed"
-    elif damaged == data:
-        verdict = "harmless"
-    elif name == "verify":
-        verdict = "noticed" if "damaged" in out and ": 0" not in out else "silent"
-    elif case.name == "annotate" and '"torn_bytes": 0' not in out:
-        verdict = "noticed"  # the report says how many bytes are no vote
-    elif target.name in out and result(case.name, name, copy, out) != wanted:
-        verdict = "noticed"  # a table goes on without the cell, and names the file
+    if code or damaged == data:
+        verdict = {70: "traceback", 0: "harmless"}.get(code, "noticed")
     else:
-        verdict = "harmless" if result(case.name, name, copy, out) == wanted else "silent"
-    if verdict == "harmless" and damaged != data and "verify" in case.commands:
-        # Another file may lie there by now: what the command made anew is as it is to be.
-        rewritten = not target.exists() or target.read_bytes() != damaged
-        if not rewritten and not prefloop(["verify", str(copy)])[0]:
-            verdict = "harmless, unseen by verify"
+        verdict = _of_a_success(case, name, copy, target, out)
+    # Another file may lie there by now: what the command made anew is as it is to be.
+    rewritten = not target.exists() or target.read_bytes() != damaged
+    if verdict == "harmless" and damaged != data and "verify" in case.commands and not rewritten:
+        seen = prefloop(["verify", str(copy)])[0]
+        verdict = "harmless" if seen else "harmless, unseen by verify"
     _remove(copy, copy.with_suffix(".out.jsonl"), copy.with_suffix(".merged"))
     return f"{case.name}/{kind_of(target)}", verdict, about
+
+
+_UNDONE = ([], ["0001"], ["0001/train.done.json", "0001/policy"], ["0001/pairs.done.json"])
+"""What is taken out of a run's rounds before it goes on."""
+
+
+def _of_a_success(case: Case, name: str, copy: Path, target: Path, out: str) -> str:
+    """The verdict on a command that ended well beside the damaged `target`, by what it printed and made."""
+    if name == "verify":
+        return "noticed" if "damaged" in out and ": 0" not in out else "silent"
+    if case.name == "annotate" and '"torn_bytes": 0' not in out:
+        return "noticed"  # the report says how many bytes are no vote
+    if result(case.name, name, copy, out) == _KNOWN[case.name, name]:
+        return "harmless"
+    # A table goes on without the cell, and names the file.
+    return "noticed" if target.name in out else "silent"
+
+
+def one_edit(case: Case, number: int, draw: random.Random) -> tuple[str, str, str]:
+    """As `one_damage`, for a run's inputs: damaged after round 0, and put back afterwards."""
+    copy = case.folder.with_name(f"copy-{number}")
+    shutil.copytree(case.folder, copy)
+    _remove(*copy.glob("rounds/0001"))
+    folder = case.folder.parent
+    sources = [folder / "rows.jsonl", folder / "pairs.jsonl", *sorted((folder / "model").iterdir())]
+    target, how = draw.choice(sources), draw.choice(list(DAMAGES))
+    data = target.read_bytes()
+    target.write_bytes(DAMAGES[how](data, draw))
+    code, out, err = prefloop(case.commands["run"](copy))
+    target.write_bytes(data)
+    same = not code and result(case.name, "run", copy, out) == result(
+        case.name, "run", case.folder, ""
+    )
+    verdict = {70: "traceback", 0: "harmless" if same else "silent"}.get(code, "noticed")
+    _remove(copy)
+    about = f"run: {how} of {target.relative_to(folder)}: {(err or out).strip()[-300:]}"
+    return f"input/{kind_of(target)}", verdict, about
 
 
 _KNOWN: dict[tuple[str, str], Any] = {}
@@ -338,10 +365,15 @@ def _remove(*paths: Path) -> None:
 # Processes that end early.
 
 
-def interrupted(case: Case, folder: Path, draw: random.Random, seconds: float, how: str) -> str:
-    """Play a run, killed or with files that may not grow; then once more without. What came of it."""
-    out = folder / f"interrupted-{draw.randrange(10**9)}"
-    words = [sys.executable, "-m", "prefloop", *case.commands["run"](out)]
+MAKES = ("run", "evaluate", "compare", "reward train")
+"""Commands that make a folder, and go on with what they have made of it."""
+
+
+def interrupted(case: Case, number: int, draw: random.Random, seconds: float, how: str) -> str:
+    """Begin a command, killed or with files that may not grow; then once more without. What came of it."""
+    name = next(name for name in MAKES if name in case.commands)
+    out = case.folder.with_name(f"{how}-{number}")
+    words = case.commands[name](out)
     limit = draw.choice((100, 1_000, 5_000, 20_000, 60_000))
 
     def limited() -> None:
@@ -349,23 +381,29 @@ def interrupted(case: Case, folder: Path, draw: random.Random, seconds: float, h
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
     process = subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, preexec_fn=limited
+        [sys.executable, "-m", "prefloop", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=limited,
+        start_new_session=True,
     )
     if how == "kill":
         time.sleep(draw.uniform(0, seconds))
-        process.send_signal(signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # a comparison's cells as well
     said = process.communicate()[1].decode(errors="replace")
     if "Traceback" in said:
-        print(f"limit {limit}: {said[-2000:]}", file=sys.stderr)
+        print(f"{name}, limit {limit}: {said[-2000:]}", file=sys.stderr)
         return "traceback"
-    begun = process.returncode
-    code, text, err = prefloop(case.commands["run"](out))
+    code, text, err = prefloop(words)
     if code:
-        print(f"{how}: {err}", file=sys.stderr)
+        print(f"{how} of {name}: {err}", file=sys.stderr)
         return "lost"
-    same = result(case.name, "run", out, text) == result(case.name, "run", case.folder, "")
+    wanted = result(case.name, "run", case.folder, "") if name == "run" else _KNOWN[case.name, name]
+    same = result(case.name, name, out, text) == wanted
     _remove(out)
-    return ("resumed to the same bytes" if begun else "ended in time") if same else "other bytes"
+    if not same:
+        return "other bytes"
+    return "resumed to the same bytes" if process.returncode else "ended in time"
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -373,23 +411,31 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     draw = random.Random(options.seed)
     found = [case for case in cases(folder) if not options.only or case.name in options.only]
     for case in found:
-        learn(case)
+        if options.count or "run" not in case.commands:
+            learn(case)
     counts: dict[str, Counter[str]] = {}
     wrong = []
-    for number in range(options.count):
-        kind, verdict, about = one_damage(found[number % len(found)], number, draw)
+    runs = [case for case in found if "run" in case.commands]
+    tries = [(one_damage, found[number % len(found)]) for number in range(options.count)]
+    tries += [(one_edit, runs[number % len(runs)]) for number in range(options.edits)]
+    for number, (one, case) in enumerate(tries):
+        kind, verdict, about = one(case, number, draw)
         counts.setdefault(kind, Counter())[verdict] += 1
         if verdict in VERDICTS[2:]:
+            print(f"{number}: {kind}: {verdict}: {about}", file=sys.stderr, flush=True)
             wrong.append({"kind": kind, "verdict": verdict, "about": about})
     total = sum(counts.values(), Counter[str]())
     early: dict[str, Counter[str]] = {"kill": Counter(), "disk": Counter()}
-    runs = [case for case in found if "run" in case.commands]
+    made = [case for case in found if set(MAKES) & set(case.commands)]
     for how, times in (("kill", options.kills), ("disk", options.disks)):
         for number in range(times):
-            case = runs[number % len(runs)]
-            early[how][interrupted(case, folder, draw, options.seconds, how)] += 1
+            case = made[number % len(made)]
+            came = interrupted(case, number, draw, options.seconds, how)
+            early[how][came] += 1
+            print(f"{how} {number}: {case.name}: {came}", file=sys.stderr, flush=True)
     return {
         "damages": options.count,
+        "edits": options.edits,
         **{name: total[name] for name in VERDICTS},
         "cases": [case.name for case in found],
         "kinds": {kind: dict(counted) for kind, counted in sorted(counts.items())},
@@ -403,6 +449,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=600, help="damages over all kinds")
+    parser.add_argument("--edits", type=int, default=0, help="damages of what runs are made from")
     parser.add_argument("--kills", type=int, default=0, help="processes to kill")
     parser.add_argument("--disks", type=int, default=0, help="runs whose files may not grow")
     parser.add_argument("--seconds", type=float, default=20.0, help="the latest kill")

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from yaml import MarkedYAMLError
 
-from prefloop.errors import RecipeError, nearest
+from prefloop.errors import RecipeError, failure, nearest
 
 
 def parse_yaml(text: str, source: str) -> Any:
@@ -212,8 +212,8 @@ def find_plugin(package: ModuleType, name: str, base: type[M], what: str) -> typ
         raise RecipeError(f"no {what} {name!r}; {nearest(name, known)}")
     try:
         module = importlib.import_module(name if "." in name else f"{package.__name__}.{name}")
-    except (ImportError, SyntaxError) as error:
-        raise RecipeError(f"{what} {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does while it is imported
+        raise RecipeError(f"{what} {name!r} cannot be imported: {failure(error)}") from error
     found = [
         value
         for value in vars(module).values()

@@ -23,6 +23,7 @@ import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import extract_tb
 
 
 class PrefloopError(Exception):
@@ -73,6 +74,14 @@ def nearest(word: str, known: list[str]) -> str:
     """The hint that ends an error about an unknown name: the nearest spelling, else all there are."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+
+
+def failure(error: BaseException) -> str:
+    """What broke in a user's own code, and the line where it did."""
+    frames = extract_tb(error.__traceback__)
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    kind = type(error).__name__
+    return str(error) if isinstance(error, ImportError | SyntaxError) else f"{kind}: {error}{at}"
 
 
 _GOES_ON = "then the same command goes on where it stopped"

@@ -173,7 +173,7 @@ class ChatServer:
             return Refused("the reply is nested too deeply", malformed=True)
         except _MalformedError as error:
             return Refused(str(error), malformed=True)
-        except (LookupError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise self._failure(error) from error
 
     def _tried(self, ask: Callable[[], T]) -> T:
@@ -337,10 +337,12 @@ def _retry_after(error: BaseException) -> float | None:
 
 
 def _reply(completion: Any, key: str | None) -> Reply:
-    """Read the fields that every server has; LookupError, TypeError or ValueError where one is missing.
+    """Read the fields that every server has; AttributeError, LookupError, TypeError or ValueError where one is missing.
 
     Raises _MalformedError for a text or log-probs that cannot be used. A key that the server echoes is masked.
     """
+    if isinstance(completion, str):  # how the client hands on what is not called application/json
+        completion = json.loads(completion)
     if key:
         completion = json.loads(json.dumps(completion).replace(json.dumps(key)[1:-1], "[key]"))
     choice = completion["choices"][0]
@@ -351,17 +353,18 @@ def _reply(completion: Any, key: str | None) -> Reply:
     if not isinstance(text, str):
         raise TypeError(f"message.content is of type {type(text).__name__}")
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _MalformedError(f"the text holds half a character ({error.reason})") from error
-    try:
         logprobs = (choice.get("logprobs") or {}).get("content") or ()
         tokens = tuple(map(_token, logprobs))
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
         raise _MalformedError(f"its log-probs cannot be read ({error})") from error
     # vLLM's name and that of most others.
-    thought = message.get("reasoning") or message.get("reasoning_content") or ""
-    return Reply(text, str(choice.get("finish_reason")), tokens, str(thought))
+    thought = str(message.get("reasoning") or message.get("reasoning_content") or "")
+    finish = str(choice.get("finish_reason"))
+    try:
+        f"{text}{thought}{finish}".encode()
+    except UnicodeEncodeError as error:
+        raise _MalformedError(f"the text holds half a character ({error.reason})") from error
+    return Reply(text, finish, tokens, thought)
 
 
 def _token(entry: Mapping[str, Any]) -> Token:

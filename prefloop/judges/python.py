@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from prefloop.errors import JudgeError
+from prefloop.errors import JudgeError, failure
 from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Prompt
 
@@ -46,9 +46,9 @@ class Python(Judge):
             target: object = importlib.import_module(module)
             for name in path.split("."):
                 target = getattr(target, name)
-        except (ImportError, SyntaxError, AttributeError) as error:
+        except (Exception, SystemExit) as error:  # whatever the module does while it is imported
             raise JudgeError(
-                f"judge.function {self.function!r} cannot be imported ({error}); "
+                f"judge.function {self.function!r} cannot be imported ({failure(error)}); mend it, or "
                 "name it as module:function, from the working directory or an installed package"
             ) from error
         if not callable(target):
@@ -67,7 +67,13 @@ class _OpenPython:
     def _group(self, prompt: Prompt, group: Sequence[str]) -> Verdict:
         if not all(text.strip() for text in group):
             return EMPTY
-        scores = self.function(prompt, list(group))
+        try:
+            scores = self.function(prompt, list(group))
+        except Exception as error:
+            raise JudgeError(
+                f"judge.function {self.name!r} failed on prompt {prompt.id!r} ({failure(error)}); mend it, "
+                "then the same command goes on"
+            ) from error
         if scores is None:
             return DECLINED
         try:
