@@ -238,11 +238,14 @@ class Options(BaseModel):
 
 def read_recipe(path: Path, kind: type[M], overrides: Sequence[str], *, needs: str) -> M:
     """A file as a recipe of one kind, overridden; RecipeError names file and overrides. `needs`: a section."""
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides is the text {overrides!r}; write a list, [{overrides!r}]")
     values = {"name": path.stem, **read_yaml(path, needs=needs)}
-    source = str(path)
     for override in overrides:
         values = overridden(values, override)
-        source += f" with --set {override}"
+    source = str(path)
+    if overrides:
+        source += " with " + " ".join(f"--set {override}" for override in overrides)
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -21,6 +21,7 @@ from prefloop.data.cells import (
     Cells,
     Found,
     NoTurns,
+    empty,
     is_objects,
     is_texts,
     is_transcript,
@@ -305,7 +306,7 @@ def read_row(where: str, row: Row, options: FieldOptions, beside: Sequence[str] 
     Raises DataError with `where` for a malformed row.
     """
     cells, names = _named(where, row, options)
-    format = _format_of(cells, options)
+    format = _format_of(cells, row, options)
     found: Found
     try:
         found = format.read(cells)
@@ -358,33 +359,35 @@ def _named(where: str, row: Row, options: FieldOptions) -> tuple[Cells, dict[str
     return written, {name: given for given, name in moved.items()}
 
 
-def _format_of(cells: Cells, options: FieldOptions) -> Format:
+def _format_of(cells: Cells, row: Row, options: FieldOptions) -> Format:
     if options.format is not None:
         found = BY_NAME[options.format]
         if not found.fits(cells):
             raise DataError(
                 f"{cells.where} has not the columns of data.format {found.name} ({found.about}); its columns: "
-                f"{_columns(cells.row)}; leave data.format out, or correct the row"
+                f"{_columns(row, options)}; leave data.format out, or correct the row"
             )
         return found
     for one in FORMATS:
         if one.fits(cells):
             return one
-    raise DataError(_missing(cells, options))
+    raise DataError(_missing(cells.where, row, options))
 
 
-def _columns(row: Row) -> str:
-    return ", ".join(repr(str(name)[:40]) for name in row) or "none"
+def _columns(row: Row, options: FieldOptions) -> str:
+    return ", ".join(repr(str(name)[:40]) for name in row if name not in options.ignore) or "none"
 
 
-def _missing(cells: Cells, options: FieldOptions) -> str:
+def _missing(where: str, row: Row, options: FieldOptions) -> str:
+    """Why a row that fits no format has no prompt, in the file's own names of columns."""
     wanted = [field for field in (options.prompt_field, options.messages_field) if field]
-    needs = " or ".join(map(repr, wanted))
-    if any(name in cells.row for name in ("prompt", "messages")):
-        return f"{cells.where}: {needs} is empty; fill it in or remove the row"
+    asks = [*wanted, *TALKS, *(name for name in PROMPTS if name != "input")]
+    blank = next((name for name in asks if name in row and empty(row[name])), None)
+    if blank is not None:
+        return f"{where}: {blank!r} is empty; fill it in or remove the row"
     return (
-        f"{cells.where} has no {needs} (its columns: {_columns(cells.row)}); set data.prompt_field or "
-        "data.messages_field to the column that holds it, or data.format to a format of docs/data.md"
+        f"{where} has no {' or '.join(map(repr, wanted))} (its columns: {_columns(row, options)}); set "
+        "data.prompt_field or data.messages_field to the column that holds it, or data.format to a format of docs/data.md"
     )
 
 

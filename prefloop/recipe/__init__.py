@@ -164,7 +164,7 @@ class Recipe(Options):
         if self.sft and self.sft.batch_size % self.train.micro_batch_size:
             raise RecipeError(
                 f"train.micro_batch_size ({self.train.micro_batch_size}) must divide "
-                f"sft.batch_size ({self.sft.batch_size})"
+                f"sft.batch_size ({self.sft.batch_size}); change one of them"
             )
         return self
 

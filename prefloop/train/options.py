@@ -71,7 +71,7 @@ class RewardTrainOptions(Options):
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size ({self.micro_batch_size}) must divide "
-                f"train.batch_size ({self.batch_size})"
+                f"train.batch_size ({self.batch_size}); change one of them"
             )
         return self
 
@@ -130,7 +130,7 @@ class TrainOptions(Options):
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size ({self.micro_batch_size}) must divide "
-                f"train.batch_size ({self.batch_size})"
+                f"train.batch_size ({self.batch_size}); change one of them"
             )
         # A dumped recipe has every value, so the default's is no contradiction.
         if self.optimizer != "rmsprop" and self.rmsprop_alpha != 0.99:

@@ -210,7 +210,7 @@ BAD_LINES = {
     "not JSON": ("{oops}", "is not JSON (Expecting property name enclosed in double quotes)"),
     "no object": ("[1, 2]", "is not an object"),
     "no prompt": ('{"text": "q"}', "has no 'prompt' or 'messages' (its columns: 'text')"),
-    "null prompt": ('{"prompt": null}', "'prompt' or 'messages' is empty"),
+    "null prompt": ('{"prompt": null}', "'prompt' is empty"),
     "empty prompt": ('{"prompt": " "}', "'prompt' is empty"),
     "number": ('{"prompt": 5}', "'prompt' is int, not text"),
     "empty response": ('{"prompt": "a", "response": ""}', "'response' is empty"),
@@ -375,7 +375,7 @@ def test_a_row_of_a_data_set_is_named_by_its_number(tmp_path, hf_cache):
     from datasets import Dataset
 
     Dataset.from_list([*QA, {"prompt": "", "response": "b"}]).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(DataError, match=r"saved, row 7: 'prompt' or 'messages' is empty"):
+    with pytest.raises(DataError, match=r"saved, row 7: 'prompt' is empty"):
         read(str(tmp_path / "saved"))
 
 

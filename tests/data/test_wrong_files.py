@@ -83,6 +83,12 @@ WRONG: dict[str, Wrong] = {
     "column twice": raw("a.csv", "prompt,prompt\na,b\n", ":1", "'prompt' twice"),
     "no header": raw("a.csv", "What is up?,Fine.\nAnd you?,Well.\n", ":2", "has no 'prompt'"),
     "empty cell": raw("a.csv", "prompt,response\na,b\n,c\n", ":3", "is empty; fill it in"),
+    "empty question": raw(
+        "a.csv", "question;answer\na;b\n;c\n", ":3", "'question' is empty; fill it in"
+    ),
+    "empty column of an option": raw(
+        "a.csv", "ask,reply\na,b\n,c\n", ":3", "'ask' is empty; fill it in", prompt_field="ask"
+    ),
     "label in CSV": raw("a.csv", "prompt,response,label\na,b,maybe\n", ":2", "'label' is 'maybe'"),
     "Python's repr in CSV": raw(
         "a.csv", "messages\n\"[{'role': 'user', 'content': 'a'}]\"\n", ":2", "must be a filled list"

@@ -105,11 +105,11 @@ WRONG = [
     ),
     (
         IAL_RECIPE + "train: {batch_size: 6}\n",
-        "r.yaml: train.micro_batch_size (4) must divide train.batch_size (6)",
+        "r.yaml: train.micro_batch_size (4) must divide train.batch_size (6); change one of them",
     ),
     (
         IAL_RECIPE + "sft: {batch_size: 6}\n",
-        "r.yaml: train.micro_batch_size (4) must divide sft.batch_size (6)",
+        "r.yaml: train.micro_batch_size (4) must divide sft.batch_size (6); change one of them",
     ),
     (
         IAL_RECIPE + "train:\n",
@@ -190,6 +190,17 @@ def test_a_wrong_recipe_is_refused_in_one_sentence(folder: Path, text: str, sent
     with pytest.raises(RecipeError) as caught:
         loaded(text)
     assert str(caught.value) == sentence
+
+
+def test_overrides_that_are_one_text_are_refused(folder: Path) -> None:
+    (folder / "r.yaml").write_text(IAL_RECIPE)
+    with pytest.raises(RecipeError, match=r"overrides is the text 'seed=5'; write a list"):
+        load_recipe("r.yaml", "seed=5")
+
+
+def test_all_overrides_are_named_in_an_error(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^r\.yaml with --set seed=5 --set train\.lr=: train\.lr"):
+        loaded(IAL_RECIPE, "seed=5", "train.lr=")
 
 
 @pytest.mark.parametrize(
