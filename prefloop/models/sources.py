@@ -158,9 +158,9 @@ def local_folder(source: str, options: ModelOptions) -> Path:
         raise ModelError(f"{source} has no config.json, so it is no model folder; {hint}")
     if not any(folder.glob("*.safetensors")):
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        found = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
+        weights = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
         raise ModelError(
-            f"{source} has {found}, and only safetensors are read; convert the model with "
+            f"{source} has {weights}, and only safetensors are read; convert the model with "
             "save_pretrained, or set model.source to one that has *.safetensors"
         )
     return folder
