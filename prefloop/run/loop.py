@@ -178,10 +178,11 @@ class _Loop:
         total = pairs + reasons.total()
         share = reasons.total() / max(1, total)
         if not pairs or share > self.recipe.guard.max_reject_share:
+            longer = "raise method.sampling.max_new_tokens, " if reasons["cut off"] else ""
             raise GuardStop(
                 f"round {round_dir.number} made {pairs} pairs of {total} prompts "
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
-                f"{round_dir.path}/rejects.jsonl, and change the method's gates or prompts, "
+                f"{round_dir.path}/rejects.jsonl, and {longer}change the method's gates or prompts, "
                 "or guard.max_reject_share"
             )
 
