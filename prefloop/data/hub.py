@@ -95,7 +95,7 @@ def _saved(path: Path, split: str, pairs: bool) -> Any:
 
 
 def _existing(split: str, there: Sequence[str], pairs: bool) -> str:
-    """The split, or where it is not there and was not chosen, the published one that stands for it."""
+    """The split; where the default one is missing, the published split that is used in its place."""
     if split in there or split not in _PLAIN:
         return split
     return next((name for name in _PUBLISHED[split, pairs] if name in there), split)

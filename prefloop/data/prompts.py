@@ -28,7 +28,7 @@ _Name: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 class SourceOptions(FieldOptions):
-    """One of several sources. What it does not say has the default, not the value that stands in `data`."""
+    """One of several sources. Options that it leaves out have their defaults, not the values of the section `data`."""
 
     source: str = Field(min_length=1)
     """File, folder, data set on the hub, or "embedded:instructions"."""
@@ -203,7 +203,7 @@ class _Loader:
         self.notes: list[str] = []
 
     def read_part(self, part: Part) -> tuple[PromptStore, dict[str, range]]:
-        """All sources of a part as one store, and where in it each lies, if they are a list."""
+        """All sources of a part as one store, and the range of each in it, if they are a list."""
         sources = self._options.sources(part)
         if not self._options.is_listed(part):
             limit = self._options.limit if part == "train" else None
@@ -292,7 +292,7 @@ def read_prompts(
     """Stream the prompts of one source; DataError names the file and line of the first bad row.
 
     A source that is a text is read by `options`; `part` says which split of a data set is meant. `tally`
-    is told how rows were read, and why one cannot be used.
+    counts the rows and notes how they were read, and why one cannot be used.
     """
     if isinstance(source, str):
         source = options.source(source, part)

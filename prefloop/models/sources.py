@@ -81,7 +81,7 @@ class ModelOptions(Options):
     chat_template: str | None = None
     """Path of a jinja file that replaces the tokenizer's own template, or gives it one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """What the template is told besides the conversation: {enable_thinking: false}, {reasoning_effort: low}."""
+    """Further arguments of the chat template: {enable_thinking: false}, {reasoning_effort: low}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off means: such a model is refused."""
     revision: str | None = None
@@ -98,7 +98,7 @@ def without_code(options: ModelOptions, trust: bool) -> ModelOptions:
 
 
 class Embedded(NamedTuple):
-    """A model inside a package: where it lies, how it gets there, what it is."""
+    """A model inside a package: the package, how it is installed, what it is."""
 
     package: str
     file: str

@@ -44,7 +44,7 @@ class Stage(NamedTuple):
     """-1 is `start`."""
     name: str
     folder: Path
-    """Below it lies the folder `processes` while they work, and after they failed."""
+    """Holds the folder `processes` while they work, and after a failure."""
 
     @property
     def notes(self) -> Path:

@@ -1,6 +1,6 @@
 """What training did to each token of some pairs: log-probs after the round beside those of its reference.
 
-Needs the models, so it is asked for (`prefloop report RUN --logratios N`) and kept in the run's folder.
+Needs the models, so it is computed on request (`prefloop report RUN --logratios N`) and kept in the run's folder.
 """
 
 from __future__ import annotations

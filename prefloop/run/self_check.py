@@ -150,7 +150,8 @@ def _trainer(
 def _engine(
     engine: HFEngine, policy: Policy, rows: list[list[int]], expected_NV: Tensor
 ) -> dict[str, float]:
-    """Scores of the rows, and what is decoded after them: how much less likely than the likeliest token."""
+    """Distance of the engine's scores of the rows; and of greedily decoded tokens, how much less likely they are than
+    the likeliest one."""
     spread = float(expected_NV.std().clamp(min=1e-6))
     scores = engine.score_tokens(rows, [1] * len(rows))
     found_N = torch.tensor([logp for score in scores for logp in score.logprobs]) / spread
