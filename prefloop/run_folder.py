@@ -293,7 +293,9 @@ class RunDir:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def same_inputs(self, found: Mapping[str, str | int], *, decisive: bool = True) -> list[str]:
+    def same_inputs(
+        self, identities: Mapping[str, str | int], *, decisive: bool = True
+    ) -> list[str]:
         """Compare inputs, by name, with those that the run began with; which differ, in words.
 
         Those that are seen for the first time are noted. Raises RunFolderError where a `decisive` one differs
@@ -304,7 +306,7 @@ class RunDir:
         known: dict[str, str | int] = facts.get("inputs", {})
         changed = [
             f"{name} was {known[name]}, now {value}"
-            for name, value in found.items()
+            for name, value in identities.items()
             if name in known and known[name] != value
         ]
         if changed and decisive and not self._accept_changes:
@@ -314,8 +316,8 @@ class RunDir:
             )
         if changed:
             self.event("changed inputs", changes=changed)
-        if changed or found.keys() - known.keys():
-            write_atomically(path, sealed({**facts, "inputs": {**known, **found}}))
+        if changed or identities.keys() - known.keys():
+            write_atomically(path, sealed({**facts, "inputs": {**known, **identities}}))
         return changed
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+import prefloop.judges
 import prefloop.methods
 from prefloop import cli
 from prefloop.compare.file import cells, load_comparison
@@ -161,6 +162,17 @@ def test_every_method_has_a_page_and_its_training_measures_are_explained(name: s
     explained = (ROOT / "docs/metrics.md").read_text("utf-8")
     assert output.metrics
     assert [key for key in output.metrics if f"`train_{key}`" not in explained] == []
+
+
+@pytest.mark.parametrize("name", plugin_names(prefloop.methods))
+def test_every_method_is_linked_where_people_look_for_it(name: str) -> None:
+    assert f"(methods/{name}.md)" in (ROOT / "docs/index.md").read_text("utf-8")
+    assert f"(docs/methods/{name}.md)" in (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", plugin_names(prefloop.judges))
+def test_every_judge_is_in_the_table_of_judges(name: str) -> None:
+    assert f"\n| `{name}` |" in (ROOT / "docs/judges.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("name", MEASURES)

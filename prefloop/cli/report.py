@@ -102,14 +102,14 @@ def verify(
     """Compare every file of a run with what its manifests say; exits with 1 where one is not as it was written."""
     from prefloop.run.verify import verify_run
 
-    found = verify_run(run_folder, redo=redo)
+    report = verify_run(run_folder, redo=redo)
     if as_json:
-        typer.echo(json.dumps(found.__dict__, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(report.__dict__, indent=1, ensure_ascii=False))
     else:
-        for sentence in found.damaged:
+        for sentence in report.damaged:
             typer.echo(sentence)
-        for stage in found.redone:
+        for stage in report.redone:
             typer.echo(f"taken out: {stage}")
-        typer.echo(f"{run_folder}: {found.stages} stages, {len(found.damaged)} damaged")
-    if found.damaged and not redo:
+        typer.echo(f"{run_folder}: {report.stages} stages whole, {len(report.damaged)} damaged")
+    if report.damaged and not redo:
         raise typer.Exit(1)

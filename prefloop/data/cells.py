@@ -37,7 +37,7 @@ class Entry:
         yield from filter(None, (self.target, self.chosen, self.rejected))
 
 
-Found: TypeAlias = Sequence[Entry] | str
+RowContent: TypeAlias = Sequence[Entry] | str
 """What a row holds; or why it cannot be used at all."""
 
 

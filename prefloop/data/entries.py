@@ -116,11 +116,11 @@ def _entries(
         tally.formats[read.format.name] += 1
         tally.used |= dict.fromkeys(read.used)
         tally.ignored |= dict.fromkeys(read.ignored)
-        if isinstance(read.found, str):
-            tally.drop(read.found, where)
+        if isinstance(read.content, str):
+            tally.drop(read.content, where)
             continue
         identity = _identity(where, row, options, f"{stem}-{number}")
-        for entry in read.found:
+        for entry in read.content:
             yield Placed(where, identity + entry.suffix, entry, row)
 
 

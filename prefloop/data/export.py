@@ -85,14 +85,14 @@ def _tokens(pair: Pair, role: str) -> list[int] | None:
     return list(pair.token_ids[role]) if role in pair.token_ids else None
 
 
-def _destination(place: Path, format: Format) -> Path:
+def _destination(path: Path, format: Format) -> Path:
     suffix = ".parquet" if format == "parquet" else ".jsonl"
-    if place.is_dir() or not place.suffix:
-        return place / f"pairs{suffix}"
-    if place.suffix == suffix:
-        return place
+    if path.is_dir() or not path.suffix:
+        return path / f"pairs{suffix}"
+    if path.suffix == suffix:
+        return path
     raise DataError(
-        f"{place} does not end in {suffix}; rename it so, name a folder, "
+        f"{path} does not end in {suffix}; rename it so, name a folder, "
         f"or choose the format that its name asks for"
     )
 

@@ -118,12 +118,12 @@ def _object(where: str, value: object) -> Located:
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """An object whose keys are all different: of two equal ones, Python would keep the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice[:40]!r} stands twice in one object")
-    return found
+    return unique
 
 
 def _json(file: DataFile, text: str, first_line: int = 1) -> object:
@@ -180,12 +180,12 @@ def _lists(value: Mapping[str, object]) -> list[str]:
 
 
 def _unwrapped(file: DataFile, value: dict[str, Any]) -> object:
-    found = _lists(value)
-    if len(found) == 1:
-        return value[found[0]]
-    if found:
+    names = _lists(value)
+    if len(names) == 1:
+        return value[names[0]]
+    if names:
         raise DataError(
-            f"{file.name}:1 holds the lists {', '.join(map(repr, found))}; write the one that is meant "
+            f"{file.name}:1 holds the lists {', '.join(map(repr, names))}; write the one that is meant "
             "to a file of its own"
         )
     return [value]

@@ -19,8 +19,8 @@ from prefloop.data.cells import (
     SYSTEM,
     TALKS,
     Cells,
-    Found,
     NoTurns,
+    RowContent,
     empty,
     is_objects,
     is_texts,
@@ -72,7 +72,7 @@ class Format(NamedTuple):
     name: str
     about: str
     fits: Callable[[Cells], bool]
-    read: Callable[[Cells], Found]
+    read: Callable[[Cells], RowContent]
     pairs: bool = False
     """Whether its rows are labelled pairs."""
 
@@ -295,7 +295,7 @@ class Read(NamedTuple):
     """A row, read."""
 
     format: Format
-    found: Found
+    content: RowContent
     used: tuple[str, ...]
     ignored: tuple[str, ...]
 
@@ -307,16 +307,16 @@ def read_row(where: str, row: Row, options: FieldOptions, beside: Sequence[str] 
     """
     cells, names = _named(where, row, options)
     format = _format_of(cells, row, options)
-    found: Found
+    content: RowContent
     try:
-        found = format.read(cells)
+        content = format.read(cells)
     except NoTurns as reason:
-        found = str(reason)
-    if not isinstance(found, str) and any(one.messages[-1].role != "user" for one in found):
+        content = str(reason)
+    if not isinstance(content, str) and any(one.messages[-1].role != "user" for one in content):
         raise cells.fail(
             "the prompt does not end with the user's turn; leave what follows to the answers"
         )
-    lost = [name for name in cells.row if _would_be_lost(cells, name, found, options)]
+    lost = [name for name in cells.row if _would_be_lost(cells, name, content, options)]
     if lost:
         raise cells.fail(
             f"{', '.join(map(repr, lost))} would be lost beside {', '.join(map(repr, cells.used))}; pass over with "
@@ -324,7 +324,7 @@ def read_row(where: str, row: Row, options: FieldOptions, beside: Sequence[str] 
         )
     used = [names.get(name, name) for name in cells.used if name in cells.row]
     ignored = [name for name in row if name not in used and name not in beside]
-    return Read(format, found, tuple(used), tuple(ignored))
+    return Read(format, content, tuple(used), tuple(ignored))
 
 
 def _renames(options: FieldOptions) -> Iterator[tuple[str, str | None]]:
@@ -361,13 +361,13 @@ def _named(where: str, row: Row, options: FieldOptions) -> tuple[Cells, dict[str
 
 def _format_of(cells: Cells, row: Row, options: FieldOptions) -> Format:
     if options.format is not None:
-        found = BY_NAME[options.format]
-        if not found.fits(cells):
+        format = BY_NAME[options.format]
+        if not format.fits(cells):
             raise DataError(
-                f"{cells.where} has not the columns of data.format {found.name} ({found.about}); its columns: "
+                f"{cells.where} has not the columns of data.format {format.name} ({format.about}); its columns: "
                 f"{_columns(row, options)}; leave data.format out, or correct the row"
             )
-        return found
+        return format
     for one in FORMATS:
         if one.fits(cells):
             return one
@@ -391,15 +391,15 @@ def _missing(where: str, row: Row, options: FieldOptions) -> str:
     )
 
 
-def _would_be_lost(cells: Cells, name: str, found: Found, options: FieldOptions) -> bool:
+def _would_be_lost(cells: Cells, name: str, content: RowContent, options: FieldOptions) -> bool:
     """Whether a column has content that nobody has read; one that repeats what was read counts as read."""
     if name not in _CONTENT or name not in cells or name in cells.used:
         return False
-    if isinstance(found, str) or options.format is not None:
+    if isinstance(content, str) or options.format is not None:
         return False
     if name == "turns" and isinstance(cells.row[name], int):
         return False  # how many there are
-    known = {" ".join(text.split()) for entry in found for text in entry.texts}
+    known = {" ".join(text.split()) for entry in content for text in entry.texts}
     said = list(_texts(cells.row[name]))
     if said and all(" ".join(text.split()) in known for text in said):
         cells.used[name] = None

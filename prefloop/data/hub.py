@@ -70,7 +70,7 @@ def _rows(
     named = builder.config.data_files or {}
     split = _existing(split, [str(name) for name in named], pairs)
     files = {str(name): _text_files(source, urls) for name, urls in named.items()}
-    if files and all(found is not None for found in files.values()):
+    if files and all(file is not None for file in files.values()):
         yield from _of_files(files, split)  # type: ignore[arg-type]
     else:
         yield from _numbered(source, load_dataset(str(path), subset, split=split))
@@ -95,7 +95,7 @@ def _saved(path: Path, split: str, pairs: bool) -> Any:
 
 
 def _existing(split: str, there: Sequence[str], pairs: bool) -> str:
-    """The split, or where it is not there and was not chosen, the published one that stands for it."""
+    """The split; where the default one is missing, the published split that is used in its place."""
     if split in there or split not in _PLAIN:
         return split
     return next((name for name in _PUBLISHED[split, pairs] if name in there), split)
@@ -106,15 +106,15 @@ def _existing(split: str, there: Sequence[str], pairs: bool) -> str:
 
 def _text_files(source: str, urls: Iterable[str]) -> list[Callable[[], DataFile]] | None:
     """How to get at each file, where all are CSV or JSON."""
-    found: list[Callable[[], DataFile]] = []
+    openers: list[Callable[[], DataFile]] = []
     for url in map(str, urls):
         remote = "://" in url
         shown = f"{source}, {url.rpartition('/')[2]}" if remote else url
         known = data_file(Path(url), shown)
         if known is None or known.kind in (".parquet", ".arrow", ".feather"):
             return None
-        found.append(_fetched(url, known) if remote else lambda known=known: known)  # type: ignore[misc]
-    return found
+        openers.append(_fetched(url, known) if remote else lambda known=known: known)  # type: ignore[misc]
+    return openers
 
 
 def _fetched(url: str, file: DataFile) -> Callable[[], DataFile]:

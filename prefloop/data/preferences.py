@@ -72,7 +72,7 @@ def read_preferences(
     fields = FieldOptions() if fields is None else fields
     tally = Tally()
     beside = ("source", "tie", *([margin_field] if margin_field else []))
-    found = read_entries(
+    entries = read_entries(
         source,
         fields,
         part="train",
@@ -84,7 +84,7 @@ def read_preferences(
     )
     name = _source_name(source)
     pairs = []
-    for placed in found:
+    for placed in entries:
         if placed.entry.flaw:
             tally.drop(placed.entry.flaw, placed.where)
         else:
@@ -134,8 +134,8 @@ def split_by_prompt(
     held_out: list[Preference] = []
     for pair in pairs:
         digest = sha256(f"{seed}/{pair.key}".encode()).digest()
-        place = int.from_bytes(digest[:8]) / 2**64
-        (held_out if place < share else train).append(pair)
+        position = int.from_bytes(digest[:8]) / 2**64
+        (held_out if position < share else train).append(pair)
     return train, held_out
 
 

@@ -28,7 +28,7 @@ _Name: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 class SourceOptions(FieldOptions):
-    """One of several sources. What it does not say has the default, not the value that stands in `data`."""
+    """One of several sources. Options that it leaves out have their defaults, not the values of the section `data`."""
 
     source: str = Field(min_length=1)
     """File, folder, data set on the hub, or "embedded:instructions"."""
@@ -203,7 +203,7 @@ class _Loader:
         self.notes: list[str] = []
 
     def read_part(self, part: Part) -> tuple[PromptStore, dict[str, range]]:
-        """All sources of a part as one store, and where in it each lies, if they are a list."""
+        """All sources of a part as one store, and the range of each in it, if they are a list."""
         sources = self._options.sources(part)
         if not self._options.is_listed(part):
             limit = self._options.limit if part == "train" else None
@@ -258,15 +258,15 @@ def amounts(sources: Sequence[SourceOptions], there: Sequence[int]) -> list[int]
     """Rows of each source: all, `take`, or by weight as many as the scarcest weighted source allows."""
     weights = [getattr(source, "weight", None) for source in sources]
     unit = min((count / w for w, count in zip(weights, there, strict=True) if w), default=0.0)
-    found = []
+    rows = []
     for source, weight, count in zip(sources, weights, there, strict=True):
         amount = source.take or (max(1, round(unit * weight)) if weight else count)
         if amount > count:
             raise DataError(
                 f"{source.source} has {count} usable rows, and take is {amount}; lower it"
             )
-        found.append(amount)
-    return found
+        rows.append(amount)
+    return rows
 
 
 def _drawn(store: PromptStore, amount: int, seed: int, name: str) -> PromptStore:
@@ -292,7 +292,7 @@ def read_prompts(
     """Stream the prompts of one source; DataError names the file and line of the first bad row.
 
     A source that is a text is read by `options`; `part` says which split of a data set is meant. `tally`
-    is told how rows were read, and why one cannot be used.
+    counts the rows and notes how they were read, and why one cannot be used.
     """
     if isinstance(source, str):
         source = options.source(source, part)
@@ -302,7 +302,7 @@ def read_prompts(
             f"{EMBEDDED} has no labelled pairs, which this method trains on; name a file with prompt, "
             "chosen and rejected in data.train"
         )
-    found = read_entries(
+    entries = read_entries(
         source.source,
         source,
         part=part,
@@ -312,7 +312,7 @@ def read_prompts(
         tally=tally,
     )
     first_use: dict[str, str] = {}
-    for placed in found if needs_pairs else _without_repeats(found):
+    for placed in entries if needs_pairs else _without_repeats(entries):
         wants_pair = needs_pairs and (part == "train" or placed.entry.chosen is not None)
         prompt = _prompt(placed, needs_target=needs_target, wants_pair=wants_pair)
         if isinstance(prompt, str):
@@ -327,10 +327,10 @@ def read_prompts(
         yield prompt
 
 
-def _without_repeats(found: Iterable[Placed]) -> Iterator[Placed]:
+def _without_repeats(entries: Iterable[Placed]) -> Iterator[Placed]:
     """The entries without those of a row that differ in the worse answer only, where no pairs are wanted."""
     where, targets = "", set[str | None]()
-    for placed in found:
+    for placed in entries:
         if placed.where != where:
             where, targets = placed.where, set()
         if placed.entry.target not in targets:

@@ -13,7 +13,7 @@ from prefloop.data.cells import (
     TALKS,
     Cells,
     Entry,
-    Found,
+    RowContent,
     context,
     is_texts,
     is_transcript,
@@ -40,7 +40,7 @@ def _answer(cells: Cells, name: str) -> str:
     return turns[-1].content
 
 
-def _single(cells: Cells, turns: list[Message], answers: Sequence[str] = ANSWERS) -> Found:
+def _single(cells: Cells, turns: list[Message], answers: Sequence[str] = ANSWERS) -> RowContent:
     """A conversation with or without its answer, which is its own last turn or stands in a column."""
     target = None
     if turns and turns[-1].role == "assistant":
@@ -53,7 +53,7 @@ def _single(cells: Cells, turns: list[Message], answers: Sequence[str] = ANSWERS
     return _labelled(cells, Entry(tuple(turns), target=target))
 
 
-def _labelled(cells: Cells, entry: Entry) -> Found:
+def _labelled(cells: Cells, entry: Entry) -> RowContent:
     """The entry, minding a column that says whether its answer is a good one."""
     name = cells.first("kto_tag", "label")
     if name is None or entry.target is None:
@@ -76,19 +76,19 @@ def _truth(value: object) -> bool | None:
     return known.get(str(value).strip().lower())
 
 
-def messages(cells: Cells) -> Found:
+def messages(cells: Cells) -> RowContent:
     """A column of turns, the last of which may be the answer."""
     given = (name for name in TALKS if cells.row.get(name) is not None)
     name = cells.first(*TALKS) or next(given)
     return _single(cells, joined(cells, context(cells, ()), talk(cells, name)))
 
 
-def asks(prompt: str, answers: Sequence[str]) -> Callable[[Cells], Found]:
+def asks(prompt: str, answers: Sequence[str]) -> Callable[[Cells], RowContent]:
     """A reader of a prompt's column and the columns that may hold its answer."""
     return lambda cells: _single(cells, context(cells, (prompt,)), answers)
 
 
-def dialogue(cells: Cells) -> Found:
+def dialogue(cells: Cells) -> RowContent:
     """Texts of user and assistant in turn."""
     said = cells.get("data") or cells.get("dialog")
     roles = ("user", "assistant")
@@ -96,13 +96,13 @@ def dialogue(cells: Cells) -> Found:
     return _single(cells, conversation(cells.where, "data", turns))
 
 
-def questions(cells: Cells) -> Found:
+def questions(cells: Cells) -> RowContent:
     """The first of several questions: what follows would need its answer."""
     first, *_ = cells.get("turns")
     return [Entry((Message(role="user", content=filled_text(cells.where, "turns[0]", first)),))]
 
 
-def transcript_text(cells: Cells) -> Found:
+def transcript_text(cells: Cells) -> RowContent:
     """A column `text` with a transcript."""
     return _single(cells, transcript(cells.text("text")))
 
@@ -110,7 +110,7 @@ def transcript_text(cells: Cells) -> Found:
 # Pairs of answers.
 
 
-def pair(cells: Cells, good: str = "chosen", bad: str = "rejected") -> Found:
+def pair(cells: Cells, good: str = "chosen", bad: str = "rejected") -> RowContent:
     """Two answers, each a text, a turn or a conversation, to a prompt in a column or in both of them."""
     sides = [_side(cells, name) for name in (good, bad)]
     leads = [lead for lead, _ in sides if lead]
@@ -144,21 +144,21 @@ def _side(cells: Cells, name: str) -> tuple[list[Message], str]:
 
 def _before(cells: Cells, lead: list[Message], good: str) -> list[Message]:
     """The turns before the answers, from the prompt's columns and from the answers' own conversations."""
-    asked = _prompt_of_pair(cells, good)
-    if not asked or (len(asked) == 1 and asked[0].role == "system"):
+    question = _prompt_of_pair(cells, good)
+    if not question or (len(question) == 1 and question[0].role == "system"):
         if not lead or lead[0].role == "assistant":
             raise cells.fail(
                 "has neither 'prompt' nor 'messages'; name the prompt's column in data.prompt_field, or let 'chosen' and 'rejected' be "
                 "conversations that differ in their last turn only"
             )
-        return joined(cells, asked, lead)
-    if asked[-1].role != "user":
+        return joined(cells, question, lead)
+    if question[-1].role != "user":
         raise cells.fail("the prompt ends with the assistant's turn; leave it to the two answers")
     if not lead:
-        return asked
+        return question
     if lead[0].role == "assistant":
-        return [*asked, *lead]
-    return _agreed(cells, asked, lead, good)
+        return [*question, *lead]
+    return _agreed(cells, question, lead, good)
 
 
 def _prompt_of_pair(cells: Cells, good: str) -> list[Message]:
@@ -181,10 +181,10 @@ def _prompt_of_pair(cells: Cells, good: str) -> list[Message]:
     return joined(cells, context(cells, ()), turns[:-1])
 
 
-def _agreed(cells: Cells, asked: list[Message], lead: list[Message], good: str) -> list[Message]:
+def _agreed(cells: Cells, question: list[Message], lead: list[Message], good: str) -> list[Message]:
     """The longer one of a prompt and a history, which must not contradict each other."""
-    system = [turn for turn in asked if turn.role == "system"]
-    own = [turn for turn in asked if turn.role != "system"]
+    system = [turn for turn in question if turn.role == "system"]
+    own = [turn for turn in question if turn.role != "system"]
     users = [turn.content for turn in lead if turn.role == "user"]
     within = len(own) == 1 and any(same(own[0].content, text) for text in users)
     bare = [turn for turn in lead if turn.role != "system"]
@@ -222,7 +222,7 @@ def _decided(
     )
 
 
-def implicit(cells: Cells) -> Found:
+def implicit(cells: Cells) -> RowContent:
     """TRL's implicit prompt: the words that both texts begin with."""
     chosen, rejected = cells.text("chosen"), cells.text("rejected")
     equal = takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
@@ -241,7 +241,7 @@ def implicit(cells: Cells) -> Found:
     ]
 
 
-def openai(cells: Cells) -> Found:
+def openai(cells: Cells) -> RowContent:
     """OpenAI's preference form: the prompt is inside `input`."""
     given = cells.get("input")
     if given.get("tools"):
@@ -250,15 +250,15 @@ def openai(cells: Cells) -> Found:
     return pair(cells, "preferred_output", "non_preferred_output")
 
 
-def two(first: str, second: str, *labels: str) -> Callable[[Cells], Found]:
+def two(first: str, second: str, *labels: str) -> Callable[[Cells], RowContent]:
     """A reader of two answers beside a column that says which one is better."""
 
-    def read(cells: Cells) -> Found:
+    def read(cells: Cells) -> RowContent:
         sides = [_side(cells, name) for name in (first, second)]
         if sides[0][0] != sides[1][0]:
             return "the histories of the two answers differ"
-        asked = context(cells, ("context", *PROMPTS, "history"))
-        messages = sides[0][0] if sides[0][0] and not asked else asked
+        question = context(cells, ("context", *PROMPTS, "history"))
+        messages = sides[0][0] if sides[0][0] and not question else question
         if not messages:
             messages = _before(cells, [], first)
         name = cells.first(*labels)
@@ -327,22 +327,22 @@ _LABELS: Mapping[str, Callable[[Cells, str], int | None]] = {
 }
 
 
-def ranked(column: str, text: str, *scores: tuple[str, int]) -> Callable[[Cells], Found]:
+def ranked(column: str, text: str, *scores: tuple[str, int]) -> Callable[[Cells], RowContent]:
     """A reader of several answers with a score each (1: higher is better, -1: lower): best over worst."""
 
-    def read(cells: Cells) -> Found:
+    def read(cells: Cells) -> RowContent:
         messages = context(cells, ("prompt", "instruction"))
         if not messages:
             raise cells.fail("has no 'prompt' or 'instruction'; add it")
-        found = []
+        scored = []
         for number, one in enumerate(cells.get(column)):
             name = f"{column}[{number}]"
             key, sign = next(((k, s) for k, s in scores if one.get(k) is not None), ("", 0))
             inside = Cells(cells.where, {name: one.get(text), f"{name}.{key}": one.get(key)})
             if not sign:
                 raise cells.fail(f"{name} has no {' or '.join(k for k, _ in scores)}; add it")
-            found.append((sign * _number(inside, f"{name}.{key}"), inside.text(name)))
-        best, worst = max(found, key=lambda pair: pair[0]), min(found, key=lambda pair: pair[0])
+            scored.append((sign * _number(inside, f"{name}.{key}"), inside.text(name)))
+        best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
         if best[0] == worst[0]:
             return [Entry(tuple(messages), flaw="all answers are ranked alike")]
         return [_decided(cells, messages, best[1], worst[1])]
@@ -350,7 +350,7 @@ def ranked(column: str, text: str, *scores: tuple[str, int]) -> Callable[[Cells]
     return read
 
 
-def many(cells: Cells) -> Found:
+def many(cells: Cells) -> RowContent:
     """RewardBench 2's lists of good and of bad answers: every good one over every bad one."""
     messages = context(cells)
     if not messages:

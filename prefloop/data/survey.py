@@ -68,7 +68,7 @@ def survey(
 ) -> Survey:
     """Read a whole source, held in memory. `limits`: tokens of a prompt and of an answer. Raises DataError."""
     tally = Tally()
-    found = list(
+    placed_entries = list(
         read_entries(
             options.source,
             options,
@@ -79,15 +79,15 @@ def survey(
             tally=tally,
         )
     )
-    entries = [placed.entry for placed in found]
-    paired = put_together(iter(found), Tally())
+    entries = [placed.entry for placed in placed_entries]
+    paired = put_together(iter(placed_entries), Tally())
     return Survey(
         notes=tuple(tally.lines()),
         uses=_uses(entries, [placed.entry for placed in paired]),
         lengths=_lengths(entries, limits, count_tokens),
         equal_prompts=len(entries) - len({entry.messages for entry in entries}),
         equal_rows=len(entries) - len({(e.messages, *_answers(e)) for e in entries}),
-        first=tuple(found[:show]),
+        first=tuple(placed_entries[:show]),
     )
 
 
@@ -113,8 +113,15 @@ def _lengths(
 ) -> dict[str, Lengths]:
     prompts = [sum(count(turn.content) for turn in entry.messages) for entry in entries]
     texts = chain.from_iterable(dict.fromkeys(_answers(entry)) for entry in entries)
-    found = {"prompt": (prompts, limits[0]), "answer": ([count(t) for t in texts], limits[1])}
-    return {name: _spread(sorted(sizes), limit) for name, (sizes, limit) in found.items() if sizes}
+    texts_and_limits = {
+        "prompt": (prompts, limits[0]),
+        "answer": ([count(t) for t in texts], limits[1]),
+    }
+    return {
+        name: _spread(sorted(sizes), limit)
+        for name, (sizes, limit) in texts_and_limits.items()
+        if sizes
+    }
 
 
 def _spread(sizes: Sequence[int], limit: int) -> Lengths:

@@ -71,14 +71,14 @@ def spans(old: str, new: str) -> list[Span]:
     pieces_old, pieces_new = re.findall(r"\s+|\S+", old), re.findall(r"\s+|\S+", new)
     # As junk, spaces never start a match of their own: replaced phrases stay in one piece.
     matcher = SequenceMatcher(str.isspace, pieces_old, pieces_new, autojunk=False)
-    found: list[Span] = []
+    spans: list[Span] = []
     for kind, old_from, old_to, new_from, new_to in matcher.get_opcodes():
         before, after = "".join(pieces_old[old_from:old_to]), "".join(pieces_new[new_from:new_to])
         if kind == "equal":
-            found.append(Span("same", before))
+            spans.append(Span("same", before))
             continue
         if before:
-            found.append(Span("old", before))
+            spans.append(Span("old", before))
         if after:
-            found.append(Span("new", after))
-    return found
+            spans.append(Span("new", after))
+    return spans

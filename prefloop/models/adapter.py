@@ -130,10 +130,10 @@ def share(model: PeftModel) -> Share:
 
 def adapted_weight(layer: LoraLayer) -> nn.Parameter:
     """The base model's weight that a LoRA layer adds to."""
-    found: Any = layer
+    untyped: Any = layer
     if isinstance(layer, ParamWrapper):
-        return found.get_param()  # type: ignore[no-any-return]
-    return found.get_base_layer().weight  # type: ignore[no-any-return]
+        return untyped.get_param()  # type: ignore[no-any-return]
+    return untyped.get_base_layer().weight  # type: ignore[no-any-return]
 
 
 def saved_pairs(wrapper: ModulesToSaveWrapper) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -40,7 +40,7 @@ _today: date | None = None
 
 
 def set_template_date(day: date | None) -> None:
-    """Fix the date that templates of this process are told; None: the day on which each one renders."""
+    """Fix the date that templates of this process get; None: the day on which each one renders."""
     global _today
     _today = day
 
@@ -54,7 +54,7 @@ def dated(source: str) -> str:
 
 
 class Turn(NamedTuple):
-    """One turn as the template is given it."""
+    """One turn of a conversation, before the template."""
 
     role: str
     content: str
@@ -86,15 +86,15 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.source = self._chosen_source()
         self.arguments = dict(arguments or {})
-        self._demand_known(self.arguments)
+        self._check_arguments(self.arguments)
         self._tried: set[tuple[str, ...]] = set()
         self._in_parts = False
-        """Whether content must be a list of parts, as for some multimodal models."""
+        """Whether content must be a list of text parts, as for some multimodal models."""
         self._in_parts = self._needs_parts()
-        asked = [Turn("user", "x")]
-        self.asks_for_answer = self._render(asked, True) != self._render(asked, False)
+        question = [Turn("user", "x")]
+        self.asks_for_answer = self._render(question, True) != self._render(question, False)
         """Whether the template has a generation prompt of its own."""
-        self.added_header = "" if self.asks_for_answer else self._header(asked)
+        self.added_header = "" if self.asks_for_answer else self._header(question)
         """What stands in for the generation prompt that the template has not."""
 
     def prompt(self, turns: Sequence[Turn]) -> str:
@@ -102,15 +102,15 @@ class ChatTemplate:
         return self._render(turns, True) + self.added_header
 
     def whole(self, turns: Sequence[Turn]) -> str:
-        """A conversation that goes no further."""
+        """A finished conversation, without a generation prompt."""
         return self._render(turns, False)
 
     def layout(self, turns: Sequence[Turn]) -> Layout:
         """Where the template would put the next answer. `lead` is empty where the rendering with an answer differs."""
-        self._demand_all(tuple(turn.role for turn in turns))
+        self._check_no_turn_is_lost(tuple(turn.role for turn in turns))
         prompt = self.prompt(turns)
-        before, found, tail = self.whole([*turns, Turn("assistant", ANSWER)]).rpartition(ANSWER)
-        if not found:
+        before, separator, tail = self.whole([*turns, Turn("assistant", ANSWER)]).rpartition(ANSWER)
+        if not separator:
             raise ModelError(
                 f"the chat template of {self.name} leaves out what the assistant answers; "
                 "name another jinja file in model.chat_template"
@@ -120,9 +120,9 @@ class ChatTemplate:
 
     def trims(self) -> tuple[bool, bool]:
         """Whether the template strips white space before, and after, an answer."""
-        asked = [Turn("user", "x")]
-        wide = self.whole([*asked, Turn("assistant", f" \n{ANSWER} \n")])
-        before, _, after = self.whole([*asked, Turn("assistant", ANSWER)]).rpartition(ANSWER)
+        question = [Turn("user", "x")]
+        wide = self.whole([*question, Turn("assistant", f" \n{ANSWER} \n")])
+        before, _, after = self.whole([*question, Turn("assistant", ANSWER)]).rpartition(ANSWER)
         before_wide, _, after_wide = wide.rpartition(ANSWER)
         return before_wide == before, after_wide == after
 
@@ -130,10 +130,10 @@ class ChatTemplate:
         """What stands before a thought, and between it and the answer; empty where the template writes none."""
         turns = [Turn("user", "x"), Turn("assistant", ANSWER, thought="\ue0f3")]
         try:
-            before, found, after = self.whole(turns).partition(ANSWER)[0].partition("\ue0f3")
+            before, separator, after = self.whole(turns).partition(ANSWER)[0].partition("\ue0f3")
         except ModelError:
             return "", ""
-        return (before, after) if found else ("", "")
+        return (before, after) if separator else ("", "")
 
     def tail_in_history(self) -> str:
         """What stands after an answer that another question follows; empty where the template refuses that."""
@@ -152,7 +152,7 @@ class ChatTemplate:
                 "name a jinja file in model.chat_template"
             ) from error
 
-    def _demand_known(self, arguments: Mapping[str, Any]) -> None:
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
         for key in arguments:
             if key in _RESERVED:
                 raise ModelError(
@@ -182,7 +182,7 @@ class ChatTemplate:
             "name another jinja file in model.chat_template"
         )
 
-    def _demand_all(self, roles: tuple[str, ...]) -> None:
+    def _check_no_turn_is_lost(self, roles: tuple[str, ...]) -> None:
         """Every turn must come out of the template; a conversation's roles are tried once."""
         if roles in self._tried:
             return
@@ -198,11 +198,14 @@ class ChatTemplate:
     def _probe(self) -> str:
         return self._render([Turn("user", "\ue0f3")], True)
 
-    def _header(self, asked: Sequence[Turn]) -> str:
-        """What the template puts before an answer, for one that does not announce it."""
-        prompt, whole = self._render(asked, True), self.whole([*asked, Turn("assistant", ANSWER)])
+    def _header(self, question: Sequence[Turn]) -> str:
+        """What a template without a generation prompt puts before an answer."""
+        prompt, whole = (
+            self._render(question, True),
+            self.whole([*question, Turn("assistant", ANSWER)]),
+        )
         before, _, tail = whole.rpartition(ANSWER)
-        if self._always_announces(prompt, tail):
+        if self._always_ends_with_header(prompt, tail):
             return ""
         if not before.startswith(prompt.rstrip()):
             raise ModelError(
@@ -214,8 +217,8 @@ class ChatTemplate:
         # A space goes with the word after it.
         return before[len(prompt) :].rstrip(" ") if header.strip() else ""
 
-    def _always_announces(self, prompt: str, tail: str) -> bool:
-        """Whether each rendering ends with the announcement of an answer, even one that ends with an answer."""
+    def _always_ends_with_header(self, prompt: str, tail: str) -> bool:
+        """Whether every rendering ends with an answer's header, also one whose last turn is an answer."""
         goes_on = self.tail_in_history()
         common = next(
             (n for n, (a, b) in enumerate(zip(tail, goes_on, strict=False)) if a != b), None
@@ -225,7 +228,7 @@ class ChatTemplate:
         return not is_end and prompt.endswith(last)
 
     def _render(self, turns: Sequence[Turn], add_generation_prompt: bool) -> str:
-        conversation = [self._as_given(turn) for turn in turns]
+        conversation = [self._as_message(turn) for turn in turns]
         try:
             text = str(
                 self._tokenizer.apply_chat_template(
@@ -245,7 +248,7 @@ class ChatTemplate:
             )
         return text
 
-    def _as_given(self, turn: Turn) -> dict[str, Any]:
+    def _as_message(self, turn: Turn) -> dict[str, Any]:
         text = turn.content
         given: dict[str, Any] = {"role": turn.role, "content": text}
         if self._in_parts:

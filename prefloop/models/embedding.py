@@ -32,11 +32,11 @@ class Embedder:
         import torch
         from transformers import AutoModel, AutoTokenizer
 
-        place = _place(source)
+        folder = _folder(source)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = AutoModel.from_pretrained(
-                place, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
+                folder, use_safetensors=True, dtype=torch.float32, trust_remote_code=False
             )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             why = str(error).strip().partition("\n")[0].rstrip(".:")
@@ -88,19 +88,19 @@ class Embedder:
 
 
 def _cut(ids: list[int], window: int, keep_last: bool) -> list[int]:
-    """Begins and ends as before: BERT's [CLS] and [SEP] stay."""
+    """The first or last tokens of `ids`, `window` in all; BERT's [CLS] and [SEP] stay."""
     if len(ids) <= window:
         return ids
     return [ids[0], *ids[len(ids) - window + 1 :]] if keep_last else [*ids[: window - 1], ids[-1]]
 
 
-def encoder_place(source: str) -> str | None:
-    """The folder of an encoder inside a package; None for what is none by its name. Raises ModelError."""
+def embedded_encoder(source: str) -> str | None:
+    """The folder of an embedded encoder; None where `source` names another model. Raises ModelError."""
     name = source.removeprefix(_PREFIX)
-    return _place(source) if source.startswith(_PREFIX) and name in EMBEDDED else None
+    return _folder(source) if source.startswith(_PREFIX) and name in EMBEDDED else None
 
 
-def _place(source: str) -> str:
+def _folder(source: str) -> str:
     """The folder of an embedded model; anything else as it is."""
     if not source.startswith(_PREFIX):
         return source

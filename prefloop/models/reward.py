@@ -81,14 +81,14 @@ def load_head(name: str) -> EmbeddingHead | None:
 
     Raises ModelError for a head that is damaged.
     """
-    place = Path(name).expanduser() / "config.json"
-    if not place.is_file():
+    path = Path(name).expanduser() / "config.json"
+    if not path.is_file():
         return None
     try:
-        config: Any = json.loads(place.read_text(encoding="utf-8"))
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
             return None
-        weights = load_file(place.with_name(_WEIGHTS))["weights"]
+        weights = load_file(path.with_name(_WEIGHTS))["weights"]
         return EmbeddingHead(str(config["source"]), int(config["max_length"]), weights)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -106,8 +106,8 @@ def features(
 
     Every text is embedded once, however many rows share it.
     """
-    asked = ["\n\n".join(message.content for message in turns) for turns in questions]
-    x_NH = _embedded(embedder, asked, -max_length)
+    texts = ["\n\n".join(message.content for message in turns) for turns in questions]
+    x_NH = _embedded(embedder, texts, -max_length)
     y_NH = _embedded(embedder, answers, max_length)
     size = y_NH.shape[1] if len(answers) else 1
     cosine_N1 = (x_NH * y_NH).sum(axis=1, keepdims=True)

@@ -81,7 +81,7 @@ class ModelOptions(Options):
     chat_template: str | None = None
     """Path of a jinja file that replaces the tokenizer's own template, or gives it one."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """What the template is told besides the conversation: {enable_thinking: false}, {reasoning_effort: low}."""
+    """Further arguments of the chat template: {enable_thinking: false}, {reasoning_effort: low}."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off means: such a model is refused."""
     revision: str | None = None
@@ -98,7 +98,7 @@ def without_code(options: ModelOptions, trust: bool) -> ModelOptions:
 
 
 class Embedded(NamedTuple):
-    """A model inside a package: where it lies, how it gets there, what it is."""
+    """A model inside a package: the package, how it is installed, what it is."""
 
     package: str
     file: str
@@ -158,9 +158,9 @@ def local_folder(source: str, options: ModelOptions) -> Path:
         raise ModelError(f"{source} has no config.json, so it is no model folder; {hint}")
     if not any(folder.glob("*.safetensors")):
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        found = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
+        weights = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
         raise ModelError(
-            f"{source} has {found}, and only safetensors are read; convert the model with "
+            f"{source} has {weights}, and only safetensors are read; convert the model with "
             "save_pretrained, or set model.source to one that has *.safetensors"
         )
     return folder

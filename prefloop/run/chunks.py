@@ -30,11 +30,11 @@ class ChunkStore:
 
     @property
     def complete(self) -> bool:
-        """Whether the processes have made all that they were to make."""
+        """Whether the workers have written all their chunks."""
         return (self._folder / _ALL).exists()
 
     def finish(self) -> None:
-        """Note that they have; without parts there is nothing to note."""
+        """Note that they have; nothing is noted where there are no chunks."""
         if self._folder.exists():
             (self._folder / _ALL).touch()
 
@@ -43,7 +43,7 @@ class ChunkStore:
         return self._path(chunk).exists()
 
     def write(self, chunk: int, records: Iterable[Record], counts: Mapping[str, int]) -> None:
-        """Leave a chunk, and what it cost, for the run to take."""
+        """Write a chunk and its token counts, for the run to merge."""
         self._folder.mkdir(exist_ok=True)
         lines = [f"{type(record).__name__} {record.model_dump_json()}\n" for record in records]
         text = "".join([f"{json.dumps(counts)}\n", *lines])
@@ -60,11 +60,11 @@ class ChunkStore:
             )
         # Not splitlines: texts may hold other line separators, which JSON leaves as they are.
         counts, *lines, _ = text.split("\n")
-        found = []
+        records = []
         for line in lines:
             kind, _, record = line.partition(" ")
-            found.append(_KINDS[kind].model_validate_json(record))
-        return found, json.loads(counts)
+            records.append(_KINDS[kind].model_validate_json(record))
+        return records, json.loads(counts)
 
     def drop(self) -> None:
         """Remove what is left, once all is in the stage's file."""
@@ -134,12 +134,12 @@ def _hash(text: str) -> str:
 
 
 def _running(path: Path) -> blake2b:
-    """A hash of the file so far, to be gone on with."""
-    found = blake2b(digest_size=16)
+    """A hash of the file so far, to be updated with what is appended."""
+    digest = blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(2**20):
-            found.update(block)
-    return found
+            digest.update(block)
+    return digest
 
 
 class Chunks:

@@ -55,12 +55,12 @@ class Spent:
 
 def spent(run: RunDir, recipe: Recipe) -> Spent:
     """Add up the manifests of a run."""
-    found = list(_manifests(run))
+    manifests = list(_manifests(run))
     seconds: dict[str, float] = {}
-    for stage, manifest in found:
+    for stage, manifest in manifests:
         name = _COSTS.get(stage, "evaluate")
         seconds[name] = seconds.get(name, 0.0) + float(manifest["seconds"])
-    costs = [manifest for stage, manifest in found if stage in _COSTS]
+    costs = [manifest for stage, manifest in manifests if stage in _COSTS]
 
     def total(key: str) -> int:
         return sum(int(manifest.get(key, 0)) for manifest in costs)
@@ -71,7 +71,7 @@ def spent(run: RunDir, recipe: Recipe) -> Spent:
         trained_tokens=total("tokens"),
         flops=_flops(recipe, costs),
         seconds_by_stage={name: round(value, 1) for name, value in seconds.items()},
-        peak_memory_mb=max((m.get("peak_memory_mb", 0.0) for _, m in found), default=0.0),
+        peak_memory_mb=max((m.get("peak_memory_mb", 0.0) for _, m in manifests), default=0.0),
     )
 
 

@@ -21,8 +21,8 @@ from prefloop.run_folder import RunDir
 class Metered:
     """An Engine that adds to `counts` what passes through it: tokens drawn, and tokens read.
 
-    Read are the tokens of every prompt, and of every answer that is scored; each time they are asked for,
-    whether or not the engine still has them in memory.
+    Tokens read are those of every prompt and of every scored answer, counted at each call, whether or not
+    the engine has them cached.
     """
 
     def __init__(self, engine: Engine, chat: Chat, counts: Counter[str]) -> None:
@@ -43,10 +43,10 @@ class Metered:
         self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
     ) -> list[Scored]:
         """As the engine does; counted."""
-        found = self._engine.score(requests, answers, top=top)
-        self._counts[READ] += sum(len(scored.token_ids) for scored in found)
+        scored = self._engine.score(requests, answers, top=top)
+        self._counts[READ] += sum(len(answer.token_ids) for answer in scored)
         self._read(requests)
-        return found
+        return scored
 
     def choose(
         self, requests: Sequence[Request], options: Sequence[str]
@@ -62,10 +62,10 @@ class Metered:
 
 
 class RunEngine:
-    """What there is of it in a run."""
+    """The recipe's external engine: opened on first use, closed with the run."""
 
     def __init__(self, recipe: Recipe, rundir: RunDir) -> None:
-        """Opens nothing."""
+        """Open nothing yet."""
         self._recipe = recipe
         self._rundir = rundir
         self._engine: OutsideEngine | None = None
@@ -89,36 +89,36 @@ class RunEngine:
             self._opened = True
         return self._engine
 
-    def load_weights(self, place: Path | None, probe: Probe) -> None:
-        """Let it answer with the policy saved in `place` (None: the initial one)."""
+    def load_weights(self, policy_dir: Path | None, probe: Probe) -> None:
+        """Let it answer with the policy saved in `policy_dir` (None: the initial one)."""
         assert self._engine is not None
         source = initial_source(self._recipe, self._rundir)
-        if place is not None and source.tuning == "full":
-            weights = Weights(place.resolve())
+        if policy_dir is not None and source.tuning == "full":
+            weights = Weights(policy_dir.resolve())
         else:
             base = local_folder(resolve_source(source.source), source).resolve()
-            weights = Weights(base, None if place is None else place.resolve())
+            weights = Weights(base, None if policy_dir is None else policy_dir.resolve())
         self._engine.load_weights(weights, probe)
 
     def offload(self) -> None:
-        """Before training: it may give back memory."""
+        """Let the engine give back memory before training."""
         if self._engine is not None:
             self._engine.offload()
 
     def close(self) -> None:
-        """End what was started."""
+        """Close the engine, where it was opened."""
         if self._engine is not None:
             self._engine.close()
 
 
 def _adapted(policy: Policy) -> tuple[str, ...]:
     """Last names of the linear modules that have an adapter."""
-    found = {
+    names = {
         name.rpartition(".")[2]
         for name, module in policy.model.named_modules()
         if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
     }
-    return tuple(sorted(found))
+    return tuple(sorted(names))
 
 
 def _adapted_otherwise(policy: Policy) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What a run stands on beside its recipe's text: the model's files, the template, the judge's, versions, threads."""
+"""Inputs of a run beside its recipe's text: the model's files, the template, the judge's, versions, threads."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ _NOT_THE_MODEL = ("README.md", "training_args.json")
 def inputs(recipe: Recipe) -> dict[str, str | int]:
     """What decides the run's numbers, by its name in the recipe; the data's rows are hashed when they are read."""
     folder = local_folder(resolve_source(recipe.model.source), recipe.model)
-    found: dict[str, str | int] = {"model.source": _contents(folder)}
+    identities: dict[str, str | int] = {"model.source": _contents(folder)}
     if recipe.model.chat_template is not None:
-        found["model.chat_template"] = _contents(Path(recipe.model.chat_template).expanduser())
+        identities["model.chat_template"] = _contents(Path(recipe.model.chat_template).expanduser())
     sources = dict(recipe.judge.sources) if recipe.judge is not None else {}
     for option, source in sources.items():
         path = Path(source).expanduser()
         if path.exists():
-            found[f"judge.{option}"] = _contents(path)
-    return found | {f"version of {name}": version for name, version in installed_versions().items()}
+            identities[f"judge.{option}"] = _contents(path)
+    return identities | {
+        f"version of {name}": version for name, version in installed_versions().items()
+    }
 
 
 def surroundings() -> dict[str, str | int]:
-    """What changes the last digits of numbers, and is said where it changes."""
+    """What changes only the last digits of numbers; a change is reported, not refused."""
     return {
         "threads": torch.get_num_threads(),
         "python": sys.version.split()[0],
@@ -44,20 +46,20 @@ def surroundings() -> dict[str, str | int]:
 
 
 def rows(prompts: Iterable[Prompt]) -> str:
-    """A hash of what is asked, and of the answers that come with it."""
-    found = blake2b(digest_size=8)
+    """A hash of prompts with their targets and labelled answers."""
+    digest = blake2b(digest_size=8)
     for prompt in prompts:
-        found.update(prompt.model_dump_json().encode() + b"\n")
-    return found.hexdigest()
+        digest.update(prompt.model_dump_json().encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _contents(path: Path) -> str:
     """A hash of a file, or of a folder's files with their names."""
     if not path.is_dir():
         return hash_file(path)[:16]
-    found = blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for file in sorted(path.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
         if file.is_file() and not hidden and file.name not in _NOT_THE_MODEL:
-            found.update(f"{file.relative_to(path)}\0{hash_file(file)}\0".encode())
-    return found.hexdigest()
+            digest.update(f"{file.relative_to(path)}\0{hash_file(file)}\0".encode())
+    return digest.hexdigest()

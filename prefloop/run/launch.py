@@ -1,6 +1,6 @@
-"""Stages in processes of their own: started by a launcher, watched, ended together, and their end in words.
+"""Stages in processes of their own: started by a launcher, watched, ended together; a failure's cause becomes an error message.
 
-Each process leaves a log and a note of how it ended in a folder, so that the cause of a failure is told
+Each process leaves a log and a note of how it ended in a folder, so that the cause of a failure is reported
 the same whatever the launcher and wherever the process ran. The worker's side is worker.py.
 """
 
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
     """-1 is `start`."""
     name: str
     folder: Path
-    """Below it lies the folder `processes` while they work, and after they failed."""
+    """Holds the folder `processes` while they work, and after a failure."""
 
     @property
     def notes(self) -> Path:
@@ -86,9 +86,9 @@ def run_processes(
     facts = stage.notes / "facts.json"
     if launcher.returncode or not facts.exists():
         raise LaunchError(_cause(stage, launcher.returncode))
-    found = read_json(facts)
+    result = read_json(facts)
     shutil.rmtree(stage.notes)
-    return found
+    return result
 
 
 def end_with_parent() -> None:

@@ -1,6 +1,6 @@
 """What training did to each token of some pairs: log-probs after the round beside those of its reference.
 
-Needs the models, so it is asked for (`prefloop report RUN --logratios N`) and kept in the run's folder.
+Needs the models, so it is computed on request (`prefloop report RUN --logratios N`) and kept in the run's folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def add_logratios(folder: Path, count: int) -> int:
     """
     run = read_run(folder)
     recipe = load_recipe(str(folder / "recipe.yaml"))
-    known = {found.pair for found in read_ratios(run)}
+    known = {ratios.pair for ratios in read_ratios(run)}
     trained = [
         round_dir
         for round_dir in run.rounds()
@@ -110,17 +110,17 @@ def _tokens(text: str, policy: Scored, reference: Scored) -> TokenLogps:
 
 def pieces(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
     """The stretch of text of each token. Tokens that share one character: the first of them has it."""
-    found, at = [], 0
+    texts, at = [], 0
     for n, (_, end) in enumerate(offsets):
         # What lies between two tokens goes to the later one, what is left over to the last.
         until = max(at, len(text) if n + 1 == len(offsets) else end)
-        found.append(text[at:until])
+        texts.append(text[at:until])
         at = until
-    return found
+    return texts
 
 
-def _append(run: RunDir, found: Sequence[PairRatios]) -> None:
+def _append(run: RunDir, ratios: Sequence[PairRatios]) -> None:
     path = run.path / LOGRATIOS
     known = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = "".join(ratios.model_dump_json() + "\n" for ratios in found)
+    lines = "".join(one.model_dump_json() + "\n" for one in ratios)
     write_atomically(path, known + lines)

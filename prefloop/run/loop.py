@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[Sequence[Any], int], Iterable[Record]]
 _FAILED = "failed: "
-"""Begins the name of a count of failures; a reason follows."""
+"""Prefix of counters of failures; the reason follows."""
 
 
 def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool = False) -> Outcome:
@@ -139,7 +139,7 @@ class _Loop:
         return used >= 1
 
     def finish(self, results: Sequence[RoundResult]) -> Path:
-        """Put the recommended policy, with its card, where people look for it."""
+        """Put the recommended policy, with its card, in the run's folder `policy`."""
         number = results[-1].round
         if self.recipe.guard.action == "best_round":
             scored = [r for r in results if r.measures.get("score") is not None and r.round >= 0]
@@ -178,10 +178,11 @@ class _Loop:
         total = pairs + reasons.total()
         share = reasons.total() / max(1, total)
         if not pairs or share > self.recipe.guard.max_reject_share:
+            longer = "raise method.sampling.max_new_tokens, " if reasons["cut off"] else ""
             raise GuardStop(
                 f"round {round_dir.number} made {pairs} pairs of {total} prompts "
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
-                f"{round_dir.path}/rejects.jsonl, and change the method's gates or prompts, "
+                f"{round_dir.path}/rejects.jsonl, and {longer}change the method's gates or prompts, "
                 "or guard.max_reject_share"
             )
 
@@ -209,8 +210,10 @@ class _Loop:
 
     def _evaluate(self, round_dir: RoundDir) -> RoundResult:
         """Answers to the held-out prompts, and the whole method played on them, measured."""
-        if round_dir.verify_made("result") and (found := round_dir.records("result", RoundResult)):
-            return found[0]
+        if round_dir.verify_made("result") and (
+            results := round_dir.records("result", RoundResult)
+        ):
+            return results[0]
         watch = Stopwatch()
         self._answer_held_out(round_dir)
         start = self.rundir.round(-1).records("answers", Candidates)
@@ -255,13 +258,13 @@ class _Loop:
             self._count_failures(failures)
             asks = [Request(messages=prompt.messages) for prompt in prompts]
             answers = [group.responses[ANSWER] for group in groups]
-            # Divergence compares two models: both are asked in process.
+            # Divergence compares two models: both are scored in process.
             with self.session.policy_after(round_dir).merged():
                 now = engine.score(asks, answers)
             with self.session.initial_policy():
                 initial = engine.score(asks, answers)
-            for group, here, before in zip(groups, now, initial, strict=True):
-                ratings = {"logprob": here.mean_logprob, "logprob_initial": before.mean_logprob}
+            for group, current, start in zip(groups, now, initial, strict=True):
+                ratings = {"logprob": current.mean_logprob, "logprob_initial": start.mean_logprob}
                 yield group.model_copy(update={"ratings": ratings})
 
         self._chunked(round_dir, "answers", self.session.held_out, work)

@@ -1,4 +1,4 @@
-"""From a reward recipe to a folder that the judge `reward_model` loads, with what it is worth beside it.
+"""From a reward recipe to a folder that the judge `reward_model` loads, with its measured accuracy beside it.
 
 REWARDS/NAME/recipe.yaml       the recipe with every value; another one is refused in the same folder
              held_out.jsonl    the pairs that only measure: `prefloop judge check` takes them
@@ -59,7 +59,7 @@ def train_reward(
 ) -> dict[str, Any]:
     """Train and measure; returns the report. The same call goes on with what was stopped.
 
-    `say` is told a line for each finished stage. Raises RunFolderError where the folder belongs to another
+    `say` gets a line for each finished stage. Raises RunFolderError where the folder belongs to another
     recipe, and what reading, loading and training raise.
     """
     keep_freed_memory()
@@ -101,22 +101,24 @@ def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str
 def load_pairs(
     recipe: RewardRecipe, say: Say = lambda line: None
 ) -> tuple[list[Preference], list[Preference], dict[str, int]]:
-    """Training pairs, held-out pairs, and rows dropped by reason; `say` is told how rows were read. Raises DataError."""
+    """Training pairs, held-out pairs, and rows dropped by reason; `say` gets how rows were read. Raises DataError."""
     read: list[LabelledPairs] = []
     for source in recipe.data.train:
         fields = FieldOptions(
             **{name: getattr(recipe.data, name) for name in FieldOptions.model_fields}
         )
-        found = read_preferences(
+        source_pairs = read_preferences(
             source,
             margin_field=recipe.data.margin_field,
             fields=fields,
             split=recipe.data.split,
         )
-        for line in found.notes:
+        for line in source_pairs.notes:
             say(f"data     {line}")
-        read.append(found.model_copy(update={"pairs": found.pairs[: recipe.data.limit]}))
-    pairs = [pair for found in read for pair in found.pairs]
+        read.append(
+            source_pairs.model_copy(update={"pairs": source_pairs.pairs[: recipe.data.limit]})
+        )
+    pairs = [pair for source_pairs in read for pair in source_pairs.pairs]
     train, held_out = split_by_prompt(pairs, recipe.data.holdout, recipe.seed)
     decided = [pair for pair in train if not pair.tie]
     if not decided or not held_out:
@@ -124,19 +126,19 @@ def load_pairs(
             f"{len(pairs)} pairs give {len(decided)} to train on and {len(held_out)} to measure; give more "
             "data, or change data.holdout"
         )
-    dropped = counts([found.dropped for found in read])
+    dropped = counts([source_pairs.dropped for source_pairs in read])
     ties = len(train) - len(decided)
     return decided, held_out, dropped | ({"tie: not trained on": ties} if ties else {})
 
 
 def _claim(folder: Path, recipe: RewardRecipe) -> None:
-    place = folder / "recipe.yaml"
-    if not place.is_file():
+    path = folder / "recipe.yaml"
+    if not path.is_file():
         if any(path.name not in (".lock", "recipe.yaml.tmp") for path in folder.iterdir()):
             raise RunFolderError(f"{folder} holds something else; choose another folder with --out")
-        write_atomically(place, recipe.dump())
+        write_atomically(path, recipe.dump())
         return
-    old = read_yaml(place, needs="data")
+    old = read_yaml(path, needs="data")
     changed = differences(old, recipe.model_dump(mode="json"))
     if changed:
         raise RunFolderError(

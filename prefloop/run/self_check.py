@@ -53,26 +53,26 @@ def check_policy(policy: Policy, options: TrainOptions, folder: Path) -> dict[st
     engine = HFEngine(policy.model, policy.tokenizer, batch_size=_ROWS, template_kwargs=arguments)
     rows = _rows(engine)
     devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), quiet(), _unheard():
+    with torch.random.fork_rng(devices=devices), quiet(), _without_warnings():
         initial_NV = _logits(policy.model, rows)
-        with _moved(policy):
+        with _random_adapter(policy):
             expected_NV = _logits(policy.model, rows)
-            found = {"trainer": _trainer(policy, rows, expected_NV, options)}
+            distances = {"trainer": _trainer(policy, rows, expected_NV, options)}
             with policy.merged():
-                found["merged"] = _apart(_logits(policy.model, rows), expected_NV)
-                found |= _engine(engine, policy, rows, expected_NV)
+                distances["merged"] = _distance(_logits(policy.model, rows), expected_NV)
+                distances |= _engine(engine, policy, rows, expected_NV)
             if isinstance(policy.model, PeftModel):
                 with policy.at_start():
-                    found["initial"] = _apart(_logits(policy.model, rows), initial_NV)
-                found["reopened"] = _reopened(policy, folder)
-            moved = _apart(initial_NV, expected_NV)
-    _demand(policy, found)
-    return {"moved": moved, **found}
+                    distances["initial"] = _distance(_logits(policy.model, rows), initial_NV)
+                distances["reopened"] = _reopened(policy, folder)
+            moved = _distance(initial_NV, expected_NV)
+    _check_distances(policy, distances)
+    return {"moved": moved, **distances}
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """What the engine says of the model it says again, of the weights that are kept."""
+def _without_warnings() -> Iterator[None]:
+    """Mute this throw-away engine: the run's own engine gives the same warnings about the model."""
     logger = logging.getLogger("prefloop.generate")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -92,9 +92,9 @@ _WAYS = {
 }
 
 
-def _demand(policy: Policy, found: dict[str, float]) -> None:
+def _check_distances(policy: Policy, distances: dict[str, float]) -> None:
     tolerance = TOLERANCE_HALF if _is_half(policy) else TOLERANCE
-    for way, distance in found.items():
+    for way, distance in distances.items():
         # Written so that NaN is a difference.
         if not distance <= tolerance:
             model: Any = policy.model
@@ -124,9 +124,9 @@ def _logits(model: Any, rows: Sequence[list[int]]) -> Tensor:
         return logits_BTV[:, :-1].flatten(0, 1).float()
 
 
-def _apart(found_NV: Tensor, expected_NV: Tensor) -> float:
+def _distance(other_NV: Tensor, expected_NV: Tensor) -> float:
     spread = expected_NV.std().clamp(min=1e-6)
-    return float((found_NV - expected_NV).abs().mean() / spread)
+    return float((other_NV - expected_NV).abs().mean() / spread)
 
 
 def _logps(rows: Sequence[list[int]], logits_NV: Tensor) -> Tensor:
@@ -141,17 +141,18 @@ def _trainer(
 ) -> float:
     groups = [TokenGroup((ids[0],), (tuple(ids[1:]),)) for ids in rows]
     with torch.no_grad():
-        found = group_logprobs(
+        logps = group_logprobs(
             policy.model, groups, packing=options.packing, token_budget=options.token_budget
         )
-    found_N = torch.cat([logps[0] for logps in found]) / expected_NV.std().clamp(min=1e-6)
-    return float((found_N - _logps(rows, expected_NV)).abs().mean())
+    logps_N = torch.cat([answers[0] for answers in logps]) / expected_NV.std().clamp(min=1e-6)
+    return float((logps_N - _logps(rows, expected_NV)).abs().mean())
 
 
 def _engine(
     engine: HFEngine, policy: Policy, rows: list[list[int]], expected_NV: Tensor
 ) -> dict[str, float]:
-    """Scores of the rows, and what is decoded after them: how much less likely than the likeliest token."""
+    """Distance of the engine's scores of the rows; and of greedily decoded tokens, how much less likely they are than
+    the likeliest one."""
     spread = float(expected_NV.std().clamp(min=1e-6))
     scores = engine.score_tokens(rows, [1] * len(rows))
     found_N = torch.tensor([logp for score in scores for logp in score.logprobs]) / spread
@@ -170,7 +171,7 @@ def _engine(
 
 
 @contextmanager
-def _moved(policy: Policy) -> Iterator[None]:
+def _random_adapter(policy: Policy) -> Iterator[None]:
     """Inside, the adapter changes the model; afterwards its weights are the very ones before."""
     if not isinstance(policy.model, PeftModel):
         yield
@@ -216,20 +217,22 @@ def _reopened(policy: Policy, folder: Path) -> float:
     The base is not read a second time: a skeleton without weights shows where the file's tensors belong.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".self-check-") as temporary:
-        place = Path(temporary) / "policy"
-        policy.save(place)
-        weights = load_file(place / "adapter_model.safetensors")
-        opened = _skeleton(policy, PeftConfig.from_pretrained(str(place), trust_remote_code=False))
+        policy_dir = Path(temporary) / "policy"
+        policy.save(policy_dir)
+        weights = load_file(policy_dir / "adapter_model.safetensors")
+        opened = _skeleton(
+            policy, PeftConfig.from_pretrained(str(policy_dir), trust_remote_code=False)
+        )
     for module in opened.modules():
         for name, weight in module._parameters.items():
             if weight is not None and weight.requires_grad:
                 # What no tensor of the file is for stays not a number, and unequal.
-                room = torch.full_like(weight, math.nan, device="cpu")
-                module._parameters[name] = nn.Parameter(room)
+                unset = torch.full_like(weight, math.nan, device="cpu")
+                module._parameters[name] = nn.Parameter(unset)
     set_peft_model_state_dict(opened, weights)
-    found, expected = _trained(opened), _trained(policy.model)
-    same = found.keys() == expected.keys() and all(
-        torch.equal(found[name], weight.cpu()) for name, weight in expected.items()
+    reopened, expected = _trained(opened), _trained(policy.model)
+    same = reopened.keys() == expected.keys() and all(
+        torch.equal(reopened[name], weight.cpu()) for name, weight in expected.items()
     )
     return 0.0 if same else math.inf
 

@@ -1,6 +1,6 @@
 """What the stages of a run share: data, policy, engine, judge and trainer, each made when first needed.
 
-The policy in memory stands at the end of some round. Asking for another place loads it from that
+The policy in memory is the one after some round. Asking for that of another round loads it from that
 round's folder, so a resumed run and an unbroken one go through the same weights.
 """
 
@@ -74,7 +74,7 @@ class Session:
         self.recipe = recipe
         self.rundir = rundir
         set_template_date(rundir.first_day())
-        self._template_told = False
+        self._template_logged = False
         self._policy: Policy | None = None
         self._engine: HFEngine | None = None
         self._trainer: Trainer | None = None
@@ -82,8 +82,8 @@ class Session:
         """Judges that ask the policy, by the id of the engine that they ask and keep."""
         self.outside = RunEngine(recipe, rundir)
         self.counts: Counter[str] = Counter()
-        """What methods have asked engines for, in tokens."""
-        self._place: Path | None = None
+        """Tokens that methods have had generated and read."""
+        self._policy_dir: Path | None = None
         """Folder of the policy that memory holds; None for the initial one."""
 
     # Data.
@@ -91,7 +91,7 @@ class Session:
     @cached_property
     def data(self) -> LoadedData:
         """Prompts for training and evaluation, over-long ones dropped."""
-        chat = self.engine_at(self._place).chat
+        chat = self.engine_at(self._policy_dir).chat
         data = load_data(
             self.recipe.data,
             needs_target=self.recipe.needs_target,
@@ -127,48 +127,48 @@ class Session:
             return self.data.eval.picked(chain.from_iterable(places[:most] for places in sets))
         return self.data.eval[:most]
 
-    # The policy, at different places of the run.
+    # The policy, before and after each round.
 
-    def policy_at(self, place: Path | None) -> Policy:
-        """The policy saved in `place` (None: the initial one), from memory if it stands there."""
-        if self._policy is None or self._place != place:
+    def policy_at(self, policy_dir: Path | None) -> Policy:
+        """The policy saved in `policy_dir` (None: the initial one); kept in memory until another is needed."""
+        if self._policy is None or self._policy_dir != policy_dir:
             # One copy at a time: the old one goes before the new one comes.
             self._forget()
-            if place is not None:
-                self._round_of(place).verify_policy()
+            if policy_dir is not None:
+                self._round_of(policy_dir).verify_policy()
             self._policy = Policy.load(
                 initial_source(self.recipe, self.rundir),
-                place,
+                policy_dir,
                 seed=self.recipe.seed,
                 on_cpu=self._on_cpu,
             )
-            self._place = place
+            self._policy_dir = policy_dir
         return self._policy
 
     def check_policy(self) -> Share | None:
-        """Once a run, before its first stage: try all ways to the policy; what its adapter reaches."""
+        """Once a run, before its first stage: run the self-check; returns what the adapter reaches."""
         if any(event["event"] == "self_check" for event in self.rundir.events()):
             return None
         watch, policy = Stopwatch(), self.policy_at(None)
         if share := policy.share():
             self.rundir.event("adapter", **share._asdict())
-        found = check_policy(policy, self.recipe.train, self.rundir.path)
-        apart = {way: float(f"{distance:.2g}") for way, distance in found.items()}
-        self.rundir.event("self_check", **apart, seconds=watch.seconds)
+        distances = check_policy(policy, self.recipe.train, self.rundir.path)
+        rounded = {way: float(f"{distance:.2g}") for way, distance in distances.items()}
+        self.rundir.event("self_check", **rounded, seconds=watch.seconds)
         return share
 
-    def _round_of(self, place: Path) -> RoundDir:
-        return next(r for r in (self.rundir.start, *self.rundir.rounds()) if r.policy == place)
+    def _round_of(self, policy_dir: Path) -> RoundDir:
+        return next(r for r in (self.rundir.start, *self.rundir.rounds()) if r.policy == policy_dir)
 
     def _forget(self) -> None:
-        """Let go of the policy and of all that holds it."""
+        """Drop the policy and all that refers to it, so that its memory is freed."""
         self._policy = self._engine = self._trainer = None
         self._judges.clear()
 
     @property
-    def place(self) -> Path | None:
-        """The place of the policy in memory, and while it is trained the one that it is on its way to."""
-        return self._place
+    def policy_dir(self) -> Path | None:
+        """Folder of the policy in memory (None: the initial one); during training the folder it will be saved in."""
+        return self._policy_dir
 
     def policy_after(self, round_dir: RoundDir) -> Policy:
         """The policy at the end of a round; of `start`, the initial one."""
@@ -178,9 +178,9 @@ class Session:
         """The policy at the start of a round."""
         return self.policy_after(self.rundir.round(round_dir.number - 1))
 
-    def engine_at(self, place: Path | None) -> HFEngine:
-        """The engine in process over `policy_at(place)`."""
-        policy = self.policy_at(place)
+    def engine_at(self, policy_dir: Path | None) -> HFEngine:
+        """The engine in process over `policy_at(policy_dir)`."""
+        policy = self.policy_at(policy_dir)
         if self._engine is None:
             size = self.recipe.generate.batch_size
             self._engine = HFEngine(
@@ -189,15 +189,15 @@ class Session:
                 batch_size=size,
                 template_kwargs=policy.options.chat_template_kwargs,
             )
-            self._tell_of_template()
+            self._log_template()
         return self._engine
 
-    def _tell_of_template(self) -> None:
+    def _log_template(self) -> None:
         """Say once in a run's diary in what prompts and completions are not the template's own text."""
         assert self._engine is not None
-        if self._template_told or not (said := self._engine.chat.differences()):
+        if self._template_logged or not (said := self._engine.chat.differences()):
             return
-        self._template_told = True
+        self._template_logged = True
         if not any(event["event"] == "template" for event in self.rundir.events()):
             log.warning("%s", said)
             self.rundir.event("template", sentence=said)
@@ -205,11 +205,11 @@ class Session:
     def engine_after(self, round_dir: RoundDir) -> HFEngine:
         """The engine in process over the policy at the end of a round."""
         self.policy_after(round_dir)
-        return self.engine_at(self._place)
+        return self.engine_at(self._policy_dir)
 
     def initial_policy(self) -> AbstractContextManager[None]:
         """Inside, the policy in memory is the initial one."""
-        if self._place is None or self._policy is None:
+        if self._policy_dir is None or self._policy is None:
             return nullcontext()
         return self._policy.at_start()
 
@@ -217,24 +217,24 @@ class Session:
     def initial_engine(self) -> Iterator[HFEngine]:
         """Inside, the engine answers as the initial policy."""
         with self.initial_policy():
-            yield self.engine_at(self._place)
+            yield self.engine_at(self._policy_dir)
 
-    # Who plays.
+    # Engines and judges.
 
     @contextmanager
     def player(self, *, initial: bool = False) -> Iterator[Engine]:
         """Inside, the engine that plays the policy in memory, or the initial policy."""
-        outside = self.outside.engine(self.policy_at(self._place), self._chat)
+        outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
         if outside is None or not self.recipe.engine.plays_policy:
-            with self.initial_policy() if initial else self.policy_at(self._place).merged():
-                yield self.engine_at(self._place)
+            with self.initial_policy() if initial else self.policy_at(self._policy_dir).merged():
+                yield self.engine_at(self._policy_dir)
             return
 
         def trainer() -> list[float]:
             with self.initial_policy() if initial else nullcontext():
-                return probe(self.engine_at(self._place))
+                return probe(self.engine_at(self._policy_dir))
 
-        self.outside.load_weights(None if initial else self._place, trainer)
+        self.outside.load_weights(None if initial else self._policy_dir, trainer)
         yield outside
 
     @cached_property
@@ -247,7 +247,7 @@ class Session:
         """Actors for a round's generation, by chunk seed: the current policy, or the frozen initial one."""
         self.policy_before(round_dir)
         with self.player(initial=self.recipe.method.generator == "frozen") as player:
-            outside = self.outside.engine(self.policy_at(self._place), self._chat)
+            outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
             yield self._actors(outside or player, player, round_dir)
 
     @contextmanager
@@ -267,7 +267,7 @@ class Session:
         )
 
     def _beside_initial(self, judge: Judge) -> OpenJudge:
-        return judge.open(self.engine_at(self._place), self.prompt_set, self.initial_engine)
+        return judge.open(self.engine_at(self._policy_dir), self.prompt_set, self.initial_engine)
 
     def _judge(self, policy: Engine) -> OpenJudge | None:
         judge = self.recipe.judge
@@ -277,7 +277,7 @@ class Session:
             return self._lasting_judge
         if judge.needs_moved_policy:
             # It compares log-probs with the initial policy's, which are computed here: so must both be.
-            policy = self.engine_at(self._place)
+            policy = self.engine_at(self._policy_dir)
         if id(policy) not in self._judges:
             self._judges[id(policy)] = judge.open(policy, self.prompt_set, self.initial_engine)
         # Its weights change under it, so what it said is remembered no longer than for one chunk.
@@ -292,8 +292,8 @@ class Session:
     def score_answers(
         self, prompts: Sequence[Prompt], answers: Sequence[Response]
     ) -> list[Verdict]:
-        """The judge's scores of single answers; without a judge, similarity to the targets there are."""
-        judge = self._judge(self.engine_at(self._place))
+        """The judge's scores of single answers; without a judge, similarity to the targets."""
+        judge = self._judge(self.engine_at(self._policy_dir))
         if judge is None:
             if not all(prompt.target for prompt in prompts):
                 return [NoVerdict("no judge, no target")] * len(prompts)
@@ -301,12 +301,12 @@ class Session:
         return score_responses(judge, prompts, [(answer,) for answer in answers])
 
     def _in_training(self) -> HeldOut:
-        """How the policy that is being trained is measured, without losing its place."""
-        engine, place = self.engine_at(self._place), self._place
+        """How the policy is measured between two training steps; its training state is kept."""
+        engine, policy_dir = self.engine_at(self._policy_dir), self._policy_dir
         sampling = self.recipe.evaluate.sampling or self.recipe.method.sampling
 
         def sample(asks: list[Request], seed: int) -> list[Response]:
-            with self.policy_at(place).merged():
+            with self.policy_at(policy_dir).merged():
                 return engine.sample(asks, sampling, seed=seed, label="win rate")
 
         return HeldOut(
@@ -355,8 +355,8 @@ class Session:
         first_step = sum(r.steps() for r in self.rundir.rounds() if r.number < round_dir.number)
         equal_to_reference = method.reference == "round_start" or round_dir.number == 0
         examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
-        # From here on what memory holds is on its way to that place.
-        self._place = round_dir.policy
+        # From here on the weights in memory are those that will be saved there.
+        self._policy_dir = round_dir.policy
         facts = trainer.run(
             Job(
                 examples=examples,
@@ -385,7 +385,7 @@ class Session:
         return facts
 
     def _launched(self, round_dir: RoundDir, stage: str) -> dict[str, Any]:
-        """The same in processes of their own, with the memory of this one given back before."""
+        """Run a training stage in the recipe's processes, after freeing this process's memory."""
         self.release()
         assert self.recipe.launch is not None
         with Bar(stage, None) as bar:
@@ -397,7 +397,7 @@ class Session:
             return run_processes(self.recipe.launch, work, watch)
 
     def launch_workers(self, round_dir: RoundDir, stage: str) -> None:
-        """Let the recipe's processes make the stage's chunks, where it wants that of them."""
+        """Let the recipe's processes generate the stage's chunks, with `launch.generate`."""
         if self.recipe.launch is None or not self.recipe.launch.generate:
             return
         self.release()
@@ -466,7 +466,7 @@ class Session:
 
     @property
     def _chat(self) -> Any:
-        return self.engine_at(self._place).chat
+        return self.engine_at(self._policy_dir).chat
 
     @staticmethod
     def _window(policy: Policy) -> int | None:

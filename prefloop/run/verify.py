@@ -13,17 +13,18 @@ STAGES = ("sft", "candidates", "ranked", "pairs", "train", "answers", "introspec
 
 
 @dataclass
-class Found:
-    """What was looked at, and what was found."""
+class Verification:
+    """How many stages are as they were written, which are damaged, and which were taken out."""
 
     stages: int = 0
+    """Stages whose files are as they were written."""
     damaged: list[str] = field(default_factory=list)
-    """A sentence each."""
+    """One sentence for each damaged file or stage."""
     redone: list[str] = field(default_factory=list)
     """Stages that were taken out."""
 
 
-def verify_run(folder: Path, *, redo: bool = False) -> Found:
+def verify_run(folder: Path, *, redo: bool = False) -> Verification:
     """Compare size and content of every file that a finished stage of the run left.
 
     Raises RunFolderError where `folder` is no run or, with `redo`, in use.
@@ -35,35 +36,35 @@ def verify_run(folder: Path, *, redo: bool = False) -> Found:
         return _verified(run, redo)
 
 
-def _verified(run: RunDir, redo: bool) -> Found:
-    found = Found()
+def _verified(run: RunDir, redo: bool) -> Verification:
+    report = Verification()
     for round_dir in (run.start, *run.rounds()):
         for stage in STAGES:
-            _look_at(round_dir, stage, found, redo)
+            _verify_stage(round_dir, stage, report, redo)
     events = run.events()
     if damaged := sum(event["event"] == "damaged" for event in events):
-        found.damaged.append(
+        report.damaged.append(
             f"{run.path}/events.jsonl has {damaged} damaged lines; the command that began the run sets them apart"
         )
     try:
-        found.stages += run.published.verify() is not None
+        report.stages += run.published.verify() is not None
     except RunFolderError as error:
-        found.damaged.append(str(error))
+        report.damaged.append(str(error))
         if redo:
             run.published.path.unlink()
-            found.redone.append("policy")
-    return found
+            report.redone.append("policy")
+    return report
 
 
-def _look_at(round_dir: RoundDir, stage: str, found: Found, redo: bool) -> None:
+def _verify_stage(round_dir: RoundDir, stage: str, report: Verification, redo: bool) -> None:
     note = round_dir.path / f"{stage}.progress.json"
     try:
         if round_dir.verify(stage) is not None:
-            found.stages += 1
+            report.stages += 1
         elif note.exists():
             round_dir.verify_begun(stage)
     except RunFolderError as error:
-        found.damaged.append(str(error))
+        report.damaged.append(str(error))
         if redo:
             round_dir.drop(stage)
-            found.redone.append(f"{stage} of {round_dir.path}")
+            report.redone.append(f"{stage} of {round_dir.path}")

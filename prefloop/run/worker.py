@@ -28,9 +28,11 @@ class _Quiet(RunDir):
     """The run's folder as a worker sees it: the run's diary is its parent's."""
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Nothing."""
+        """Ignored: the parent process writes the diary."""
 
-    def same_inputs(self, found: Mapping[str, str | int], *, decisive: bool = True) -> list[str]:
+    def same_inputs(
+        self, identities: Mapping[str, str | int], *, decisive: bool = True
+    ) -> list[str]:
         """The parent has compared them."""
         return []
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from prefloop.errors import ModelError, TrainingError
 from prefloop.machine import Bar
-from prefloop.models.embedding import encoder_place
+from prefloop.models.embedding import embedded_encoder
 from prefloop.models.reward import Encoded, padded, padding_token
 from prefloop.models.sources import ModelOptions, local_folder, quiet, reason, resolve_source
 from prefloop.records import derive_seed
@@ -143,7 +143,7 @@ def load_base(options: RewardModelOptions, seed: int) -> RewardBase:
 
 
 def _base_folder(source: str) -> str:
-    encoder = encoder_place(source)
+    encoder = embedded_encoder(source)
     if encoder is not None:
         return encoder
     return str(local_folder(resolve_source(source), ModelOptions(source=source)))

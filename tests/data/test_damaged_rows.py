@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from random import Random
 
-from prefloop.data.cells import Found
+from prefloop.data.cells import RowContent
 from prefloop.data.formats import FORMATS, FieldOptions, read_row
 from prefloop.errors import DataError
 from tests.data.test_formats import SHAPES
@@ -22,10 +22,10 @@ CELLS: list[object] = [
 NAMES = sorted({name for shape in SHAPES.values() for row in shape.rows for name in row})
 
 
-def outcome(row: dict[str, object], options: FieldOptions) -> Found | DataError:
+def outcome(row: dict[str, object], options: FieldOptions) -> RowContent | DataError:
     """What is read of a row, or the sentence that refuses it."""
     try:
-        return read_row("rows.jsonl:1", row, options).found
+        return read_row("rows.jsonl:1", row, options).content
     except DataError as error:
         return error
 

@@ -199,7 +199,9 @@ def test_overrides_that_are_one_text_are_refused(folder: Path) -> None:
 
 
 def test_all_overrides_are_named_in_an_error(folder: Path) -> None:
-    with pytest.raises(RecipeError, match=r"^r\.yaml with --set seed=5 --set train\.lr=: train\.lr"):
+    with pytest.raises(
+        RecipeError, match=r"^r\.yaml with --set seed=5 --set train\.lr=: train\.lr"
+    ):
         loaded(IAL_RECIPE, "seed=5", "train.lr=")
 
 
