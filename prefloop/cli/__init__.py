@@ -6,7 +6,7 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +83,7 @@ def main() -> None:
     """
     previous_handler = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_words(sys.argv[1:])
         app(prog_name="prefloop")
     except SystemExit as end:
         if end.code in (130, _TERMINATED):
@@ -99,6 +100,17 @@ def main() -> None:
         sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Recipes, records and tokenizers are UTF-8, so a name in another encoding could not be written down."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{word!r} is not UTF-8; rename the file or the folder, or write the word in UTF-8"
+            ) from error
 
 
 def _in_words(error: Exception) -> str | None:
