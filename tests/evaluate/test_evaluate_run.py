@@ -324,8 +324,8 @@ def test_the_report_names_the_run_whole_whatever_its_name_holds(shell: Shell) ->
 def test_a_measure_of_the_users_own_is_found_by_its_module(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path("mine").mkdir()
-    Path("mine/shouting.py").write_text(
+    Path("own_measures").mkdir()
+    Path("own_measures/shouting.py").write_text(
         "from prefloop.evaluate.measures import Measure, Outcome\n"
         "from prefloop.evaluate.stats import wilson\n"
         "class Shouting(Measure):\n"
@@ -334,8 +334,10 @@ def test_a_measure_of_the_users_own_is_found_by_its_module(
         "        return Outcome({'shouting': wilson(1, 4)})\n"
     )
     monkeypatch.syspath_prepend(".")
-    part = shell.report("runs/r", "--measures", measures({"mine.shouting": None}))["subjects"]["r"]
-    assert part["measures"]["mine.shouting"]["estimates"]["shouting"]["value"] == 0.25
+    part = shell.report("runs/r", "--measures", measures({"own_measures.shouting": None}))[
+        "subjects"
+    ]["r"]
+    assert part["measures"]["own_measures.shouting"]["estimates"]["shouting"]["value"] == 0.25
 
 
 def test_piped_tables_are_plain_and_whole(shell: Shell) -> None:

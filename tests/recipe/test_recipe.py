@@ -430,7 +430,7 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
         (
             "method: {name: ial}\njudge: {name: python, function: 'no_such_module:f'}\n",
             "judge.function 'no_such_module:f' cannot be imported (No module named 'no_such_module'); "
-            "name it as module:function, from the working directory or an installed package",
+            "mend it, or name it as module:function, from the working directory or an installed package",
         ),
         (
             "method: {name: ial}\njudge:\n  name: ensemble\n  judges:\n    - {name: similarity}\n"
