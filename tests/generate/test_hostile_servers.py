@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -34,11 +35,9 @@ def listening(speak: Callable[[socket.socket], None]) -> Iterator[tuple[str, lis
 
     def one(connection: socket.socket) -> None:
         with connection, suppress(OSError):
-            while data := connection.recv(65536):
-                if b"\r\n\r\n" in data:
-                    asked.append(len(data))
-                    speak(connection)
-                    return
+            # All of it: a connection that is closed with bytes unread is reset, and takes its reply along.
+            asked.append(len(whole_request(connection)))
+            speak(connection)
 
     def work() -> None:
         while not done.is_set():
@@ -53,6 +52,22 @@ def listening(speak: Callable[[socket.socket], None]) -> Iterator[tuple[str, lis
         done.set()
         thread.join()
         server.close()
+
+
+def whole_request(connection: socket.socket) -> bytes:
+    def more() -> bytes:
+        if data := connection.recv(65536):
+            return data
+        raise ConnectionError("the client is gone")
+
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += more()
+    headers, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", headers, re.IGNORECASE)
+    while length and len(body) < int(length[1]):
+        body += more()
+    return headers + body
 
 
 def head(status: str = "200 OK", **headers: object) -> bytes:
