@@ -72,7 +72,8 @@ def whole_request(connection: socket.socket) -> bytes:
 
 def head(status: str = "200 OK", **headers: object) -> bytes:
     lines = "".join(f"{k.replace('_', '-')}: {v}\r\n" for k, v in headers.items())
-    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{lines}\r\n".encode()
+    common = "Content-Type: application/json\r\nConnection: close"
+    return f"HTTP/1.1 {status}\r\n{common}\r\n{lines}\r\n".encode()
 
 
 def answering(body: str, status: str = "200 OK", **headers: object) -> Callable[[Any], None]:
