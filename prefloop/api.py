@@ -64,6 +64,7 @@ def evaluate(  # noqa: PLR0913
     data: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure models and runs' policies and compare them with the first; what is known from before is read.
@@ -87,6 +88,7 @@ def evaluate(  # noqa: PLR0913
         data=data,
         limit=limit,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     report = measure(options, (lambda line: None) if quiet else print)
     write_tables(report, Path(out))

@@ -16,7 +16,7 @@ from prefloop.generate.api_client import ChatServer, Refused, Reply, ServerOptio
 from tests.fake_chat_server import completion
 from tests.generate.test_hostile_servers import KEY, answering, asked, head, listening
 
-pytest.importorskip("openai")
+pytest.importorskip("openai", reason="needs the extra api, which make setup installs")
 
 Speak = Callable[[socket.socket], None]
 GOOD = json.dumps(completion("yes"))

@@ -19,7 +19,7 @@ from prefloop.judges.api import MALFORMED, Api, StoredReply, VerdictFile
 from prefloop.records import Message, Prompt
 from tests.fake_chat_server import completion
 
-pytest.importorskip("openai")
+pytest.importorskip("openai", reason="needs the extra api, which make setup installs")
 
 KEY = "sk-very-secret-0123456789"
 ASK = Ask((Message(role="user", content="hi"),), max_tokens=4)
