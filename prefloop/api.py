@@ -27,11 +27,13 @@ def run(
     *,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    accept_changes: bool = False,
 ) -> Run:
     """Play a recipe's closed loop, and open its folder; the same call goes on with a run that was stopped.
 
     `recipe` is an object, a file, or the name of a shipped one, `overrides` as in `load_recipe`; `folder` is
-    runs/NAME unless it is given. A line is printed for each stage unless `quiet`. Raises PrefloopError.
+    runs/NAME unless it is given. A line is printed for each stage unless `quiet`. With `accept_changes` a run
+    goes on although its model, data or versions are no longer those of its start. Raises PrefloopError.
     """
     from rich.console import Console
 
@@ -47,7 +49,9 @@ def run(
     for note in check_recipe(recipe):
         log.warning("%s", note)
     place = Path(folder) if folder is not None else Path("runs") / recipe.name
-    outcome = play(recipe, place, Console(highlight=False, quiet=quiet))
+    outcome = play(
+        recipe, place, Console(highlight=False, quiet=quiet), accept_changes=accept_changes
+    )
     write_report([outcome.folder], outcome.folder / "report.html")
     return Run(outcome.folder)
 
