@@ -21,6 +21,12 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", help="The comparison's folder.  [default: runs/NAME]")
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change an option of every variant; repeatable."
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="VARIANT", help="Play only this variant; repeatable."),
@@ -43,7 +49,7 @@ def compare(
     from prefloop.recipe.check import check_recipe
     from prefloop.run_folder import alone_in
 
-    loaded = load_comparison(comparison)
+    loaded = load_comparison(comparison, overrides or ())
     folder = out or Path("runs") / comparison.stem
     all_cells, notes = cells(loaded, folder)
     selected = _selected(all_cells, loaded, only or ())
@@ -95,7 +101,7 @@ def _play_and_tabulate(
 
     other_cells = [cell for cell in all_cells if cell not in selected]
     failed = play(selected, jobs=jobs, say=say, other_cells=other_cells)
-    report = tabulate(loaded, all_cells, failed)
+    report = tabulate(loaded, all_cells, failed, folder)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "comparison.json", f"{text}\n")
     write_atomically(folder / "comparison.md", markdown(report))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,7 @@ import prefloop.methods
 from prefloop.config import (
     Options,
     build,
+    build_plugin,
     find_plugin,
     here_or_shipped,
     overridden,
@@ -66,6 +67,11 @@ class Comparison(Options):
         default=("score", "win_rate", "kl", "mean_length", "stop_rate"), min_length=1
     )
     """Columns of the table: measures of the last round."""
+    by_round: Annotated[tuple[str, ...], BeforeValidator(_tuple)] = ()
+    """Measures of a second table that has a row for each measured round, with each round's seconds."""
+    judges: dict[str, Judge] = Field(default_factory=dict)
+    """Further judges of the last round's held-out answers, by a name of yours; they take no part in training.
+    Their columns are score_by_NAME and win_rate_by_NAME."""
     rank_by: str = "score"
     """The measure that variants are ranked by; highest first."""
     control: str | None = None
@@ -82,6 +88,36 @@ class Comparison(Options):
                     f"variants: {name!r} cannot name a folder; use letters, digits, '_', '-' and '.'"
                 )
         return variants
+
+    @field_validator("judges", mode="wrap")
+    @classmethod
+    def _judges_are_built(cls, judges: object, handler: Any) -> object:
+        if not isinstance(judges, Mapping):
+            return handler(judges)
+        built = {}
+        for name, section in judges.items():
+            if not re.fullmatch(r"[a-z0-9][\w-]*", str(name)):
+                raise ValueError(
+                    f"judges: {name!r} cannot name a column; use a-z, 0-9, '_' and '-'"
+                )
+            built[name] = build_plugin(prefloop.judges, section, Judge, f"judges.{name}")
+            if built[name].needs_policy:
+                raise ValueError(
+                    f"judges.{name} asks the policy, and variants are not to judge themselves; "
+                    "take a judge that asks none"
+                )
+        return built
+
+    @model_validator(mode="after")
+    def _columns_have_judges(self) -> Comparison:
+        for measure in self.measures:
+            name = judge_of(measure)
+            if name is not None and name not in self.judges:
+                hint = nearest(name, list(self.judges)) if self.judges else "judges names none"
+                raise ValueError(
+                    f"measures: {measure} is of a judge {name!r} that is not there; {hint}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _names_agree(self) -> Comparison:
@@ -102,6 +138,12 @@ class Comparison(Options):
         return self.control or next(iter(self.variants))
 
 
+def judge_of(measure: str) -> str | None:
+    """The further judge whose column this is: NAME of "score_by_NAME"; None where it is a run's own measure."""
+    head, by, name = measure.partition("_by_")
+    return name if by and head in _JUDGED else None
+
+
 @dataclass(frozen=True)
 class Cell:
     """One variant with one seed: an ordinary run."""
@@ -117,14 +159,23 @@ class Cell:
         return f"{self.variant} seed {self.seed}"
 
 
-def load_comparison(path: Path) -> Comparison:
-    """Read a comparison file; recipes/compare/NAME.yaml is a shipped one unless it is here. Raises RecipeError."""
+def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison file; recipes/compare/NAME.yaml is a shipped one unless it is here. Raises RecipeError.
+
+    `overrides` are "section.key=value" and change the base, so every variant.
+    """
     path = here_or_shipped(path)
     if not path.is_file():
         files = sorted(str(file) for file in path.parent.glob("*.y*ml"))
         raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), files)}" if files else ""))
     try:
-        return build(Comparison, read_yaml(path, needs="variants"), "")
+        values = read_yaml(path, needs="variants")
+        if overrides:
+            base = _base_values(values.get("base"))
+            for override in overrides:
+                base = overridden(base, override)
+            values = {**values, "base": base}
+        return build(Comparison, values, "")
     except RecipeError as error:
         message = str(error)
         raise RecipeError(
@@ -134,7 +185,7 @@ def load_comparison(path: Path) -> Comparison:
 
 def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
     """All cells, seed by seed, and notes for the user. Raises RecipeError."""
-    base = _base(comparison)
+    base = _base_values(comparison.base)
     notes, recipes = [], {}
     for variant, changes in comparison.variants.items():
         values, variant_notes = _apply_changes(base, changes or {})
@@ -151,13 +202,13 @@ def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
     ], notes
 
 
-def _base(comparison: Comparison) -> dict[str, Any]:
+def _base_values(base: object) -> dict[str, Any]:
     """The base recipe as written, without defaults: those depend on each variant's method."""
-    if isinstance(comparison.base, dict):
-        return comparison.base
-    load_recipe(comparison.base)  # raises a clear error where the base itself is wrong
-    path = Path(comparison.base)
-    return read_yaml(path if path.is_file() else shipped_recipes()[comparison.base], needs="method")
+    if isinstance(base, dict):
+        return base
+    load_recipe(str(base))  # raises a clear error where the base itself is wrong
+    path = Path(str(base))
+    return read_yaml(path if path.is_file() else shipped_recipes()[str(base)], needs="method")
 
 
 def _apply_changes(

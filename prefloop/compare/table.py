@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from prefloop.compare.file import Cell, Comparison
+from prefloop.compare.judged import FurtherJudges
 from prefloop.errors import RecipeError
 from prefloop.evaluate.answers import prompt_values
 from prefloop.evaluate.significance import (
@@ -25,7 +27,7 @@ from prefloop.evaluate.significance import (
 from prefloop.evaluate.stats import Estimate
 from prefloop.recipe import load_recipe
 from prefloop.records import Candidates
-from prefloop.run.cost import Spent, spent
+from prefloop.run.cost import SECONDS, Spent, round_seconds, spent
 from prefloop.run_folder import RoundDir, RunDir, differences
 
 LEVEL = 0.05
@@ -43,19 +45,25 @@ class _Result:
     prompts: Mapping[str, Mapping[str, float]]
     """Measure -> prompt id -> value, for measures that are means over prompts."""
     cost: Spent
+    rounds: Mapping[int, Mapping[str, float | None]]
+    """Measures of each measured round, -1 is the start; with the round's seconds of generation and training."""
 
 
 def tabulate(
-    comparison: Comparison, cells: Sequence[Cell], failed: Mapping[str, str]
+    comparison: Comparison, cells: Sequence[Cell], failed: Mapping[str, str], folder: Path
 ) -> dict[str, Any]:
-    """The contents of comparison.json: everything that the tables show."""
+    """The contents of comparison.json: everything that the tables show.
+
+    `folder` is the comparison's; verdicts of its further judges are kept there.
+    """
+    judges = FurtherJudges(comparison.judges, folder)
     results: dict[str, dict[int, _Result]] = {name: {} for name in comparison.variants}
     missing: dict[str, str] = {}
     for cell in cells:
         if reason := failed.get(cell.name) or _why_missing(cell):
             missing[cell.name] = reason
         else:
-            results[cell.variant][cell.seed] = _read_result(cell)
+            results[cell.variant][cell.seed] = _read_result(cell, judges)
     played = {name: results_by_seed for name, results_by_seed in results.items() if results_by_seed}
     return {
         "note": comparison.note,
@@ -67,6 +75,7 @@ def tabulate(
         "variants": {
             name: _variant(comparison, results_by_seed) for name, results_by_seed in played.items()
         },
+        "by_round": _by_round(comparison, played),
         "differences": _differences(comparison, played),
         "ranking": _ranking(comparison.rank_by, played),
         "missing": missing,
@@ -86,17 +95,20 @@ def _why_missing(cell: Cell) -> str | None:
     return f"played with another recipe ({'; '.join(changes[:5])})" if changes else None
 
 
-def _read_result(cell: Cell) -> _Result:
+def _read_result(cell: Cell, judges: FurtherJudges) -> _Result:
     run = RunDir(cell.folder)
     result = run.results()[-1]
     last = next(round_dir for round_dir in run.rounds() if round_dir.number == result.round)
     start = RoundDir(cell.folder / "rounds" / "start", -1)
+    answers, before = (part.records("answers", Candidates) for part in (last, start))
+    judged, judged_by_prompt = judges.measures(answers, before, seed=cell.seed)
     return _Result(
         cell,
         result.round,
-        result.measures,
-        prompt_values(last.records("answers", Candidates), start.records("answers", Candidates)),
+        {**result.measures, **judged},
+        {**prompt_values(answers, before), **judged_by_prompt},
         spent(run, cell.recipe),
+        {one.round: {**one.measures, **round_seconds(run, one.round)} for one in run.results()},
     )
 
 
@@ -140,6 +152,29 @@ def _cost(comparison: Comparison, results: Sequence[_Result]) -> dict[str, Any]:
         if comparison.budget
         else None,
     }
+
+
+def _by_round(
+    comparison: Comparison, played: Mapping[str, Mapping[int, _Result]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> its rounds in order: each seed's value, and their mean, of the measures of `by_round`."""
+    names = (*comparison.by_round, *SECONDS) if comparison.by_round else ()
+    table: dict[str, list[dict[str, Any]]] = {}
+    for variant, results in played.items() if names else ():
+        rounds = sorted({number for result in results.values() for number in result.rounds})
+        table[variant] = []
+        for number in rounds:
+            measures = {}
+            for name in names:
+                by_seed = {
+                    str(seed): value
+                    for seed, result in results.items()
+                    if (value := result.rounds.get(number, {}).get(name)) is not None
+                }
+                mean = _json_values(seed_mean(list(by_seed.values()))) if by_seed else None
+                measures[name] = {"by_seed": by_seed, "mean": mean}
+            table[variant].append({"round": number, "measures": measures})
+    return table
 
 
 def _values(name: str, results: Mapping[int, _Result]) -> dict[int, float]:

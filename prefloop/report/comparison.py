@@ -30,7 +30,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     """Measures, ranking and cost; [] while no cell is finished."""
     if not report["variants"]:
         return []
-    return [_measures(report), _ranking(report), _cost(report)]
+    by_round = [_by_round(report)] if report.get("by_round") else []
+    return [_measures(report), *by_round, _ranking(report), _cost(report)]
 
 
 def show_comparison(report: Mapping[str, Any], console: Console) -> None:
@@ -102,6 +103,28 @@ def _measures(report: Mapping[str, Any]) -> Table:
         rows,
         tuple(notes),
     )
+
+
+def _by_round(report: Mapping[str, Any]) -> Table:
+    """A row for each variant and round: the mean, and each seed's value."""
+    rows = []
+    for variant, rounds in report["by_round"].items():
+        for one in rounds:
+            name = "start" if one["round"] < 0 else str(one["round"])
+            rows.append([variant, name, *map(_mean_of_seeds, one["measures"].values())])
+    names = next(iter(report["by_round"].values()))[0]["measures"]
+    notes = (
+        "Mean (each seed's); seconds are of the stages that a cell worked itself or took over",
+    )
+    return Table("Round by round", ("variant", "round", *names), rows, notes)
+
+
+def _mean_of_seeds(measure: Mapping[str, Any]) -> str:
+    values = [_number(value) for value in measure["by_seed"].values()]
+    if measure["mean"] is None:
+        return "-"
+    mean = _number(measure["mean"]["value"])
+    return mean if len(values) == 1 else f"{mean} ({', '.join(values)})"
 
 
 def _how_paired(report: Mapping[str, Any]) -> str:

@@ -18,6 +18,9 @@ BASE: dict[str, Any] = {
 }
 
 
+SHORT = {"brief": {"name": "rules", "max_words": 1}}
+
+
 def comparison(**values: Any) -> Comparison:
     return Comparison.model_validate({"base": BASE, "variants": {"ial": None}, **values})
 
@@ -129,6 +132,18 @@ def refused(**values: Any) -> str:
             "variants b and a have different judges, so score means another thing",
         ),
         ({"base": "quickstart-iall"}, "did you mean 'quickstart-ial'?"),
+        ({"judges": {"a b": {"name": "rules"}}}, "judges: 'a b' cannot name a column"),
+        ({"judges": {"minilm": {"nam": "rules"}}}, "judges.minilm should be a section with a name"),
+        (
+            {"judges": {"minilm": {"name": "rule"}}},
+            "no judges.minilm 'rule'; did you mean 'rules'?",
+        ),
+        ({"judges": {"own": {"name": "implicit"}}}, "judges.own asks the policy"),
+        (
+            {"judges": SHORT, "measures": ["score", "score_by_brif"]},
+            "score_by_brif is of a judge 'brif' that is not there; did you mean 'brief'?",
+        ),
+        ({"measures": ["score", "win_rate_by_x"]}, "judges names none"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(values, says):
@@ -160,3 +175,14 @@ def test_a_file_is_read_and_its_mistakes_are_named(tmp_path):
         RecipeError, match=r"mine.yaml: seeds\[0\] should be greater than or equal to 0"
     ):
         load_comparison(path)
+
+
+def test_options_set_on_the_command_line_change_every_variant(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: quickstart-ial\nvariants:\n  ial:\n  gamma-1: {method.gamma: 1}\n")
+    found, _ = cells(load_comparison(path, ["evaluate.prompts=7", "method.eta=0.3"]), tmp_path)
+    assert {cell.recipe.evaluate.prompts for cell in found} == {7}
+    assert {cell.recipe.method.eta for cell in found} == {0.3}
+    assert {cell.recipe.method.gamma for cell in found} == {5.0, 1.0}
+    with pytest.raises(RecipeError, match=r"mine.yaml: --set evaluate is not of the form"):
+        load_comparison(path, ["evaluate"])

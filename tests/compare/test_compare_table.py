@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,8 @@ def pretend(cell: Cell, better: float) -> None:
 
 
 def played(folder: Path, better: dict[str, float], **values: Any) -> tuple[Comparison, list[Cell]]:
-    comparison = Comparison(
-        base=BASE, variants=dict.fromkeys(better), measures=("score", "kl", "nothing"), **values
-    )
+    values = {"measures": ("score", "kl", "nothing"), **values}
+    comparison = Comparison(base=BASE, variants=dict.fromkeys(better), **values)
     found, _ = cells(comparison, folder)
     for cell in found:
         pretend(cell, better[cell.variant])
@@ -73,7 +73,7 @@ def played(folder: Path, better: dict[str, float], **values: Any) -> tuple[Compa
 
 
 def test_a_real_difference_is_marked_and_noise_is_put_into_one_group(tmp_path):
-    report = tabulate(*played(tmp_path, {"plain": 0.0, "same": 0.0, "good": 5.0}), {})
+    report = tabulate(*played(tmp_path, {"plain": 0.0, "same": 0.0, "good": 5.0}), {}, tmp_path)
     ranking = report["ranking"]
     assert ranking["order"][0]["variant"] == "good"
     assert sorted(map(sorted, ranking["groups"])) == [["good"], ["plain", "same"]]
@@ -95,7 +95,7 @@ def test_prompts_that_differ_from_seed_to_seed_leave_the_seeds_to_compare(tmp_pa
         path.write_text(path.read_text().replace('"id":"p', f'"id":"s{cell.seed}p'))
         RoundDir(path.parent, 0).finish("answers", seconds=10.0)
         RoundDir(path.parent, 0).finish("result", seconds=10.0)
-    report = tabulate(comparison, found, {})
+    report = tabulate(comparison, found, {}, tmp_path)
     assert report["differences"]["score"]["good"]["prompts"] == 0
     assert report["differences"]["score"]["good"]["real"]
 
@@ -103,7 +103,7 @@ def test_prompts_that_differ_from_seed_to_seed_leave_the_seeds_to_compare(tmp_pa
 def test_a_result_of_another_recipe_is_missing_and_not_the_variants(tmp_path):
     played(tmp_path, {"plain": 0.0, "good": 5.0})
     changed = Comparison(base=BASE, variants={"plain": None, "good": {"method.gamma": 2.0}})
-    report = tabulate(changed, cells(changed, tmp_path)[0], {})
+    report = tabulate(changed, cells(changed, tmp_path)[0], {}, tmp_path)
     assert list(report["variants"]) == ["plain"]
     assert report["missing"] == {
         f"good seed {seed}": "played with another recipe (method.gamma was 5.0, now 2.0)"
@@ -115,7 +115,7 @@ def test_costs_come_from_the_manifests(tmp_path):
     comparison, found = played(
         tmp_path, {"plain": 0.0}, budget={"trained_tokens": 1600}, seeds=[0, 1]
     )
-    cost = tabulate(comparison, found, {})["variants"]["plain"]["cost"]
+    cost = tabulate(comparison, found, {}, tmp_path)["variants"]["plain"]["cost"]
     assert cost["generated_tokens"] == 700
     assert cost["trained_tokens"] == 2000
     # 2 N (drawn 700, read 400, reference 1000) and, under LoRA, 4 N for each of 2000 trained.
@@ -202,7 +202,7 @@ def test_json_is_one_object(table):
 
 def test_one_seed_is_never_ranked(tmp_path):
     comparison, found = played(tmp_path, {"plain": 0.0, "good": 50.0}, seeds=[0])
-    report = tabulate(comparison, found, {})
+    report = tabulate(comparison, found, {}, tmp_path)
     assert report["ranking"]["groups"] == [["good", "plain"]]
     assert report["variants"]["good"]["measures"]["score"]["low"] is None
     from prefloop.report.comparison import tables
@@ -248,3 +248,49 @@ def test_the_check_lists_cells_and_what_they_share(tmp_path, monkeypatch):
     assert "note: variant plain: all is well" in shown.output
     assert "mine: 9 cells, ok" in shown.output
     assert not (tmp_path / "runs").exists()
+
+
+SHORT = {"brief": {"name": "rules", "max_words": 1}}
+
+
+def test_further_judges_score_the_same_answers_and_keep_their_verdicts(tmp_path):
+    """Their columns are compared as the run's own are; what they said is read again, not asked again."""
+    comparison, found = played(
+        tmp_path,
+        {"plain": 0.0, "good": 5.0},
+        judges=SHORT,
+        measures=("win_rate_by_brief", "score_by_brief"),
+        rank_by="score_by_brief",
+    )
+    for cell in found:
+        if cell.variant == "good":
+            path = cell.folder / "rounds/0000/answers.jsonl"
+            path.write_text(path.read_text().replace('"text":"a b"', '"text":"a"'))
+            RoundDir(path.parent, 0).finish("answers", seconds=10.0)
+            RoundDir(path.parent, 0).finish("result", seconds=10.0)
+    report = tabulate(comparison, found, {}, tmp_path)
+    measures = {name: one["measures"] for name, one in report["variants"].items()}
+    assert measures["plain"]["win_rate_by_brief"]["value"] == 0.5
+    assert measures["good"]["win_rate_by_brief"]["value"] == 1.0
+    assert measures["good"]["score_by_brief"]["value"] == 1.0
+    found_by_prompt = report["differences"]["score_by_brief"]["good"]
+    assert (found_by_prompt["difference"], found_by_prompt["prompts"]) == (1.0, PROMPTS)
+    kept = list((tmp_path / "judged").rglob("*.jsonl"))
+    assert len(kept) == 2, "the start and every seed's answers are the same texts here"
+    changed = kept[0].stat().st_mtime_ns
+    assert tabulate(comparison, found, {}, tmp_path) == report
+    assert kept[0].stat().st_mtime_ns == changed
+
+
+def test_rounds_are_tabled_with_each_seeds_value_and_the_seconds(tmp_path):
+    from prefloop.report.comparison import markdown
+
+    comparison, found = played(tmp_path, {"plain": 0.0}, seeds=[0, 1], by_round=("kl",))
+    report = tabulate(comparison, found, {}, tmp_path)
+    start, first = report["by_round"]["plain"]
+    assert (start["round"], first["round"]) == (-1, 0)
+    assert first["measures"]["kl"]["by_seed"] == {"0": 0.1, "1": 0.11}
+    assert first["measures"]["train_seconds"]["mean"]["value"] == 20.0
+    assert first["measures"]["generate_seconds"]["mean"]["value"] == 5.0
+    assert start["measures"]["train_seconds"]["mean"] is None
+    assert "| plain | 0 | 0.105 (0.100, 0.110) |" in re.sub(" +", " ", markdown(report))
