@@ -36,6 +36,9 @@ MEASURES = (
     "stop_rate",
 )
 
+WIN_RATE_ENDS = ("win_rate_low", "win_rate_high")
+"""The ends of the win rate's 95 % interval."""
+
 _MAX_COLUMNS = 8
 
 _TINY = 5e-4
@@ -172,13 +175,20 @@ _GLANCE_NAMES = {
 
 
 def glance(measures: Mapping[str, float | None]) -> str:
-    """A round's main measures in one line: "score 24.0, win rate 0.38, KL 0.14, stops 0.81"."""
-    values = [(name, measures.get(key)) for key, name in _GLANCE_NAMES.items()]
+    """A round's main measures in one line: "score 24.0, win rate 0.38 (0.21 to 0.55), KL 0.14, stops 0.81"."""
+    values = [(key, name, measures.get(key)) for key, name in _GLANCE_NAMES.items()]
     return ", ".join(
         f"{name} {value:z.{1 if abs(value) >= 10 else 2}f}"
-        for name, value in values
+        + (_ends(measures) * (key == "win_rate"))
+        for key, name, value in values
         if value is not None and math.isfinite(value)
     )
+
+
+def _ends(measures: Mapping[str, float | None]) -> str:
+    """The win rate's interval in brackets; nothing where it has none, or no width, as at the start."""
+    low, high = (measures.get(name) for name in WIN_RATE_ENDS)
+    return "" if low is None or high is None or low == high else f" ({low:.2f} to {high:.2f})"
 
 
 def duration(seconds: float) -> str:

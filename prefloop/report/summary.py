@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from prefloop.data.text_distance import fold_whitespace
 from prefloop.errors import RunFolderError
 from prefloop.evaluate.curves import FRACTION_OF_BEST, steps_to_fraction, win_rate_curve
 from prefloop.records import CurvePoint, Pair, RoundResult
 from prefloop.report.chain import Chain, round_chains, show_chain
-from prefloop.report.console import MEASURES, show_pair, show_rounds
+from prefloop.report.console import MEASURES, WIN_RATE_ENDS, show_pair, show_rounds
 from prefloop.report.facts import read_ratios
 from prefloop.report.formats import show_table
 from prefloop.run_folder import RunDir, read_run
@@ -32,7 +33,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     run = RunDir(outcome.folder)
     _show_results(outcome.results, console)
     show_curve(win_rate_curve(run), console)
-    _show_pairs(run.pairs()[-1][1][:_SHOWN_PAIRS], console)
+    _show_pairs(list(islice(_differing(run.pairs()[-1][1]), _SHOWN_PAIRS)), console)
     page = outcome.folder / "report.html"
     lines = [
         f"policy   {outcome.policy}",
@@ -69,7 +70,7 @@ def show_run(folder: Path, console: Console, *, pair: str | None, count: int) ->
         return
     _show_results(run.results(), console)
     show_curve(win_rate_curve(run), console)
-    _show_pairs(_newest(run, count), console)
+    _show_pairs(list(islice(_differing(_newest(run)), count)), console)
 
 
 def run_json(folder: Path, *, pair: str | None, count: int) -> str:
@@ -84,15 +85,21 @@ def run_json(folder: Path, *, pair: str | None, count: int) -> str:
         "results": [result.model_dump() for result in run.results()],
         "win_rate_curve": [point.model_dump() for point in win_rate_curve(run)],
         "rejects": {round_dir.number: dict(round_dir.reasons()) for round_dir in run.rounds()},
-        "pairs": [{"id": one.id, **one.model_dump(mode="json")} for one in _newest(run, count)],
+        "pairs": [{"id": one.id, **one.model_dump(mode="json")} for one in _newest(run)[:count]],
     }
     return json.dumps(values, indent=1)
 
 
-def _newest(run: RunDir, count: int) -> list[Pair]:
-    """The last `count` pairs, newest first."""
-    pairs = [pair for _, round_pairs in run.pairs() for pair in round_pairs]
-    return list(reversed(pairs))[:count]
+def _newest(run: RunDir) -> list[Pair]:
+    """All pairs, newest first."""
+    return [pair for _, round_pairs in run.pairs() for pair in round_pairs][::-1]
+
+
+def _differing(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Those whose two answers differ in more than white space: of the others there is nothing to show."""
+    for pair in pairs:
+        if fold_whitespace(pair.chosen) != fold_whitespace(pair.rejected):
+            yield pair
 
 
 def _chains_of(run: RunDir, pair_id: str) -> list[Chain]:
@@ -118,7 +125,7 @@ def _show_results(results: list[RoundResult], console: Console) -> None:
     known = [
         RoundResult(
             round=result.round,
-            measures={k: v for k, v in result.measures.items() if k in MEASURES},
+            measures={k: v for k, v in result.measures.items() if k in (*MEASURES, *WIN_RATE_ENDS)},
         )
         for result in results
     ]

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from prefloop.errors import RunFolderError
 from prefloop.records import Message, Pair, RoundResult, write_jsonl
+from prefloop.report.console import glance
 from prefloop.report.summary import show_outcome, show_run
-from prefloop.run_folder import Outcome, open_run
+from prefloop.run_folder import Outcome, RunDir, open_run
 
 
 def pair(name: str, number: int, chosen: str = "a better answer") -> Pair:
@@ -56,6 +57,31 @@ def test_the_newest_pairs_come_first_and_as_many_as_asked(folder: Path) -> None:
     assert ids(shown(folder, count=5))[3:] == ["0001/p0", "0000/p3"]
     assert ids(shown(folder, count=0)) == []
     assert len(ids(shown(folder, count=100))) == 8
+
+
+def test_a_pair_of_equal_answers_is_not_shown_unless_it_is_asked_for(folder: Path) -> None:
+    """IAL may train on a rewrite that repeats the draft; nobody learns anything from seeing it."""
+    run = RunDir(folder)
+    pairs = [pair("p0", 1), pair("p1", 1, chosen="a  worse answer ")]
+    write_jsonl(run.round(1).path / "pairs.jsonl", pairs)
+    run.round(1).finish("pairs")
+    assert ids(shown(folder, count=2)) == ["0001/p0", "0000/p3"]
+    assert ids(shown(folder, "0001/p1")) == ["0001/p1"]
+    console = Console(file=io.StringIO(), width=80)
+    show_outcome(Outcome(folder, folder / "policy", run.results()), console)
+    assert ids(console.file.getvalue()) == ["0001/p0"]  # type: ignore[attr-defined]
+
+
+def test_the_win_rates_interval_stands_with_it(folder: Path) -> None:
+    ends = {"win_rate_low": 0.375, "win_rate_high": 0.625}
+    measures = {"score": 2.5, "win_rate": 0.5, **ends}
+    round_dir = RunDir(folder).round(0)
+    write_jsonl(round_dir.path / "result.jsonl", [RoundResult(round=0, measures=measures)])
+    round_dir.finish("result")
+    table = [line.split() for line in shown(folder, count=0).splitlines()]
+    assert ["win_rate_low", "-", "0.375"] in table
+    assert glance(measures) == "score 2.50, win rate 0.50 (0.38 to 0.62)"
+    assert glance({"win_rate": 0.5, "win_rate_low": 0.5, "win_rate_high": 0.5}) == "win rate 0.50"
 
 
 def test_the_table_has_the_measures_worth_a_glance(folder: Path) -> None:
