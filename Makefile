@@ -41,7 +41,7 @@ docs: setup ## the documentation as a site that opens from disk, build/site/inde
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Not among them: those that want a folder, a file or another environment named.
-BENCHMARKS := $(filter-out $(addprefix benchmarks/,leaderboard.py plot_curves.py refusal_rules.py templates.py vllm_rounds.py),$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out $(addprefix benchmarks/,leaderboard.py flawed_targets.py plot_curves.py refusal_rules.py templates.py vllm_rounds.py),$(wildcard benchmarks/*.py))
 
 bench: setup ## every benchmark that needs no argument, as JSON
 	for script in $(BENCHMARKS); do $(BIN)/python $$script --json || failed=1; done; exit $${failed:-0}
