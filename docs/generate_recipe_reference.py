@@ -45,6 +45,8 @@ def reference() -> str:
         parts.append(f"## {section}\n\n{field.description}\n")
         if section == "method":
             parts += _plugins(prefloop.methods, Method, section)
+        elif section == "eval_judge":
+            parts.append("`name` and options as in [judge](#judge).\n")
         elif section == "judge":
             parts += _plugins(prefloop.judges, Judge, section)
         elif section == "engine":

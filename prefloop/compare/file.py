@@ -280,7 +280,7 @@ def _check_same_protocol(comparison: Comparison, recipes: Mapping[tuple[str, int
                     f"they cannot be compared{remedy}"
                 )
         judged = [name for name in _JUDGED if name in comparison.measures]
-        if recipe.judge != control_recipe.judge and judged:
+        if recipe.answers_judge != control_recipe.answers_judge and judged:
             raise RecipeError(
                 f"variants {variant} and {control} have different judges, so {judged[0]} means another "
                 f"thing in each; take {' and '.join(judged)} out of measures, or give all one judge"

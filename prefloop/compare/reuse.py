@@ -47,6 +47,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
         "sft": recipe.sft_train.model_dump(mode="json") if recipe.sft_train else None,
     }
     sampling = recipe.evaluate.sampling or method.sampling
+    answers_judge = options["eval_judge"] or options["judge"]
     generation = {
         **initial_policy,
         "name": name,
@@ -59,7 +60,7 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     size = {"prompts_per_round": recipe.loop.prompts_per_round}
     values_by_stage = {
         "sft": initial_policy,
-        "answers": {**initial_policy, **held_out, **answers, "judge": options["judge"]},
+        "answers": {**initial_policy, **held_out, **answers, "judge": answers_judge},
         "introspection": {**ranked, **held_out},
         "candidates": {**generation, **size},
         "ranked": {**ranked, **size},

@@ -57,7 +57,7 @@ class EvaluationJudge:
     def _from_runs(cls, sources: Sequence[Source], prompts: str) -> EvaluationJudge:
         """The judge that all runs' recipes have in common, else none."""
         recipes = [recipe for source in sources if (recipe := source.recipe) is not None]
-        judges = [recipe.judge for recipe in recipes]
+        judges = [recipe.answers_judge for recipe in recipes]
         first = judges[0] if judges else None
         if first is None or first.needs_policy or any(judge != first for judge in judges):
             return cls(None, None, None)

@@ -54,9 +54,12 @@ from prefloop.train.options import SftOptions, TrainOptions
 
 M = TypeVar("M", bound=BaseModel)
 
+JUDGES = ("judge", "eval_judge")
+"""Sections that name a judge."""
+
 _HOMES = {
     "method": prefloop.methods,
-    "judge": prefloop.judges,
+    **dict.fromkeys(JUDGES, prefloop.judges),
     "engine": prefloop.generate.engines,
 }
 
@@ -83,6 +86,8 @@ class Recipe(Options):
     """`name` of the method (a file of prefloop.methods, or your.module) and its options."""
     judge: Judge | None = None
     """`name` of the judge (a file of prefloop.judges, or your.module) and its options."""
+    eval_judge: Judge | None = None
+    """The judge of held-out answers (score, win_rate), one that took no part in training; null takes `judge`."""
     engine: EngineOptions = Field(default_factory=InProcess)
     """`name` of what generates (a file of prefloop.generate.engines, or your.module) and its options."""
     generate: GenerateOptions = Field(default_factory=GenerateOptions)
@@ -111,8 +116,9 @@ class Recipe(Options):
         method = built["method"] = build_plugin(
             prefloop.methods, values["method"], Method, "method"
         )
-        if built.get("judge") is not None:
-            built["judge"] = build_plugin(prefloop.judges, built["judge"], Judge, "judge")
+        for section in JUDGES:
+            if built.get(section) is not None:
+                built[section] = build_plugin(prefloop.judges, built[section], Judge, section)
         if "engine" in built:
             engines = prefloop.generate.engines
             built["engine"] = build_plugin(engines, built["engine"], EngineOptions, "engine")
@@ -143,7 +149,7 @@ class Recipe(Options):
     def _sections_agree(self) -> Recipe:
         if self.guard.action == "best_round" and not self.evaluate.every_round:
             raise RecipeError("guard.action best_round needs evaluate.every_round: true")
-        if self.guard.action == "best_round" and self.judge is None:
+        if self.guard.action == "best_round" and self.answers_judge is None:
             raise RecipeError(
                 "guard.action best_round needs a judge to score the rounds; add a section judge"
             )
@@ -168,7 +174,7 @@ class Recipe(Options):
             )
         return self
 
-    @field_serializer("method", "judge", "engine")
+    @field_serializer("method", *JUDGES, "engine")
     def _with_name(
         self, plugin: Method | Judge | EngineOptions | None, info: FieldSerializationInfo
     ) -> dict[str, Any] | None:
@@ -180,8 +186,28 @@ class Recipe(Options):
     @property
     def needs_target(self) -> bool:
         """Whether every prompt must have a target response: for the method, round 0 or the judge."""
-        judges = self.judge is not None and self.judge.needs_target
+        judges = any(judge.needs_target for judge in self.judges.values())
         return self.method.needs_target or self.sft is not None or judges
+
+    @property
+    def judges(self) -> dict[str, Judge]:
+        """Section -> judge, of those that the recipe names."""
+        found = {section: getattr(self, section) for section in JUDGES}
+        return {section: judge for section, judge in found.items() if judge is not None}
+
+    @property
+    def answers_judge(self) -> Judge | None:
+        """The judge of held-out answers."""
+        return self.eval_judge or self.judge
+
+    @property
+    def judge_sources(self) -> dict[str, str]:
+        """Option, such as "judge.model" -> the folder or Hub id that a judge loads."""
+        return {
+            f"{section}.{option}": source
+            for section, judge in self.judges.items()
+            for option, source in judge.sources.items()
+        }
 
     @property
     def sft_train(self) -> TrainOptions | None:

@@ -51,8 +51,13 @@ def check_recipe(recipe: Recipe) -> list[str]:
             f"judge {plugin_name(prefloop.judges, judge)!r} compares the policy with the initial one, and in round 0 they are the same; "
             "name the implicit judge's model and reference, or choose another judge"
         )
-    if judge is not None:
-        judge.check()
+    if recipe.eval_judge is not None and recipe.eval_judge.needs_policy:
+        raise RecipeError(
+            f"eval_judge {plugin_name(prefloop.judges, recipe.eval_judge)!r} asks the policy, which would measure "
+            "itself; name a judge that asks none, or leave eval_judge out"
+        )
+    for named in recipe.judges.values():
+        named.check()
     for tracker in recipe.track:
         if find_spec(tracker) is None:
             raise RecipeError(
@@ -75,7 +80,7 @@ def check_curve(recipe: Recipe) -> None:
             "evaluate.every_steps measures the policy that this process trains, and under launch others train "
             "it; set evaluate.every_steps: 0, or leave launch out"
         )
-    if recipe.judge is None:
+    if recipe.answers_judge is None:
         raise RecipeError(
             "evaluate.every_steps needs a judge to compare answers with; add a section judge, or set it to 0"
         )
@@ -116,10 +121,7 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
         )
     sources = {
         "model.source": recipe.model.source,
-        **{
-            f"judge.{option}": source
-            for option, source in (recipe.judge.sources if recipe.judge else {}).items()
-        },
+        **recipe.judge_sources,
     }
     for key, source in sources.items():
         place = Path(source).expanduser()
@@ -213,8 +215,12 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     method, loop, train = recipe.method, recipe.loop, recipe.train
     if recipe.judge and not method.needs_judge:
         yield (
-            f"judge: method {plugin_name(prefloop.methods, method)} ranks without it; "
-            "it only scores the held-out answers"
+            f"judge: method {plugin_name(prefloop.methods, method)} ranks without it"
+            + (
+                ", and eval_judge scores the held-out answers: it has no effect"
+                if recipe.eval_judge
+                else "; it only scores the held-out answers"
+            )
         )
     for option in ("mix_previous", "carry_optimizer"):
         if loop.rounds == 1 and getattr(loop, option):

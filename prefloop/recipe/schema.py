@@ -32,6 +32,7 @@ def json_schema() -> dict[str, Any]:
         __base__=Recipe,
         method=(methods, ...),
         judge=(judges | None, None),
+        eval_judge=(judges | None, None),
         engine=(engines, InProcess()),
     )
     schema = full.model_json_schema()

@@ -25,11 +25,10 @@ def inputs(recipe: Recipe) -> dict[str, str | int]:
     identities: dict[str, str | int] = {"model.source": _contents(folder)}
     if recipe.model.chat_template is not None:
         identities["model.chat_template"] = _contents(Path(recipe.model.chat_template).expanduser())
-    sources = dict(recipe.judge.sources) if recipe.judge is not None else {}
-    for option, source in sources.items():
+    for option, source in recipe.judge_sources.items():
         path = Path(source).expanduser()
         if path.exists():
-            identities[f"judge.{option}"] = _contents(path)
+            identities[option] = _contents(path)
     return identities | {
         f"version of {name}": version for name, version in installed_versions().items()
     }

@@ -220,7 +220,7 @@ class _Loop:
         answers = round_dir.records("answers", Candidates)
         measures = answer_measures(answers, start, seed=self.recipe.seed)
         measures |= set_measures(self._eval_sets(), answers, start, seed=self.recipe.seed)
-        if self.recipe.judge is not None:
+        if self.recipe.answers_judge is not None:
             measures["no_verdict"] = no_verdict_rate(answers)
         if self.recipe.evaluate.introspection:
             self._play_held_out(round_dir)
@@ -231,7 +231,7 @@ class _Loop:
         round_dir.finish("result", input=round_dir.digest("answers"), seconds=watch.seconds)
         unscored = (
             {"without a verdict": n}
-            if (n := sum(not g.scores for g in answers)) and self.recipe.judge
+            if (n := sum(not g.scores for g in answers)) and self.recipe.answers_judge
             else {}
         )
         self._say(

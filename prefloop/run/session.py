@@ -289,11 +289,19 @@ class Session:
         with quiet():
             return CachedJudge(self.recipe.judge.open(None, self.prompt_set))
 
+    @cached_property
+    def _eval_judge(self) -> OpenJudge | None:
+        """The judge of held-out answers alone; None where the recipe names none."""
+        if self.recipe.eval_judge is None:
+            return None
+        with quiet():
+            return CachedJudge(self.recipe.eval_judge.open(None, self.prompt_set))
+
     def score_answers(
         self, prompts: Sequence[Prompt], answers: Sequence[Response]
     ) -> list[Verdict]:
-        """The judge's scores of single answers; without a judge, similarity to the targets."""
-        judge = self._judge(self.engine_at(self._policy_dir))
+        """The scores of held-out answers by `eval_judge`, else the judge; without a judge, similarity to the targets."""
+        judge = self._eval_judge or self._judge(self.engine_at(self._policy_dir))
         if judge is None:
             if not all(prompt.target for prompt in prompts):
                 return [NoVerdict("no judge, no target")] * len(prompts)
@@ -408,7 +416,8 @@ class Session:
         """Give back the memory of models; each is loaded again when it is next needed."""
         self.outside.offload()
         self._forget()
-        self.__dict__.pop("_lasting_judge", None)
+        for judge in ("_lasting_judge", "_eval_judge"):
+            self.__dict__.pop(judge, None)
         gc.collect()
         torch.cuda.empty_cache()
 

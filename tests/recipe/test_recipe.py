@@ -72,6 +72,10 @@ WRONG = [
         f'r.yaml: method should be a section with a name ({METHODS}); it is {{"gamma": 5}}',
     ),
     (
+        IAL_RECIPE + "eval_judge: {name: similar}\n",
+        "r.yaml: no eval_judge 'similar'; did you mean 'similarity'?",
+    ),
+    (
         "method: {name: ial}\njudge: {name: similar}\n",
         "r.yaml: no judge 'similar'; did you mean 'similarity'?",
     ),
@@ -438,6 +442,15 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
             "key_env names the environment variable PREFLOOP_NO_SUCH_KEY, which is not set; export it",
         ),
         (
+            IAL_RECIPE + "eval_judge: {name: self_judge}\n",
+            "eval_judge 'self_judge' asks the policy, which would measure itself; name a judge that asks none, "
+            "or leave eval_judge out",
+        ),
+        (
+            IAL_RECIPE + "eval_judge: {name: reward_model, model: ../no-judge}\n",
+            "eval_judge.model: no folder ../no-judge (paths are relative to the working directory)",
+        ),
+        (
             "method: {name: ial}\njudge: {name: implicit}\n",
             "judge 'implicit' compares the policy with the initial one, and in round 0 they are the "
             "same; name the implicit judge's model and reference, or choose another judge",
@@ -513,6 +526,10 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
         (
             "method: {name: arop}\njudge: {name: similarity}\n",
             "judge: method arop ranks without it; it only scores the held-out answers",
+        ),
+        (
+            "method: {name: arop}\njudge: {name: similarity}\neval_judge: {name: target_checks}\n",
+            "judge: method arop ranks without it, and eval_judge scores the held-out answers: it has no effect",
         ),
         (IAL_RECIPE + "loop: {rounds: 1}\n", "loop.mix_previous has no effect in a single round"),
         (

@@ -614,6 +614,40 @@ def half_a_verdict(prompt: Prompt, responses: Sequence[str]) -> list[float | Non
     return [float(len(text)) if known else None for text in responses]
 
 
+def longer(prompt, responses):
+    """A judge that training never meets."""
+    return [float(len(text)) for text in responses]
+
+
+def test_held_out_answers_are_scored_by_the_judge_that_took_no_part(model_folder, tmp_path):
+    """And pairs are ranked by the other one."""
+    chosen = recipe(
+        model_folder,
+        "ial",
+        judge={"name": "similarity"},
+        eval_judge={"name": "python", "function": f"{__name__}:longer"},
+        evaluate={**LIGHT, "prompts": 4},
+        loop={"rounds": 1, "prompts_per_round": 4},
+    )
+    found = RunDir(run(chosen, tmp_path / "run", Console(file=StringIO())).folder)
+    answers = found.start.records("answers", Candidates)
+    assert [g.scores["answer"] for g in answers] == [
+        len(g.responses["answer"].text) for g in answers
+    ]
+    ranked = found.round(0).records("ranked", Candidates)
+    assert ranked
+    for group in ranked:
+        for name, score in group.scores.items():
+            assert score == chrf(group.responses[name].text, group.prompt.target)
+
+
+def chrf(text, target):
+    """As the similarity judge scores."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF().sentence_score(text, [target]).score
+
+
 def test_a_judge_s_failures_on_held_out_answers_are_counted_and_told(model_folder, tmp_path):
     said = StringIO()
     chosen = recipe(
