@@ -22,10 +22,10 @@ from prefloop.errors import GuardStop
 from prefloop.evaluate.answers import (
     ANSWER,
     answer_measures,
-    check_guards,
     no_verdict_rate,
     set_measures,
 )
+from prefloop.evaluate.guards import check_guards, start_values
 from prefloop.machine import Stopwatch
 from prefloop.methods import Pairing
 from prefloop.recipe import Recipe
@@ -290,7 +290,8 @@ class _Loop:
         self.session.counts.update({f"{_FAILED}{reason}": n for reason, n in failures.items()})
 
     def _guard(self, results: Sequence[RoundResult]) -> None:
-        tripped = check_guards(results[-1].measures, results[0].measures, self.recipe.guard)
+        start = start_values(results[:-1])
+        tripped = check_guards(results[-1].measures, start, self.recipe.guard)
         for sentence in tripped:
             log.warning("round %d: %s", results[-1].round, sentence)
             self.rundir.event("guard", round=results[-1].round, sentence=sentence)
