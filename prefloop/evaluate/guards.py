@@ -52,9 +52,7 @@ _GUARDS = (
         "{} of flawed answers are as likely to the policy as what they were made from, above {}",
     ),
     _Guard("min_margin", "M", 0.0, "AROP's margin M is {}, below {}", ".3g", relative=True),
-    _Guard(
-        "min_margin", "train_M", 0.0, "AROP's margin M of pairs is {}, below {}", ".3g", True
-    ),
+    _Guard("min_margin", "train_M", 0.0, "AROP's margin M of pairs is {}, below {}", ".3g", True),
 )
 
 

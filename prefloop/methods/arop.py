@@ -322,7 +322,9 @@ class AROP(Method):
                 for t, group in zip(texts, ranked, strict=True)
             )
         if self.margin.kind == "confidence":
-            gaps = [g.ratings["confidence_refined"] - g.ratings["confidence_flawed"] for g in ranked]
+            gaps = [
+                g.ratings["confidence_refined"] - g.ratings["confidence_flawed"] for g in ranked
+            ]
             measures["flaw_unseen"] = fmean(gap <= 0 for gap in gaps)
         return measures
 

@@ -20,8 +20,9 @@ from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
 from prefloop.models.sources import local_folder
-from prefloop.recipe import Recipe
+from prefloop.recipe import Recipe, load_recipe
 from prefloop.recipe.check_template import check_template
+from prefloop.recipe.reward import load_reward_recipe
 from prefloop.records import Message
 
 
@@ -53,13 +54,14 @@ def check_recipe(recipe: Recipe) -> list[str]:
         )
     if judge is not None:
         judge.check()
+    before = _check_reward(recipe)
     for tracker in recipe.track:
         if find_spec(tracker) is None:
             raise RecipeError(
                 f"track names {tracker}, which is not installed; pip install {tracker}"
             )
     asked: dict[tuple[str, ...], tuple[Message, ...]] = {}
-    notes = [*_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]
+    notes = [*before, *_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]
     notes += check_template(recipe.model, [(Message(role="user", content="x"),), *asked.values()])
     # Last, because it may ask a server.
     _check_engine(recipe)
@@ -79,6 +81,20 @@ def check_curve(recipe: Recipe) -> None:
         raise RecipeError(
             "evaluate.every_steps needs a judge to compare answers with; add a section judge, or set it to 0"
         )
+
+
+def _check_reward(recipe: Recipe) -> list[str]:
+    """Both recipes of the section `reward`, before anything is made from them."""
+    if recipe.reward is None:
+        return []
+    load_reward_recipe(recipe.reward.train)
+    drafts = load_recipe(recipe.reward.drafts)
+    if drafts.reward is not None:
+        raise RecipeError(
+            f"reward.drafts: {recipe.reward.drafts} makes a reward model of its own first; name a recipe that "
+            "needs none"
+        )
+    return [f"{drafts.name}: {note}" for note in check_recipe(drafts)]
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -142,6 +158,8 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             raise RecipeError(
                 f"{key}: no folder {source} (paths are relative to the working directory)"
             )
+        elif source.startswith("rewards/") and recipe.reward is not None:
+            yield f"{key} {source} is made first, from {recipe.reward.drafts}'s pairs"
         elif source.startswith("rewards/"):
             yield f"{key} {source} is not there yet: make it with prefloop reward train"
         else:

@@ -160,3 +160,12 @@ class GuardOptions(Options):
     """Where the start is past a limit: the share of the start's distance from the worst value that may be lost."""
     max_reject_share: float = Field(default=0.95, ge=0.0, le=1.0)
     """Share of a round's prompts that gave no pair."""
+
+
+class RewardStep(Options):
+    """RLAIF: the reward model that is made first, into the folder that `judge.model` names."""
+
+    drafts: str = Field(min_length=1)
+    """Recipe (a file, or the name of a shipped one) whose first round makes the pairs; it is not trained."""
+    train: str = Field(min_length=1)
+    """Reward recipe (a file, or the name of a shipped one); its data are these pairs."""

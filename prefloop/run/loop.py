@@ -32,6 +32,7 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
 from prefloop.records import (
     Candidates,
+    Pair,
     Prompt,
     Record,
     Reject,
@@ -63,6 +64,11 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
     Raises RunFolderError where a model, data or versions are not those of the start, unless changes are accepted.
     """
     check_curve(recipe)
+    if recipe.reward is not None:
+        # It plays another recipe's drafts, so it imports this module.
+        from prefloop.run.rlaif import make_reward_model
+
+        make_reward_model(recipe, folder, console)
     with open_run(folder, recipe.dump(), accept_changes=accept_changes) as rundir:
         rundir.same_inputs(inputs(recipe))
         for change in rundir.same_inputs(surroundings(), decisive=False):
@@ -76,6 +82,18 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
             policy = loop.finish(results)
         rundir.event("end")
     return Outcome(folder, policy, results)
+
+
+def make_pairs(recipe: Recipe, folder: Path, console: Console) -> list[Pair]:
+    """The first round's pairs in a run's folder, not trained on; what is there already is read."""
+    with open_run(folder, recipe.dump()) as rundir:
+        rundir.same_inputs(inputs(recipe))
+        loop, first = _Loop(recipe, rundir, console), rundir.round(0)
+        with closing(loop.session.outside):
+            loop._generate(first)
+            loop._rank(first)
+            loop._pair(first)
+        return first.records("pairs", Pair)
 
 
 def make_worker_chunks(

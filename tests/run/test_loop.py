@@ -440,10 +440,10 @@ def test_a_guard_stops_the_run_and_keeps_the_rounds_before(model_folder, tmp_pat
 
 
 def test_what_the_start_deserves_as_well_trips_no_guard(model_folder, tmp_path):
-    """No answer of the random model ends by itself, before training or after it."""
-    strict = recipe(model_folder, "ial", guard={"action": "stop"}, loop={"rounds": 1})
-    outcome = play(strict, tmp_path / "a")
-    assert [result.measures["stop_rate"] for result in outcome.results] == [0.0, 0.0]
+    """The random model's flawed copies are other texts, before training as after it."""
+    guard = {"action": "stop", "max_flaw_edit_share": 0.1}
+    outcome = play(recipe(model_folder, "arop", guard=guard, loop={"rounds": 1}), tmp_path / "a")
+    assert [result.measures["flaw_edit_share"] for result in outcome.results] == [1.0, 1.0]
     assert [e for e in events(tmp_path / "a") if e["event"] == "guard"] == []
 
 
