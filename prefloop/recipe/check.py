@@ -158,10 +158,11 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             raise RecipeError(
                 f"{key}: no folder {source} (paths are relative to the working directory)"
             )
-        elif source.startswith("rewards/") and recipe.reward is not None:
-            yield f"{key} {source} is made first, from {recipe.reward.drafts}'s pairs"
         elif source.startswith("rewards/"):
-            yield f"{key} {source} is not there yet: make it with prefloop reward train"
+            remedy = (
+                "the run makes it first" if recipe.reward else "make it with prefloop reward train"
+            )
+            yield f"{key} {source} is not there yet: {remedy}"
         else:
             yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
 

@@ -174,7 +174,11 @@ PAIRS: dict[str, Rows] = {
         for n in range(16)
     ],
     "rlaif-drafts": [
-        {"prompt": turns(f"which way w{n}", "")[:1], "chosen": f"good w{n}", "rejected": f"bad w{n}"}
+        {
+            "prompt": turns(f"which way w{n}", "")[:1],
+            "chosen": f"good w{n}",
+            "rejected": f"bad w{n}",
+        }
         for n in range(16)
     ],
     "short_tasks_polite": [

@@ -151,7 +151,7 @@ class Flaws(Measure):
 
     def _labels(self) -> list[tuple[_Row, str]]:
         """What a person said of each labelled pair. Raises DataError for an unknown kind."""
-        labelled = []
+        labelled: list[tuple[_Row, str]] = []
         for row in read_rows(self.labels, "labels") if self.labels else ():
             label = text_of(row, "label")
             if label not in KINDS:
@@ -178,7 +178,7 @@ class Flaws(Measure):
         for number, row in enumerate(rows):
             gap = scores[number] - scores[number + len(rows)]
             kind = self._kind(row)
-            values = {name: float(name == kind) for name in KINDS}
+            values: dict[str, float] = {name: float(name == kind) for name in KINDS}
             values |= {
                 "edit_share": edit_share(row.chosen.text, row.rejected.text),
                 "gap": gap,
