@@ -9,6 +9,7 @@ Each step goes on where it was stopped, and is not done again once it is finishe
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -16,13 +17,18 @@ from rich.console import Console
 from prefloop.data.export import export_pairs
 from prefloop.recipe import Recipe, load_recipe
 from prefloop.recipe.reward import load_reward_recipe
-from prefloop.run.loop import make_pairs
+from prefloop.records import Pair
 from prefloop.run.reward import train_reward
 
+MakePairs = Callable[[Recipe, Path, Console], list[Pair]]
 
-def make_reward_model(recipe: Recipe, folder: Path, console: Console) -> None:
+
+def make_reward_model(
+    recipe: Recipe, folder: Path, console: Console, make_pairs: MakePairs
+) -> None:
     """Make the reward model of a recipe with a section `reward`; the drafts lie beside the run's `folder`.
 
+    `make_pairs` plays the drafts' recipe into a folder as far as its first round's pairs.
     Raises what playing the drafts' recipe and training the reward model raise.
     """
     assert recipe.reward is not None

@@ -1,7 +1,8 @@
-"""Kinds of flaws by rules: each rule by an example, and all of them beside 100 pairs labelled by hand.
+"""Kinds of flaws by rules: each rule by an example, and all of them beside 100 pairs labelled one by one.
 
 flaws_by_hand.jsonl: answers of SmolLM2-135M to the embedded instructions, 63 with an infilled word, 37 that the
-model was asked to flaw (equal and cut-off copies left out), labelled by one person before the rules ran on them.
+model was asked to flaw (equal and cut-off copies left out), labelled by one annotator (a language model reading)
+before the rules ran on them.
 """
 
 import json
@@ -87,7 +88,7 @@ def test_the_pairs_by_hand_are_a_hundred_with_known_labels() -> None:
     ("part", "pairs", "accuracy", "kappa"),
     [("infill/", 63, 0.58, 0.32), ("prompt/", 37, 0.67, 0.54)],
 )
-def test_rules_agree_with_a_person_as_often_as_the_docs_say(
+def test_rules_agree_with_the_annotator_as_often_as_the_docs_say(
     part: str, pairs: int, accuracy: float, kappa: float
 ) -> None:
     """Floors are what was measured: a rule that agrees less often is seen here."""

@@ -79,7 +79,7 @@ class Flaws(Measure):
     pairs: str | None = None
     """A file of labelled pairs made otherwise, such as once by a fixed model: measured beside the run's, as static_ ..."""
     labels: str | None = None
-    """Rows with chosen, rejected and label, a kind that a person gave: how far rules (and classifier) agree with it."""
+    """Rows with chosen, rejected and label, a kind that an annotator gave: how far rules (and classifier) agree with it."""
     classifier: str | None = None
     """Folder, Hub id or embedded:NAME of a model that is asked for the kind as well."""
     rewritten_from: float = Field(default=REWRITTEN_FROM, ge=0.0, le=1.0)
@@ -150,7 +150,7 @@ class Flaws(Measure):
         ]
 
     def _labels(self) -> list[tuple[_Row, str]]:
-        """What a person said of each labelled pair. Raises DataError for an unknown kind."""
+        """What the annotator said of each labelled pair. Raises DataError for an unknown kind."""
         labelled: list[tuple[_Row, str]] = []
         for row in read_rows(self.labels, "labels") if self.labels else ():
             label = text_of(row, "label")
@@ -210,10 +210,10 @@ class Flaws(Measure):
             "kinds": {group: dict(counts) for group, counts in by_group.items()},
         }
         labelled = self._labels()
-        people = [label for _, label in labelled]
+        given = [label for _, label in labelled]
         if labelled:
             said = [self._kind(pair) for pair, _ in labelled]
-            facts["rules_and_labels"] = agreement_of_kinds(people, said, subject.seed)
+            facts["rules_and_labels"] = agreement_of_kinds(given, said, subject.seed)
         if self.classifier is not None:
             every = [*rows, *(pair for pair, _ in labelled)]
             from prefloop.generate.hf_engine import open_engine
@@ -226,7 +226,7 @@ class Flaws(Measure):
             )
             if labelled:
                 facts["classifier_and_labels"] = agreement_of_kinds(
-                    people, asked[len(rows) :], subject.seed
+                    given, asked[len(rows) :], subject.seed
                 )
         return facts
 

@@ -1,4 +1,4 @@
-"""Flaws of a run's pairs: read, told apart, scored, shown to a judge, put beside a file's and beside a person's labels."""
+"""Flaws of a run's pairs: read, told apart, scored, shown to a judge, put beside a file's and beside an annotator's labels."""
 
 from __future__ import annotations
 
