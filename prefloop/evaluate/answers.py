@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from operator import ge, le
 
 from prefloop.data.text_distance import fold_whitespace
 from prefloop.evaluate.win_rates import points, win_rate
-from prefloop.recipe.options import GuardOptions
 from prefloop.records import Candidates, Response
 
 ANSWER = "answer"
@@ -125,50 +123,3 @@ def identical_rate(pairs: Iterable[tuple[str, str]]) -> float | None:
     """Share of (y, y') equal after whitespace folding; None where there are none (IAL App. B.4)."""
     identical = [fold_whitespace(first) == fold_whitespace(second) for first, second in pairs]
     return sum(identical) / len(identical) if identical else None
-
-
-def check_guards(
-    measures: Mapping[str, float | None],
-    start_measures: Mapping[str, float | None],
-    options: GuardOptions,
-) -> list[str]:
-    """A message for each guard of the recipe that a policy's measures violate; `start_measures` are the initial policy's.
-
-    Reads `kl` (nats/token), `distinct_2`, `stop_rate` and `identical_rate`. A measure that is missing
-    or None trips nothing; one that is NaN trips its guard.
-    """
-    start, min_fraction = start_measures.get("distinct_2"), options.min_distinct2
-    min_distinct_2 = None if start is None or min_fraction is None else min_fraction * start
-    rules: list[tuple[str, float | None, Callable[[float, float], bool], str]] = [
-        (
-            "kl",
-            options.max_kl,
-            le,
-            "KL from the initial policy is {:.3g} nats/token, above max_kl = {:.3g}",
-        ),
-        (
-            "distinct_2",
-            min_distinct_2,
-            ge,
-            "distinct-2 is {:.3g}, below min_distinct2's share of the start: {:.3g}",
-        ),
-        (
-            "stop_rate",
-            options.min_stop_rate,
-            ge,
-            "{:.1%} of answers end by themselves, below min_stop_rate = {:.1%}",
-        ),
-        (
-            "identical_rate",
-            options.max_identical_rate,
-            le,
-            "{:.1%} of rewritten answers equal their draft, above max_identical_rate = {:.1%}",
-        ),
-    ]
-    tripped = []
-    for name, limit, holds, sentence in rules:
-        value = measures.get(name)
-        # "not holds" rather than the opposite comparison, as every comparison with NaN is false.
-        if value is not None and limit is not None and not holds(value, limit):
-            tripped.append(sentence.format(value, limit))
-    return tripped

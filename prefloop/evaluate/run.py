@@ -259,6 +259,7 @@ class SubjectRun:
         return digest(
             choice.name,
             options,
+            choice.measure.reads(),
             self.initial,
             self.judge.key if _asks_judge(choice.measure) else None,
             self.options.seed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -305,16 +306,27 @@ class AROP(Method):
         return sum(p.margin + math.log1p(math.exp(-p.margin)) for p in pairs) / len(pairs)
 
     def measures(self, ranked: Sequence[Candidates]) -> dict[str, float | None]:
-        """How often refining leaves the draft unchanged, and the fraction of words that the flaw changes."""
+        """How often refining leaves the draft unchanged, how much the flaws change, and the margins they get."""
         if not ranked:
             return {}
         texts = [{name: r.text for name, r in group.responses.items()} for group in ranked]
         same = [fold_whitespace(t["draft_a"]) == fold_whitespace(t["refined"]) for t in texts]
         shares = [edit_share(t["refined"], t["flawed"]) for t in texts]
-        return {
-            "identical_rate": sum(same) / len(same),
-            "flaw_edit_share": sum(shares) / len(shares),
+        measures: dict[str, float | None] = {
+            "identical_rate": fmean(same),
+            "flaw_edit_share": fmean(shares),
         }
+        if self.margin.kind != "fixed":
+            measures["M"] = fmean(
+                self.margin.of(t["refined"], t["flawed"], group.ratings)
+                for t, group in zip(texts, ranked, strict=True)
+            )
+        if self.margin.kind == "confidence":
+            gaps = [
+                g.ratings["confidence_refined"] - g.ratings["confidence_flawed"] for g in ranked
+            ]
+            measures["flaw_unseen"] = fmean(gap <= 0 for gap in gaps)
+        return measures
 
 
 def _as_text(answer: Response, text: str) -> Response:

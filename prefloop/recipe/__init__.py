@@ -48,6 +48,7 @@ from prefloop.recipe.options import (
     GuardOptions,
     LaunchOptions,
     LoopOptions,
+    RewardStep,
 )
 from prefloop.run_folder import RunDir
 from prefloop.train.options import SftOptions, TrainOptions
@@ -102,6 +103,8 @@ class Recipe(Options):
     """What is measured on held-out prompts."""
     guard: GuardOptions = Field(default_factory=GuardOptions)
     """What counts as collapse, and what is done about it."""
+    reward: RewardStep | None = None
+    """A reward model to be made first, from pairs of drafts that another judge labels (RLAIF); null makes none."""
     launch: LaunchOptions | None = None
     """Train, and generate, in several processes; null does all in the run's own."""
     track: tuple[Tracker, ...] = ()
@@ -152,6 +155,10 @@ class Recipe(Options):
         if self.guard.action == "best_round" and self.answers_judge is None:
             raise RecipeError(
                 "guard.action best_round needs a judge to score the rounds; add a section judge"
+            )
+        if self.reward is not None and "model" not in (self.judge.sources if self.judge else {}):
+            raise RecipeError(
+                "reward makes a model for the judge; add judge: {name: reward_model, model: rewards/NAME}"
             )
         if self.launch is not None and self.model.device not in ("auto", "cpu"):
             raise RecipeError(

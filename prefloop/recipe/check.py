@@ -20,8 +20,9 @@ from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
 from prefloop.models.sources import local_folder
-from prefloop.recipe import Recipe
+from prefloop.recipe import Recipe, load_recipe
 from prefloop.recipe.check_template import check_template
+from prefloop.recipe.reward import load_reward_recipe
 from prefloop.records import Message
 
 
@@ -58,13 +59,14 @@ def check_recipe(recipe: Recipe) -> list[str]:
         )
     for named in recipe.judges.values():
         named.check()
+    before = _check_reward(recipe)
     for tracker in recipe.track:
         if find_spec(tracker) is None:
             raise RecipeError(
                 f"track names {tracker}, which is not installed; pip install {tracker}"
             )
     asked: dict[tuple[str, ...], tuple[Message, ...]] = {}
-    notes = [*_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]
+    notes = [*before, *_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]
     notes += check_template(recipe.model, [(Message(role="user", content="x"),), *asked.values()])
     # Last, because it may ask a server.
     _check_engine(recipe)
@@ -84,6 +86,20 @@ def check_curve(recipe: Recipe) -> None:
         raise RecipeError(
             "evaluate.every_steps needs a judge to compare answers with; add a section judge, or set it to 0"
         )
+
+
+def _check_reward(recipe: Recipe) -> list[str]:
+    """Both recipes of the section `reward`, before anything is made from them."""
+    if recipe.reward is None:
+        return []
+    load_reward_recipe(recipe.reward.train)
+    drafts = load_recipe(recipe.reward.drafts)
+    if drafts.reward is not None:
+        raise RecipeError(
+            f"reward.drafts: {recipe.reward.drafts} makes a reward model of its own first; name a recipe that "
+            "needs none"
+        )
+    return [f"{drafts.name}: {note}" for note in check_recipe(drafts)]
 
 
 def _check_engine(recipe: Recipe) -> None:
@@ -145,7 +161,10 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
                 f"{key}: no folder {source} (paths are relative to the working directory)"
             )
         elif source.startswith("rewards/"):
-            yield f"{key} {source} is not there yet: make it with prefloop reward train"
+            remedy = (
+                "the run makes it first" if recipe.reward else "make it with prefloop reward train"
+            )
+            yield f"{key} {source} is not there yet: {remedy}"
         else:
             yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
 

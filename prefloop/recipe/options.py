@@ -138,7 +138,7 @@ class EvaluateOptions(Options):
 
 
 class GuardOptions(Options):
-    """What counts as collapse, and what is done about it."""
+    """What counts as collapse, and what is done about it. A policy that is no worse than the start trips nothing."""
 
     action: Literal["warn", "stop", "best_round"] = "warn"
     """Warn, stop the run, or go on and give the best round's policy at the end."""
@@ -150,5 +150,22 @@ class GuardOptions(Options):
     """Share of answers that end by themselves."""
     max_identical_rate: float = Field(default=0.9, ge=0.0, le=1.0)
     """Share of prompts with the rewrite equal to the draft. IAL appendix B.4: 3 to 5 % at T = 0.7."""
+    max_flaw_edit_share: float = Field(default=0.5, ge=0.0, le=1.0)
+    """AROP: share of the words that a planted flaw changes; above it the flawed answer is a rewrite."""
+    min_margin: float = Field(default=0.25, ge=0.0, le=1.0)
+    """AROP: mean margin M, as a share of the start's; below it critique has collapsed (AROP section 6.2)."""
+    max_unseen_flaws: float = Field(default=0.5, ge=0.0, le=1.0)
+    """AROP, margin by confidence: share of flawed answers that the policy finds as likely as the better ones."""
+    slack: float = Field(default=0.2, ge=0.0, lt=1.0)
+    """Where the start is past a limit: the share of the start's distance from the worst value that may be lost."""
     max_reject_share: float = Field(default=0.95, ge=0.0, le=1.0)
     """Share of a round's prompts that gave no pair."""
+
+
+class RewardStep(Options):
+    """RLAIF: the reward model that is made first, into the folder that `judge.model` names."""
+
+    drafts: str = Field(min_length=1)
+    """Recipe (a file, or the name of a shipped one) whose first round makes the pairs; it is not trained."""
+    train: str = Field(min_length=1)
+    """Reward recipe (a file, or the name of a shipped one); its data are these pairs."""

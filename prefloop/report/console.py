@@ -25,6 +25,8 @@ MEASURES = (
     "R_i",
     "identical_rate",
     "flaw_edit_share",
+    "M",
+    "flaw_unseen",
     "train_loss",
     "train_accuracy",
     "train_margin",

@@ -44,6 +44,13 @@ ROUND_MEASURES: dict[str, Meaning] = {
         "How much a flaw changes",
         "Word edit distance from refined to flawed answer. A subtle flaw is small, and not 0.",
     ),
+    "M": Meaning(
+        "Margin M of flaws", "Mean on held-out prompts. Near 0 the policy no longer tells flaws."
+    ),
+    "flaw_unseen": Meaning(
+        "Flaws that are not seen",
+        "Share of flawed answers that the policy finds as likely as the better ones.",
+    ),
     "kl": Meaning(
         "Divergence from the start (KL)",
         "Nats a token between the policy and the initial one. A leap says: stop and read answers.",

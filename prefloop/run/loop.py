@@ -22,16 +22,17 @@ from prefloop.errors import GuardStop
 from prefloop.evaluate.answers import (
     ANSWER,
     answer_measures,
-    check_guards,
     no_verdict_rate,
     set_measures,
 )
+from prefloop.evaluate.guards import check_guards, start_values
 from prefloop.machine import Stopwatch
 from prefloop.methods import Pairing
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
 from prefloop.records import (
     Candidates,
+    Pair,
     Prompt,
     Record,
     Reject,
@@ -47,6 +48,7 @@ from prefloop.run.cost import spent
 from prefloop.run.held_out import HELD_OUT, answer_and_score
 from prefloop.run.inputs import inputs, surroundings
 from prefloop.run.publish import publish
+from prefloop.run.rlaif import make_reward_model
 from prefloop.run.session import Session
 from prefloop.run_folder import Outcome, RoundDir, RunDir, open_run
 
@@ -63,6 +65,8 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
     Raises RunFolderError where a model, data or versions are not those of the start, unless changes are accepted.
     """
     check_curve(recipe)
+    if recipe.reward is not None:
+        make_reward_model(recipe, folder, console, make_pairs)
     with open_run(folder, recipe.dump(), accept_changes=accept_changes) as rundir:
         rundir.same_inputs(inputs(recipe))
         for change in rundir.same_inputs(surroundings(), decisive=False):
@@ -76,6 +80,18 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
             policy = loop.finish(results)
         rundir.event("end")
     return Outcome(folder, policy, results)
+
+
+def make_pairs(recipe: Recipe, folder: Path, console: Console) -> list[Pair]:
+    """The first round's pairs in a run's folder, not trained on; what is there already is read."""
+    with open_run(folder, recipe.dump()) as rundir:
+        rundir.same_inputs(inputs(recipe))
+        loop, first = _Loop(recipe, rundir, console), rundir.round(0)
+        with closing(loop.session.outside):
+            loop._generate(first)
+            loop._rank(first)
+            loop._pair(first)
+        return first.records("pairs", Pair)
 
 
 def make_worker_chunks(
@@ -290,7 +306,8 @@ class _Loop:
         self.session.counts.update({f"{_FAILED}{reason}": n for reason, n in failures.items()})
 
     def _guard(self, results: Sequence[RoundResult]) -> None:
-        tripped = check_guards(results[-1].measures, results[0].measures, self.recipe.guard)
+        start = start_values(results[:-1])
+        tripped = check_guards(results[-1].measures, start, self.recipe.guard)
         for sentence in tripped:
             log.warning("round %d: %s", results[-1].round, sentence)
             self.rundir.event("guard", round=results[-1].round, sentence=sentence)

@@ -116,6 +116,7 @@ def tiny(recipe: Recipe, model: Path, sets: dict[str, str]) -> Recipe:
         values["judge"] = {"name": "similarity" if recipe.judge.needs_target else "self_judge"}
     values["engine"] = {"name": "fake"}
     values["launch"] = None
+    values["reward"] = None
     values["loop"] |= {"rounds": 1, "prompts_per_round": 4, "lr_factors": [1.0]}
     values["train"] |= {"batch_size": 4, "micro_batch_size": 2, "epochs": 1}
     if recipe.sft is not None:
@@ -169,6 +170,14 @@ PAIRS: dict[str, Rows] = {
             "response_1": f"good w{n}",
             "response_2": f"bad w{n}",
             "annotators": [1, 1, 2],
+        }
+        for n in range(16)
+    ],
+    "rlaif-drafts": [
+        {
+            "prompt": turns(f"which way w{n}", "")[:1],
+            "chosen": f"good w{n}",
+            "rejected": f"bad w{n}",
         }
         for n in range(16)
     ],

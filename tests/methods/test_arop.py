@@ -479,8 +479,18 @@ def test_metrics_count_by_the_reward_gap_and_carry_no_gradient() -> None:
 def test_measures_are_counted_by_hand() -> None:
     """One of two refined answers is its draft but for spaces; the flaws touch 1/4 and 1/2."""
     ranked = [group("it floats on water", "it sinks on water"), group(" draft\n", "draft it")]
-    assert AROP().measures(ranked) == {
-        "identical_rate": 1 / 2,
-        "flaw_edit_share": (1 / 4 + 1 / 2) / 2,
-    }
+    by_hand = {"identical_rate": 1 / 2, "flaw_edit_share": (1 / 4 + 1 / 2) / 2}
+    assert fixed().measures(ranked) == by_hand
+    assert AROP(margin=Margin(kind="edit", m=2.0)).measures(ranked) == {**by_hand, "M": 3 / 4}
     assert AROP().measures([]) == {}
+
+
+def test_a_flaw_that_the_policy_finds_no_less_likely_is_not_seen() -> None:
+    """Gaps of confidence of 0.5, 0 and -1: M is their mean after clipping, and two of three go unseen."""
+    ranked = [
+        group("a b", "a c", {"confidence_refined": -1.0, "confidence_flawed": -1.0 - gap})
+        for gap in (0.5, 0.0, -1.0)
+    ]
+    measures = AROP(margin=Margin(m=3.0)).measures(ranked)
+    assert measures["M"] == pytest.approx(0.5)
+    assert measures["flaw_unseen"] == pytest.approx(2 / 3)

@@ -430,13 +430,21 @@ def test_vllm_and_this_process_make_one_policy_of_one_recipe_and_stale_weights_s
 
 
 def test_a_guard_stops_the_run_and_keeps_the_rounds_before(model_folder, tmp_path):
-    strict = recipe(model_folder, "arop", guard={"action": "stop", "min_stop_rate": 0.5})
+    strict = recipe(model_folder, "arop", guard={"action": "stop", "max_kl": 1e-9})
     for _ in range(2):
-        with pytest.raises(GuardStop, match=r"end by themselves.* after round 0.*guard\.action"):
+        with pytest.raises(GuardStop, match=r"KL from the initial.* after round 0.*guard\.action"):
             play(strict, tmp_path / "a")
     assert [round_dir.number for round_dir in read_run(tmp_path / "a").rounds()] == [0]
     assert [e["round"] for e in events(tmp_path / "a") if e["event"] == "guard"] == [0, 0]
     assert not (tmp_path / "a" / "policy").exists()
+
+
+def test_what_the_start_deserves_as_well_trips_no_guard(model_folder, tmp_path):
+    """The random model's flawed copies are other texts, before training as after it."""
+    guard = {"action": "stop", "max_flaw_edit_share": 0.1}
+    outcome = play(recipe(model_folder, "arop", guard=guard, loop={"rounds": 1}), tmp_path / "a")
+    assert [result.measures["flaw_edit_share"] for result in outcome.results] == [1.0, 1.0]
+    assert [e for e in events(tmp_path / "a") if e["event"] == "guard"] == []
 
 
 def test_a_round_of_rejects_stops_the_run_and_says_why(model_folder, tmp_path):

@@ -91,6 +91,10 @@ class Measure(Options):
             return f"{subject.name} is no run's policy: name the model that it started from with --initial"
         return None
 
+    def reads(self) -> str:
+        """What decides the result beside options and the contents of the files that they name, as text."""
+        return ""
+
     def run(self, subject: Subject) -> Outcome:
         """Measure one subject. The same subject, options and seed give the same outcome."""
         raise NotImplementedError
