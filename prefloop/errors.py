@@ -76,6 +76,11 @@ def nearest(word: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A count with its noun: "1 pair", "1,200 pairs"; `plural` where an s does not make it."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def failure(error: BaseException) -> str:
     """What broke in a user's own code, and the line where it did."""
     frames = extract_tb(error.__traceback__)

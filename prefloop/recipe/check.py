@@ -154,7 +154,7 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
     `asked` gets a conversation of each sequence of roles that is among the prompts.
     """
     data, size = recipe.data, recipe.loop.prompts_per_round
-    counts = yield from _count_prompts(recipe, "train", asked)
+    counts = yield from count_prompts(recipe, "train", asked)
     if None not in counts:
         found = sum(amounts(data.sources("train"), [count or 0 for count in counts]))
         usable = min(found, data.limit or found) - data.holdout
@@ -168,10 +168,10 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
             "there are no held-out prompts to measure on; name a file in data.eval, or hold some of "
             "data.train out with data.holdout"
         )
-    yield from _count_prompts(recipe, "eval", asked)
+    yield from count_prompts(recipe, "eval", asked)
 
 
-def _count_prompts(
+def count_prompts(
     recipe: Recipe, part: Part, asked: dict[tuple[str, ...], tuple[Message, ...]]
 ) -> Generator[str, None, list[int | None]]:
     """Usable prompts of each source, None for one on the hub; yields how each was read."""

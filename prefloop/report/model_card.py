@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from prefloop.errors import counted
 from prefloop.records import RoundResult
 from prefloop.report.console import format_values, measure_names, round_name, visible_rounds
 
@@ -95,7 +96,7 @@ def _summary(facts: CardFacts) -> str:
         f"# {_without_path(str(facts.recipe.get('name', 'policy')))}\n\n"
         f"{what} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
         "policy generates answers to prompts, they are made into preference pairs, and the policy is "
-        f"trained on them. {rounds} {'round was' if rounds == 1 else 'rounds were'} measured."
+        f"trained on them. {counted(rounds, 'round was', 'rounds were')} measured."
         + f" {facts.base_note}"
         * bool(facts.base_note)
     )
@@ -109,14 +110,16 @@ def _data(facts: CardFacts) -> str:
         "## Training data",
         "",
         f"- Prompts (and target answers, where the data have them): {source}.",
-        f"- {facts.pairs:,} preference pairs made by the loop, which has no step where a person checks them.",
+        f"- {counted(facts.pairs, 'preference pair')} made by the loop, which has no step where a person checks them.",
         f"- Judge: {_code(str(judge))}, a program; its mistakes and biases are in the pairs."
         if judge
         else "- No judge: the method itself decides which answer of a pair is preferred.",
     ]
     if facts.rejects:
         reasons = "; ".join(f"{_cell(why)}: {n:,}" for why, n in sorted(facts.rejects.items()))
-        lines.append(f"- {sum(facts.rejects.values()):,} prompts gave no pair ({reasons}).")
+        lines.append(
+            f"- {counted(sum(facts.rejects.values()), 'prompt')} gave no pair ({reasons})."
+        )
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from prefloop.errors import GuardStop
+from prefloop.errors import GuardStop, counted
 from prefloop.evaluate.answers import (
     ANSWER,
     answer_measures,
@@ -180,7 +180,7 @@ class _Loop:
         if not pairs or share > self.recipe.guard.max_reject_share:
             longer = "raise method.sampling.max_new_tokens, " if reasons["cut off"] else ""
             raise GuardStop(
-                f"round {round_dir.number} made {pairs} pairs of {total} prompts "
+                f"round {round_dir.number} made {counted(pairs, 'pair')} of {counted(total, 'prompt')} "
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
                 f"{round_dir.path}/rejects.jsonl, and {longer}change the method's gates or prompts, "
                 "or guard.max_reject_share"
@@ -314,7 +314,11 @@ class _Loop:
 
         def make(number: int, chunk: list[Any]) -> tuple[list[Record], dict[str, int]]:
             self.session.counts.clear()
+            begun = Stopwatch()
             made = list(work(chunk, derive_seed(self.recipe.seed, where, stage, number)))
+            log.info(
+                "round %d, %s: chunk %d in %.1f s", round_dir.number, stage, number, begun.seconds
+            )
             return made, dict(self.session.counts)
 
         chunks = Chunks(flow, self.recipe.generate.chunk_size, make, store)
