@@ -7,6 +7,7 @@ PrefloopError                  anything below; the command line prints it and ex
 ├── GenerationError            the engine could not produce text
 ├── JudgeError                 a judge could not be built or failed too often
 ├── ApiError                   a server with OpenAI's interface cannot be reached, refuses, or is none
+├── HubError                   the Hugging Face Hub cannot be reached, or does not let this through
 ├── TrainingError              the loss is NaN or infinite, or starts where it must not
 ├── LaunchError                a process of a stage could not be started, or failed
 ├── GuardStop                  a guard was told to stop the run, and had a reason to
@@ -52,6 +53,10 @@ class JudgeError(PrefloopError, RuntimeError):
 
 class ApiError(PrefloopError, RuntimeError):
     """A server cannot be asked: it is away, refuses the key, lacks the model, or speaks otherwise."""
+
+
+class HubError(PrefloopError, RuntimeError):
+    """The Hugging Face Hub cannot be reached, does not know the token, or refuses what is sent."""
 
 
 class TrainingError(PrefloopError, ArithmeticError):

@@ -22,6 +22,7 @@ from prefloop.cli.data import data
 from prefloop.cli.evaluate import evaluate
 from prefloop.cli.judge import judge_app, reward_app
 from prefloop.cli.new import new
+from prefloop.cli.push import push
 from prefloop.cli.report import RunArgument, report, show, verify, watch
 from prefloop.cli.switches import (
     HELP_NAMES,
@@ -292,6 +293,9 @@ def merge(
 
     merged = merge_policy(run_folder, out, trust_remote_code=trust_remote_code)
     typer.echo(f"merged model in {merged}")
+
+
+app.command()(push)
 
 
 # Recipes, and what they name.

@@ -19,6 +19,7 @@ from prefloop.records import RoundResult
 from prefloop.report.console import format_values, measure_names, round_name, visible_rounds
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FOLDERS_OF_A_WORD = re.compile(r"(?:(?<=\s)|(?<==))~?/(?:[^\s/]+/)+")
 OLDEST_PEFT = "0.14"
 """The oldest peft that opened an adapter of ours when it was tried (docs/run-folder.md)."""
 _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet"}
@@ -163,11 +164,11 @@ def _use(facts: CardFacts) -> str:
 
 
 def _origin(facts: CardFacts) -> str:
-    recipe = yaml.safe_dump(_without_paths(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(without_paths(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
     # Longer than any run of backquotes inside, so that the recipe cannot end the block.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     lines = ["## How it was made", "", f"{fence}yaml\n{recipe}{fence}"]
-    versions = list(_flat(_without_paths(dict(facts.environment))))
+    versions = list(_flat(without_paths(dict(facts.environment))))
     if versions:
         lines += ["", _row(["environment", ""]), _row(["---", "---"])]
         lines += [_row([_cell(name), _cell(value)]) for name, value in versions]
@@ -201,19 +202,20 @@ def _data_name(facts: CardFacts, which: str) -> str | None:
 
 
 def _without_path(name: str) -> str:
-    """The last part of an absolute path; other names unchanged."""
+    """The last part of an absolute path, alone or among the words of a command; other names unchanged."""
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(name)
         if path.is_absolute() or name.startswith("~"):
             return path.name
-    return name
+    return _FOLDERS_OF_A_WORD.sub("", name)
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
+    """A plain value, such as a recipe's, in which absolute paths are bare names."""
     if isinstance(value, Mapping):
-        return {str(key): _without_paths(item) for key, item in value.items()}
+        return {str(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
+        return [without_paths(item) for item in value]
     return _without_path(value) if isinstance(value, str) else value
 
 
