@@ -63,7 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._body()
-        _, kind, name = self.path.strip("/").split("/", 2)
+        _, kind, name = self.path.strip("/").removesuffix("/revision/main").split("/", 2)
         there = self.hub.repositories.get((kind, name))
         if there is None:
             return self._answer(404, {"error": "Repository not found"})

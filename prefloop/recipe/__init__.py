@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -48,6 +48,7 @@ from prefloop.recipe.options import (
     GuardOptions,
     LaunchOptions,
     LoopOptions,
+    TrackOptions,
 )
 from prefloop.run_folder import RunDir
 from prefloop.train.options import SftOptions, TrainOptions
@@ -59,10 +60,6 @@ _HOMES = {
     "judge": prefloop.judges,
     "engine": prefloop.generate.engines,
 }
-
-Tracker = Literal[
-    "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
-]
 
 
 class Recipe(Options):
@@ -99,8 +96,8 @@ class Recipe(Options):
     """What counts as collapse, and what is done about it."""
     launch: LaunchOptions | None = None
     """Train, and generate, in several processes; null does all in the run's own."""
-    track: tuple[Tracker, ...] = ()
-    """Experiment trackers that accelerate reports to."""
+    track: TrackOptions = Field(default_factory=TrackOptions)
+    """Experiment trackers, through accelerate; a list is short for their names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -113,6 +110,8 @@ class Recipe(Options):
         )
         if built.get("judge") is not None:
             built["judge"] = build_plugin(prefloop.judges, built["judge"], Judge, "judge")
+        if isinstance(built.get("track"), str | list | tuple):
+            built["track"] = {"report_to": built["track"]}
         if "engine" in built:
             engines = prefloop.generate.engines
             built["engine"] = build_plugin(engines, built["engine"], EngineOptions, "engine")

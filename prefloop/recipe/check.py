@@ -24,6 +24,9 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check_template import check_template
 from prefloop.records import Message
 
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Packages of a tracker, where they are not named as it is."""
+
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Look for what would stop the run, loading no model; returns notes that need no change.
@@ -53,10 +56,10 @@ def check_recipe(recipe: Recipe) -> list[str]:
         )
     if judge is not None:
         judge.check()
-    for tracker in recipe.track:
-        if find_spec(tracker) is None:
+    for tracker in recipe.track.report_to:
+        if not any(find_spec(package) for package in _PACKAGES.get(tracker, (tracker,))):
             raise RecipeError(
-                f"track names {tracker}, which is not installed; pip install {tracker}"
+                f"track.report_to names {tracker}, which is not installed; pip install {tracker}"
             )
     asked: dict[tuple[str, ...], tuple[Message, ...]] = {}
     notes = [*_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]

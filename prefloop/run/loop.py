@@ -32,6 +32,7 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
 from prefloop.records import (
     Candidates,
+    Pair,
     Prompt,
     Record,
     Reject,
@@ -42,6 +43,7 @@ from prefloop.records import (
     write_jsonl,
 )
 from prefloop.report.console import glance, stage_line
+from prefloop.report.html import write_report
 from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
 from prefloop.run.held_out import HELD_OUT, answer_and_score
@@ -71,9 +73,13 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
             )
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)
-        with closing(loop.session.outside):
+        trackers = loop.session.trackers
+        with closing(loop.session.outside), closing(trackers):
+            trackers.open()
             results = loop.play()
             policy = loop.finish(results)
+            if trackers.told:
+                trackers.report(write_report([rundir.path], rundir.path / "report.html").page)
         rundir.event("end")
     return Outcome(folder, policy, results)
 
@@ -116,6 +122,7 @@ class _Loop:
         if self.recipe.sft is not None:
             self._supervise(start)
         results = [self._evaluate(start)]
+        self._tell(start, results)
         for number in range(self.recipe.loop.rounds):
             round_dir = self.rundir.round(number)
             self._generate(round_dir)
@@ -125,10 +132,21 @@ class _Loop:
             last = number == self.recipe.loop.rounds - 1 or self._has_spent_its_budget(round_dir)
             if self.recipe.evaluate.every_round or last:
                 results.append(self._evaluate(round_dir))
+                self._tell(round_dir, results)
                 self._guard(results)
             if last:
                 break
         return results
+
+    def _tell(self, round_dir: RoundDir, results: Sequence[RoundResult]) -> None:
+        """Tell trackers of a round, an earlier one too: what they have already, they keep."""
+        if not self.session.trackers.told:
+            return
+        step = self.session.steps_before(round_dir) + (
+            round_dir.steps() if results[-1].round >= 0 else 0
+        )
+        pairs = [] if round_dir.number < 0 else round_dir.records("pairs", Pair)
+        self.session.trackers.round(results, pairs, step)
 
     def _has_spent_its_budget(self, round_dir: RoundDir) -> bool:
         budget = self.recipe.loop.budget

@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,9 @@ def prepare(
     shipments = [_model(merged or policy, staged / "model", repo_id, shown)]
     if pairs and (made := _finished_pairs(run)):
         shipments.append(_pairs(made, staged / "dataset", f"{repo_id}-pairs", shown))
+    elif pairs:
+        reason = "no pairs go: the run has none whose answers both ended by themselves"
+        shipments[0] = replace(shipments[0], notes=(*shipments[0].notes, reason))
     for shipment in shipments:
         _refuse_paths(shipment, run)
     return shipments

@@ -15,9 +15,13 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM
 
+from prefloop.records import Pair, write_jsonl
+from prefloop.run_folder import RunDir
 from tests.cli.conftest import Shell
 from tests.fake_hub import TOKEN, Hub
 
+# huggingface_hub's own, of the way in which it gives httpx2 a file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 MODEL = {"README.md", "adapter_config.json", "adapter_model.safetensors", "recipe.yaml"}
 
 
@@ -32,6 +36,18 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield server
     huggingface_hub.close_session()
     server.close()
+
+
+@pytest.fixture
+def run_folder(run_folder: Path) -> Path:
+    """The run with pairs of whole answers; the tiny model's are all cut off."""
+    round_dir = RunDir(run_folder).round(0)
+    pairs = [
+        pair.model_copy(update={"unfinished": ()}) for pair in round_dir.records("pairs", Pair)
+    ]
+    write_jsonl(round_dir.path / "pairs.jsonl", pairs)
+    round_dir.finish("pairs")
+    return run_folder
 
 
 def with_token(monkeypatch: pytest.MonkeyPatch, hub: Hub, token: str | None) -> None:
@@ -78,6 +94,7 @@ def test_with_yes_exactly_that_goes_private(shell: Shell, run_folder: Path, hub:
     assert not (run_folder / ".push").exists()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_what_arrives_opens_as_users_open_it(
     shell: Shell, run_folder: Path, hub: Hub, tmp_path: Path
 ) -> None:
@@ -130,7 +147,8 @@ def test_a_card_that_was_edited_to_name_a_folder_is_refused(
 def test_public_is_public_and_no_pairs_leaves_the_pairs_here(
     shell: Shell, run_folder: Path, hub: Hub
 ) -> None:
-    assert shell("push", str(run_folder), "me/mine", "--public", "--no-pairs", "--yes")[0] == 0
+    code, err = shell("push", str(run_folder), "me/mine", "--public", "--no-pairs", "--yes")
+    assert code == 0, err
     assert {key: there.private for key, there in hub.repositories.items()} == {
         ("models", "me/mine"): False
     }
