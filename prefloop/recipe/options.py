@@ -145,7 +145,7 @@ class TrackOptions(Options):
     def _one_is_a_list_of_one(cls, value: object) -> object:
         """As in transformers' TrainingArguments, "none" is nobody."""
         given = [value] if isinstance(value, str) else value
-        return () if given == ["none"] else given
+        return () if given == ["none"] else as_tuple(given)
 
 
 class EvaluateOptions(Options):

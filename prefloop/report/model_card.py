@@ -6,6 +6,7 @@ paths become bare names, so that a published card reveals nothing about the mach
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import yaml
 from prefloop.errors import counted
 from prefloop.records import RoundResult
 from prefloop.report.console import format_values, measure_names, round_name, visible_rounds
+from prefloop.report.meanings import ROUND_MEASURES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FOLDERS_OF_A_WORD = re.compile(r"(?:(?<=\s)|(?<==))~?/(?:[^\s/]+/)+")
@@ -43,6 +45,8 @@ class CardFacts:
     """Hub id of the base model where the recipe's `model.source` is not one itself."""
     license: str | None = None
     """Licence identifier as the Hub spells it; left out of the card where unknown."""
+    round: int | None = None
+    """The round whose policy the folder holds, for the Hub's table of results; None leaves that out."""
     merged: bool = False
     """Whether the folder holds the whole model that an adapter was merged into."""
     base_note: str = ""
@@ -84,7 +88,38 @@ def _header(facts: CardFacts) -> dict[str, Any]:
         header["datasets"] = [train]
     if facts.license:
         header["license"] = facts.license
-    return header
+    return header | _model_index(facts)
+
+
+def _model_index(facts: CardFacts) -> dict[str, Any]:
+    """The published round's measures as the Hub's `model-index`, intervals in the metrics' names."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    measures = next((r.measures for r in facts.results if r.round == facts.round), {})
+    name = _without_path(str(facts.recipe.get("name", "policy")))
+    held_out = _without_path(_data_name(facts, "eval") or _data_name(facts, "train") or "unnamed")
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=held_out if is_hub_id(held_out) else "custom",
+            dataset_name=f"held-out prompts of {held_out}",
+            metric_type=measure,
+            metric_name=_with_interval(meaning.title, measure, measures),
+            metric_value=round(value, 4),
+        )
+        for measure, meaning in ROUND_MEASURES.items()
+        if (value := measures.get(measure)) is not None and math.isfinite(value)
+    ]
+    index: list[Any] = eval_results_to_model_index(name, results) if results else []
+    return {"model-index": index} if index else {}
+
+
+def _with_interval(title: str, measure: str, measures: Mapping[str, float | None]) -> str:
+    low, high = (measures.get(f"{measure}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return title
+    return f"{title} (95 % interval {low:.3f} to {high:.3f}, over prompts)"
 
 
 def _summary(facts: CardFacts) -> str:

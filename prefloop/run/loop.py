@@ -75,7 +75,8 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
         loop = _Loop(recipe, rundir, console)
         trackers = loop.session.trackers
         with closing(loop.session.outside), closing(trackers):
-            trackers.open()
+            if not rundir.published.path.exists():  # an ended run has told all
+                trackers.open()
             results = loop.play()
             policy = loop.finish(results)
             if trackers.told:

@@ -39,6 +39,7 @@ class Trackers:
         self._recipe = recipe
         self._folder = folder
         self._open: list[Any] = []
+        self._known: dict[str, Any] = {}
         self._without_tables: set[str] = set()
 
     @property
@@ -56,6 +57,7 @@ class Trackers:
         PartialState(cpu=self._recipe.model.device == "cpu")
         note = self._folder / NOTE
         known = read_json(note) if note.exists() else {"id": uuid.uuid4().hex[:8]}
+        self._known = known
         for name in options.report_to:
             try:
                 self._open.append(self._opened(name, known, first=not note.exists()))
@@ -66,9 +68,12 @@ class Trackers:
         for tracker in self._open:
             if tracker.name == "mlflow":
                 known["mlflow"] = tracker.tracker.info.run_id
-        write_atomically(note, json.dumps(known) + "\n")
+        self._write_note()
 
-    def _opened(self, name: str, known: Mapping[str, str], *, first: bool) -> Any:
+    def _write_note(self) -> None:
+        write_atomically(self._folder / NOTE, json.dumps(self._known) + "\n")
+
+    def _opened(self, name: str, known: Mapping[str, Any], *, first: bool) -> Any:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         options = self._recipe.track
@@ -99,16 +104,19 @@ class Trackers:
 
     def round(self, results: Sequence[RoundResult], pairs: Sequence[Pair], step: int) -> None:
         """The last result's measures as eval/..., a table of all rounds until then, and the round's pairs."""
+        number = results[-1].round
+        if number <= self._known.get("told", -2):  # before the run was stopped
+            return
         measures = {k: v for k, v in results[-1].measures.items() if not k.startswith("train_")}
-        values = {"round": results[-1].round, **measures}
+        values = {"round": number, **measures}
         self._tell(lambda tracker: tracker.log(_numbers("eval", values), step=step))
         head, rows = _round_table(results)
         self._table("rounds", head, rows, step)
         shown = pairs[: self._recipe.track.pairs]
         if shown:
-            self._table(
-                f"pairs/round_{results[-1].round}", list(_COLUMNS), list(_rows(shown)), step
-            )
+            self._table(f"pairs/round_{number}", list(_COLUMNS), list(_rows(shown)), step)
+        self._known["told"] = number
+        self._write_note()
 
     def report(self, page: Path) -> None:
         """Attach the report, where the tracker keeps files or pages."""

@@ -162,16 +162,19 @@ def test_a_push_that_was_cut_off_goes_on_and_sends_nothing_twice(
     shell.refuses(*push, saying=("connection to the Hub was lost", "same command goes on"))
     assert hub.files("me/mine") == {}
     hub.cut_off = 0
-    assert shell(*push) == (0, "")
+    code, err = shell(*push)
+    assert (code, err) == (0, ""), err
     assert set(hub.files("me/mine")) >= MODEL
     hub.puts.clear()
-    assert shell(*push) == (0, "")
+    code, err = shell(*push)
+    assert (code, err) == (0, ""), err
     assert hub.puts == []
     assert hub.repositories["models", "me/mine"].commits == 1
 
 
 def test_a_name_that_is_taken_needs_update(shell: Shell, run_folder: Path, hub: Hub) -> None:
-    assert shell("push", str(run_folder), "me/mine", "--yes", "-q") == (0, "")
+    code, err = shell("push", str(run_folder), "me/mine", "--yes", "-q")
+    assert (code, err) == (0, ""), err
     (run_folder / "pushed.json").unlink()
     (run_folder / "policy/README.md").write_text("---\ntags: [other]\n---\nAnother card.\n")
     push = ("push", str(run_folder), "me/mine", "--yes", "-q")

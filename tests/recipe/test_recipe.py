@@ -62,7 +62,7 @@ WRONG = [
         f"r.yaml: method.name './mine.py' is neither one of {METHODS} "
         "nor a module that can be imported, such as my_package.my_module",
     ),
-    (IAL_RECIPE + "track: 3\n", "r.yaml: track should be a section; it is 3"),
+    (IAL_RECIPE + "track: 3\n", "r.yaml: track should be a section of keys; it is 3"),
     (
         "method: ial\n",
         f'r.yaml: method should be a section with a name ({METHODS}); it is "ial"',

@@ -143,12 +143,17 @@ def test_a_run_that_goes_on_goes_on_in_its_tracker_too(
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", notebook)
     once = tracked(model_folder, report_to="wandb", run_name="named")
     play(once, tmp_path / "run")
+    for name in ("policy.done.json", "rounds/0001/train.done.json", "rounds/0001/result.done.json"):
+        (tmp_path / "run" / name).unlink()
     play(once, tmp_path / "run")
+    play(once, tmp_path / "run")  # it has ended, and there is nothing to tell
     first, again = notebook.made
     assert first.keywords["name"] == "named"
     assert first.keywords["id"] == again.keywords["id"]
     assert again.keywords["resume"] == "allow"
     assert (bool(first.configuration), again.configuration) == (True, {})
+    assert [v["eval/round"] for _, v in first.lines if "eval/round" in v] == [-1, 0, 1]
+    assert [v["eval/round"] for _, v in again.lines if "eval/round" in v] == []
 
 
 @pytest.mark.parametrize(
