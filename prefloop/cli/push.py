@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,9 +62,11 @@ def push(
 
 
 def _bars_for_terminals_only() -> None:
-    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    logging.set_verbosity_error()
+    hub_logging: Any = logging
+    hub_logging.set_verbosity_error()
     if Verbosity.level == "quiet" or not sys.stderr.isatty():
         disable_progress_bars()
 

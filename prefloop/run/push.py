@@ -111,7 +111,7 @@ def send(
 
     api = api or HfApi()
     note = run_folder / NOTE
-    made: dict[str, str] = read_json(note) if note.exists() else {}
+    made: dict[str, Any] = dict(read_json(note)) if note.exists() else {}
     addresses = []
     for shipment in shipments:
         with _in_words(shipment):
@@ -134,7 +134,7 @@ def send(
 
 def _check_name(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         if repo_id.count("/") != 1:

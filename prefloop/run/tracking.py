@@ -11,6 +11,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class Trackers:
         """Attach the report, where the tracker keeps files or pages."""
         for tracker in list(self._open):
             if attach := _ATTACHING.get(tracker.name):
-                self._extra(tracker, "the report", lambda t=tracker, a=attach: a(t, page))
+                self._extra(tracker, "the report", partial(attach, tracker, page))
 
     def close(self) -> None:
         """End the run there."""
@@ -135,9 +136,7 @@ class Trackers:
                 _log_table if hasattr(tracker, "log_table") else None
             )
             if write is not None and tracker.name not in self._without_tables:
-                self._extra(
-                    tracker, "tables", lambda t=tracker, w=write: w(t, name, head, rows, step)
-                )
+                self._extra(tracker, "tables", partial(write, tracker, name, head, rows, step))
 
     def _extra(self, tracker: Any, what: str, call: Callable[[], None]) -> None:
         """What a tracker may fail at without losing the rest."""

@@ -166,6 +166,10 @@ def test_the_published_rounds_measures_are_the_hubs_results() -> None:
 
 def test_a_policy_that_was_not_measured_has_no_results_on_the_hub() -> None:
     facts = CardFacts(
-        recipe={"name": "mine"}, results=[RoundResult(round=0)], environment={}, pairs=4, round=0
+        recipe={"name": "mine"},
+        results=[RoundResult(round=0, measures={})],
+        environment={},
+        pairs=4,
+        round=0,
     )
     assert ModelCard(model_card(facts)).data.eval_results is None
