@@ -33,16 +33,25 @@ def _plugin_words(kind: str) -> Any:
     return words
 
 
+METHOD = Annotated[
+    str | None,
+    typer.Option("--method", help="As ls methods has it.", autocompletion=_plugin_words("methods")),
+]
+JUDGE = Annotated[
+    str | None,
+    typer.Option(
+        "--judge",
+        help='A name, or "{name: reward_model, model: FOLDER}".',
+        autocompletion=_plugin_words("judges"),
+    ),
+]
+
+
 def new(  # noqa: PLR0913 - an option of the command line is a parameter
     file: Annotated[
         Path | None, typer.Argument(help="The recipe to write.  [default: METHOD.yaml]")
     ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method", help="As ls methods has it.", autocompletion=_plugin_words("methods")
-        ),
-    ] = None,
+    method: METHOD = None,
     model: Annotated[
         str | None, typer.Option("--model", help="A folder, a hub id, or embedded:NAME.")
     ] = None,
@@ -55,14 +64,7 @@ def new(  # noqa: PLR0913 - an option of the command line is a parameter
             "--eval", metavar="SOURCE", help="Prompts to evaluate on; else some are held out."
         ),
     ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            "--judge",
-            help='A name, or "{name: reward_model, model: FOLDER}".',
-            autocompletion=_plugin_words("judges"),
-        ),
-    ] = None,
+    judge: JUDGE = None,
     full: Annotated[
         bool, typer.Option("--full", help="Train all weights, not an adapter.")
     ] = False,
