@@ -37,7 +37,7 @@ The defaults of a method's *schedule* lie under what the recipe says in `loop` a
 
 def reference() -> str:
     """The page."""
-    plain = {"name": "name", "seed": "seed", "track": "track"}
+    plain = {"name": "name", "seed": "seed"}
     parts = [HEAD, _table(_rows(Recipe, plain, None))]
     for section, field in Recipe.model_fields.items():
         if section in plain:

@@ -7,6 +7,7 @@ PrefloopError                  anything below; the command line prints it and ex
 ├── GenerationError            the engine could not produce text
 ├── JudgeError                 a judge could not be built or failed too often
 ├── ApiError                   a server with OpenAI's interface cannot be reached, refuses, or is none
+├── HubError                   the Hugging Face Hub cannot be reached, or does not let this through
 ├── TrainingError              the loss is NaN or infinite, or starts where it must not
 ├── LaunchError                a process of a stage could not be started, or failed
 ├── GuardStop                  a guard was told to stop the run, and had a reason to
@@ -54,6 +55,10 @@ class ApiError(PrefloopError, RuntimeError):
     """A server cannot be asked: it is away, refuses the key, lacks the model, or speaks otherwise."""
 
 
+class HubError(PrefloopError, RuntimeError):
+    """The Hugging Face Hub cannot be reached, does not know the token, or refuses what is sent."""
+
+
 class TrainingError(PrefloopError, ArithmeticError):
     """Training produced a number that must not be trained on."""
 
@@ -74,6 +79,11 @@ def nearest(word: str, known: list[str]) -> str:
     """The hint that ends an error about an unknown name: the nearest spelling, else all there are."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """A count with its noun: "1 pair", "1,200 pairs"; `plural` where an s does not make it."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def failure(error: BaseException) -> str:

@@ -109,6 +109,8 @@ def raise_on_out_of_memory(error: Exception) -> Iterator[None]:
 class Bar:
     """Progress of one job. Shows nothing when standard error is no terminal, or inside another bar."""
 
+    hidden: ClassVar[bool] = False
+    """Whether no bar is shown, wherever standard error goes."""
     _shown: ClassVar[int] = 0
 
     def __init__(self, label: str, total: int | None, unit: str = "tok") -> None:
@@ -125,7 +127,7 @@ class Bar:
             TimeRemainingColumn(compact=True),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=Bar.hidden or not console.is_terminal,
         )
         of = "" if total is None else f"/{total}"
         self._task = self._progress.add_task(label, total=total, speed="", of=of)

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from prefloop.errors import RunFolderError
+from prefloop.errors import RunFolderError, counted
 from prefloop.records import read_json
 
 _SEAL = "seal"
@@ -101,10 +101,14 @@ class Manifest:
         facts = read_sealed(self.path, self.remedy)
         for name, (size, _) in facts.get("files", {}).items():
             if (have := self._size(name)) != size:
-                self._refuse(name, f"is {have} bytes long and not {size} as it was written")
+                self._refuse(
+                    name, f"is {counted(have, 'byte')} long and not {size} as it was written"
+                )
         for name, (size, _) in facts.get("growing", {}).items():
             if (have := self._size(name)) < size:
-                self._refuse(name, f"is {have} bytes long and not {size} as it was written")
+                self._refuse(
+                    name, f"is {counted(have, 'byte')} long and not {size} as it was written"
+                )
         return facts
 
     def verify(self, only: Iterable[Path] | None = None) -> dict[str, Any] | None:

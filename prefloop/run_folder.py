@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import yaml
 from safetensors import SafetensorError
 
-from prefloop.errors import PrefloopError, RunFolderError, system_failure
+from prefloop.errors import PrefloopError, RunFolderError, counted, system_failure
 from prefloop.machine import environment, installed_versions, peak_memory_mb
 from prefloop.manifest import Manifest, hash_file, read_sealed, sealed, write_atomically
 from prefloop.records import (
@@ -145,7 +145,7 @@ class RoundDir:
             path, (wanted, seal) = self.path / name, note[name]
             if (have := _size(path)) < wanted:
                 raise RunFolderError(
-                    f"{path} is shorter than when it was written ({have} bytes of {wanted}); {remedy}"
+                    f"{path} is shorter than when it was written ({have} of {counted(wanted, 'byte')}); {remedy}"
                 )
             if path.exists() and hash_file(path, wanted) != seal:
                 raise RunFolderError(f"{path} is not as it was written; {remedy}")
@@ -241,7 +241,7 @@ class RunDir:
         missing = sorted(set(rounds or ()) - {round_dir.number for round_dir in made})
         if missing:
             raise RunFolderError(
-                f"{self.path} has no pairs of round {missing[0]}; it has {len(made)} rounds with pairs"
+                f"{self.path} has no pairs of round {missing[0]}; it has {counted(len(made), 'round')} with pairs"
             )
         return [
             (round_dir, round_dir.records("pairs", Pair))

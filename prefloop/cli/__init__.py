@@ -6,6 +6,7 @@ import errno
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -20,10 +21,30 @@ from prefloop.cli.compare import compare
 from prefloop.cli.data import data
 from prefloop.cli.evaluate import evaluate
 from prefloop.cli.judge import judge_app, reward_app
+from prefloop.cli.new import new
+from prefloop.cli.push import push
 from prefloop.cli.report import RunArgument, report, show, verify, watch
-from prefloop.errors import DataError, PrefloopError, out_of_memory, system_failure
+from prefloop.cli.switches import (
+    HELP_NAMES,
+    Group,
+    Verbosity,
+    log_to_stderr,
+    note,
+    progress_console,
+    results_console,
+)
+from prefloop.errors import DataError, PrefloopError, counted, out_of_memory, system_failure
 
 _TERMINATED = 128 + signal.SIGTERM
+EXIT_CODES = {
+    0: "done",
+    1: "what was asked for was looked at, and is not well: a cell of a comparison failed, or a file of a run is damaged; "
+    "a bug, with its traceback",
+    2: "an error that you can correct, in one sentence on standard error; a command that was written wrongly",
+    130: "interrupted by Ctrl-C",
+    _TERMINATED: "ended by SIGTERM",
+}
+"""What the command line's exit codes say."""
 _REMEDIES = {
     errno.ENOENT: "correct the path",
     errno.ENOTDIR: "correct the path",
@@ -36,19 +57,30 @@ _REMEDIES = {
 
 app = typer.Typer(
     help="Closed-loop self-alignment of language models, from one recipe.",
+    cls=Group,
+    context_settings=HELP_NAMES,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-app.command("evaluate")(evaluate)
-app.command()(annotate)
-app.command()(data)
-app.add_typer(judge_app, name="judge")
-app.add_typer(reward_app, name="reward")
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+def _recipe_words(incomplete: str) -> list[str]:
+    """What a recipe may be called, for the shell's completion."""
+    from prefloop.config import SHIPPED
+
+    folders = (SHIPPED, Path(SHIPPED.name))
+    names = [path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    names += [str(path) for path in sorted(Path().glob("*.yaml"))]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe file, or the name of a shipped one.", autocompletion=_recipe_words
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.lr=5e-7; repeatable."),
@@ -78,9 +110,9 @@ class Format(StrEnum):
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 success, 1 a cell of a comparison failed, 2 an error that the user can correct, 130 Ctrl-C,
-    143 SIGTERM.
+    Exit codes: docs/command-line.md, and EXIT_CODES.
     """
+    Verbosity.reset()
     previous_handler = signal.signal(signal.SIGTERM, _terminate)
     try:
         _check_words(sys.argv[1:])
@@ -90,12 +122,14 @@ def main() -> None:
             _print_error("interrupted; the same command goes on where it stopped")
         raise
     except PrefloopError as error:
+        _print_origin()
         _print_error(str(error))
         sys.exit(2)
     except Exception as error:
         sentence = _in_words(error)
         if sentence is None:
             raise
+        _print_origin()
         _print_error(sentence)
         sys.exit(2)
     finally:
@@ -134,6 +168,12 @@ def _terminate(*_: object) -> None:
     sys.exit(_TERMINATED)
 
 
+def _print_origin() -> None:
+    """Under --verbose, where in the code the error that is now handled arose."""
+    if Verbosity.level == "verbose":
+        traceback.print_exc()
+
+
 def _print_error(sentence: str) -> None:
     """Print one line on stderr, without line breaks and control characters of library messages or files."""
     line = " ".join(sentence.split())
@@ -156,7 +196,9 @@ def options(
     """Closed-loop self-alignment of language models, from one recipe."""
 
 
-# Runs.
+# From a recipe to a run.
+
+app.command()(new)
 
 
 @app.command()
@@ -178,30 +220,28 @@ def run(
     ] = False,
 ) -> None:
     """Play a recipe's closed loop; the same command goes on with a run that was stopped."""
-    from rich.console import Console
-
     from prefloop.recipe import load_recipe
     from prefloop.recipe.check import check_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    for note in check_recipe(loaded):
-        typer.echo(f"note: {note}", err=True)
+    for text in check_recipe(loaded):
+        note(f"note: {text}")
     from prefloop.report.html import write_report
     from prefloop.report.summary import outcome_json, show_outcome
     from prefloop.run.loop import run as play
 
-    _log_to_stderr()
-    console = Console(highlight=False, quiet=as_json)
+    log_to_stderr()
+    console = progress_console(quiet=as_json)
     folder = out or Path("runs") / loaded.name
     outcome = play(loaded, folder, console, accept_changes=accept_changes)
     write_report([outcome.folder], outcome.folder / "report.html")
     if as_json:
         typer.echo(outcome_json(outcome))
     else:
-        show_outcome(outcome, console)
+        show_outcome(outcome, results_console())
 
 
-app.command()(compare)
+app.command()(data)
 app.command()(show)
 app.command()(watch)
 app.command()(report)
@@ -234,8 +274,8 @@ def export(
     exported = export_pairs(finished, out, kind.value)
     left_out = len(pairs) - len(finished)
     typer.echo(
-        f"{exported.pairs} pairs in {exported.path}"
-        + (f"; {left_out} cut-off ones left out" * bool(left_out))
+        f"{counted(exported.pairs, 'pair')} in {exported.path}"
+        + (f"; {counted(left_out, 'cut-off one')} left out" * bool(left_out))
     )
 
 
@@ -255,13 +295,10 @@ def merge(
     typer.echo(f"merged model in {merged}")
 
 
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+app.command()(push)
 
 
-# Recipes.
+# Recipes, and what they name.
 
 
 @app.command()
@@ -280,8 +317,9 @@ def check(
     notes = check_recipe(loaded)
     if dump:
         typer.echo(loaded.dump(), nl=False)
-    for note in notes:
-        typer.echo(f"note: {note}", err=dump)
+    for text in notes:
+        if Verbosity.level != "quiet":
+            typer.echo(f"note: {text}", err=dump)
     if not dump:
         typer.echo(f"{loaded.name}: ok")
 
@@ -321,6 +359,15 @@ def schema(
         typer.echo(text)
     else:
         out.write_text(f"{text}\n", encoding="utf-8")
+
+
+# Measuring and comparing.
+
+app.command()(evaluate)
+app.command()(compare)
+app.command()(annotate)
+app.add_typer(judge_app, name="judge")
+app.add_typer(reward_app, name="reward")
 
 
 def _methods() -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefloop.errors import DataError
+from prefloop.cli.switches import results_console
+from prefloop.errors import DataError, counted
 
 if TYPE_CHECKING:
     from prefloop.annotate.items import AnnotationPlan, Comparison
@@ -67,11 +68,9 @@ def annotate(  # noqa: PLR0913 - an option of the command line is a parameter
     if as_json:
         typer.echo(json.dumps(outcome, indent=1, ensure_ascii=False))
         return
-    from rich.console import Console
-
     from prefloop.report.annotations import show_annotations
 
-    show_annotations(outcome, Console(highlight=False))
+    show_annotations(outcome, results_console())
 
 
 def _serve(
@@ -100,7 +99,7 @@ def _serve(
         with AnnotationServer(service, host, port) as server:
             if file.torn_bytes:
                 say(
-                    f"note: the last line of {path} was torn ({file.torn_bytes} bytes) and is cut off; that vote does not count"
+                    f"note: the last line of {path} was torn ({counted(file.torn_bytes, 'byte')}) and is cut off; that vote does not count"
                 )
             if not is_loopback(host):
                 typer.echo(
@@ -109,7 +108,7 @@ def _serve(
                     err=True,
                 )
             say(
-                f"{len(comparison.items)} items, votes in {path}\nopen {server.link}\nCtrl-C ends it"
+                f"{counted(len(comparison.items), 'item')}, votes in {path}\nopen {server.link}\nCtrl-C ends it"
             )
             server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:

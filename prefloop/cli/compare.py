@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prefloop.cli.switches import note, results_console
+from prefloop.errors import counted
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -54,13 +57,13 @@ def compare(
     all_cells, notes = cells(loaded, folder)
     selected = _selected(all_cells, loaded, only or ())
     for cell in () if table else selected:
-        notes += [f"variant {cell.variant}: {note}" for note in check_recipe(cell.recipe)]
-    for note in dict.fromkeys(notes):
-        typer.echo(f"note: {note}", err=True)
+        notes += [f"variant {cell.variant}: {text}" for text in check_recipe(cell.recipe)]
+    for text in dict.fromkeys(notes):
+        note(f"note: {text}")
     if check:
         for line in describe_reuse(selected):
             typer.echo(line)
-        typer.echo(f"{comparison.stem}: {len(selected)} cells, ok")
+        typer.echo(f"{comparison.stem}: {counted(len(selected), 'cell')}, ok")
         return
     with alone_in(folder, "comparison"):
         failed = _play_and_tabulate(
@@ -89,18 +92,13 @@ def _play_and_tabulate(
     as_json: bool,
 ) -> bool:
     """Run the selected cells and write all tables; returns whether a cell failed."""
-    from rich.console import Console
-
     from prefloop.compare.run import play
     from prefloop.compare.table import tabulate
     from prefloop.manifest import write_atomically
     from prefloop.report.comparison import latex, markdown, show_comparison
 
-    def say(line: str) -> None:
-        typer.echo(line, err=True)
-
     other_cells = [cell for cell in all_cells if cell not in selected]
-    failed = play(selected, jobs=jobs, say=say, other_cells=other_cells)
+    failed = play(selected, jobs=jobs, say=note, other_cells=other_cells)
     report = tabulate(loaded, all_cells, failed, folder)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "comparison.json", f"{text}\n")
@@ -109,6 +107,6 @@ def _play_and_tabulate(
     if as_json:
         typer.echo(text)
     else:
-        show_comparison(report, Console(highlight=False))
+        show_comparison(report, results_console())
         typer.echo(f"\ntables  {folder}/comparison.md, .tex, .json")
     return bool(failed)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from prefloop.cli.switches import note, results_console
+
 SUBJECTS = Annotated[
     list[str],
     typer.Argument(
@@ -81,8 +83,6 @@ def evaluate(  # noqa: PLR0913
     as_json: JSON = False,
 ) -> None:
     """Measure models and runs' policies, with intervals; what was measured before is not measured again."""
-    from rich.console import Console
-
     from prefloop.evaluate.run import Options
     from prefloop.evaluate.run import evaluate as measure
     from prefloop.report.evaluation import show_evaluation, write_tables
@@ -101,10 +101,10 @@ def evaluate(  # noqa: PLR0913
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    report = measure(options, lambda line: typer.echo(line, err=True))
+    report = measure(options, note)
     write_tables(report, out)
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
         return
-    show_evaluation(report, Console(highlight=False))
+    show_evaluation(report, results_console())
     typer.echo(f"\nreport   {out}/evaluation.json, evaluation.md, evaluation.tex")

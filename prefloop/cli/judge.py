@@ -8,8 +8,12 @@ from typing import Annotated
 
 import typer
 
-judge_app = typer.Typer(help="Judges beside people's choices.", no_args_is_help=True)
-reward_app = typer.Typer(help="Reward models from people's choices.", no_args_is_help=True)
+from prefloop.cli.switches import Group, Verbosity, results_console
+
+judge_app = typer.Typer(help="Judges beside people's choices.", no_args_is_help=True, cls=Group)
+reward_app = typer.Typer(
+    help="Reward models from people's choices.", no_args_is_help=True, cls=Group
+)
 
 JSON = Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")]
 
@@ -57,8 +61,6 @@ def judge_check(
     as_json: JSON = False,
 ) -> None:
     """Compare judges with people's choices, with chance, and with "the longer answer"."""
-    from rich.console import Console
-
     from prefloop.evaluate.judge_check import check_judges, load_pairs, parse_judge, with_targets
     from prefloop.report.judges import show_judges
 
@@ -70,7 +72,7 @@ def judge_check(
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
     else:
-        show_judges(report, Console(highlight=False))
+        show_judges(report, results_console())
 
 
 @reward_app.command("train")
@@ -88,8 +90,6 @@ def reward_train(
     as_json: JSON = False,
 ) -> None:
     """Train a reward model on labelled pairs and measure it; the same command goes on where it stopped."""
-    from rich.console import Console
-
     from prefloop.data.preferences import read_preferences
     from prefloop.evaluate.judge_check import baselines
     from prefloop.recipe.reward import FOLDER, load_reward_recipe
@@ -98,11 +98,15 @@ def reward_train(
 
     loaded = load_reward_recipe(recipe, overrides or ())
     folder = out or FOLDER / loaded.name
-    report = train_reward(loaded, folder, lambda line: typer.echo(line, err=as_json))
+    report = train_reward(
+        loaded,
+        folder,
+        lambda line: None if Verbosity.level == "quiet" else typer.echo(line, err=as_json),
+    )
     if as_json:
         typer.echo(json.dumps(report, indent=1, ensure_ascii=False))
         return
-    console = Console(highlight=False)
+    console = results_console()
     held_out = read_preferences(str(folder / HELD_OUT)).pairs
     console.print()
     show_judges({**baselines(held_out), "reward model": report["held_out"]}, console)

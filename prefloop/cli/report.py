@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from prefloop.cli.switches import note, results_console
+from prefloop.errors import counted
+
 RunArgument = Annotated[Path, typer.Argument(help="A run's folder, such as runs/quickstart-ial.")]
 
 
@@ -21,23 +24,19 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="The same as one JSON object.")] = False,
 ) -> None:
     """Show a run's measures by round, and pairs with their differences marked."""
-    from rich.console import Console
-
     from prefloop.report.summary import run_json, show_run
 
     if as_json:
         typer.echo(run_json(run_folder, pair=pair, count=count))
         return
-    show_run(run_folder, Console(highlight=False), pair=pair, count=count)
+    show_run(run_folder, results_console(), pair=pair, count=count)
 
 
 def watch(run_folder: RunArgument) -> None:
     """Follow a run that is going on, from another terminal; ends when it does."""
-    from rich.console import Console
-
     from prefloop.report.watch import watch_run
 
-    watch_run(run_folder, Console(highlight=False))
+    watch_run(run_folder, results_console())
 
 
 def report(
@@ -76,7 +75,7 @@ def report(
 
         for folder in run_folders:
             new = add_logratios(folder, logratios)
-            typer.echo(f"{folder}: log-ratios of {new} more pairs", err=True)
+            note(f"{folder}: log-ratios of {counted(new, 'more pair')}")
     written = write_report(
         run_folders,
         out or run_folders[0] / "report.html",
@@ -85,7 +84,9 @@ def report(
     )
     typer.echo(f"report in {written.page}")
     if written.chains_file:
-        typer.echo(f"all {written.total:,} pairs in {written.chains_file}, for that page to open")
+        typer.echo(
+            f"all {counted(written.total, 'pair')} in {written.chains_file}, for that page to open"
+        )
 
 
 def verify(
@@ -110,6 +111,8 @@ def verify(
             typer.echo(sentence)
         for stage in report.redone:
             typer.echo(f"taken out: {stage}")
-        typer.echo(f"{run_folder}: {report.stages} stages whole, {len(report.damaged)} damaged")
+        typer.echo(
+            f"{run_folder}: {counted(report.stages, 'stage')} whole, {len(report.damaged)} damaged"
+        )
     if report.damaged and not redo:
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from prefloop.data.cells import Entry
 from prefloop.data.files import Row
 from prefloop.data.formats import FieldOptions, read_row
 from prefloop.data.rows import EMBEDDED, open_rows
-from prefloop.errors import DataError
+from prefloop.errors import DataError, counted
 from prefloop.records import Message
 
 
@@ -50,7 +50,7 @@ class Tally:
         )
         ignored = ", ".join(name for name in self.ignored if name not in self.used)
         yield (
-            f"{self.source}: {self.rows:,} rows read as {formats} from {', '.join(self.used)}"
+            f"{self.source}: {counted(self.rows, 'row')} read as {formats} from {', '.join(self.used)}"
             + (f"; ignored: {ignored}" if ignored else "")
         )
         for reason, count in self.dropped.most_common():

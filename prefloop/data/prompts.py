@@ -18,7 +18,7 @@ from prefloop.data.entries import Placed, Tally, read_entries
 from prefloop.data.formats import FieldOptions
 from prefloop.data.prompt_store import PromptStore
 from prefloop.data.rows import EMBEDDED
-from prefloop.errors import DataError
+from prefloop.errors import DataError, counted
 from prefloop.records import Prompt, derive_seed
 
 Part: TypeAlias = Literal["train", "eval"]
@@ -371,7 +371,7 @@ def round_subset(count: int, *, round: int, size: int, seed: int) -> Sequence[in
     """
     if not 1 <= size <= count:
         raise DataError(
-            f"a round of {size} prompts cannot be drawn from {count}; set "
+            f"a round of {counted(size, 'prompt')} cannot be drawn from {count}; set "
             "loop.prompts_per_round to at most that, or give more data"
         )
     assert round >= 0

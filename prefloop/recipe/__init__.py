@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -49,6 +49,7 @@ from prefloop.recipe.options import (
     LaunchOptions,
     LoopOptions,
     RewardStep,
+    TrackOptions,
 )
 from prefloop.run_folder import RunDir
 from prefloop.train.options import SftOptions, TrainOptions
@@ -63,10 +64,6 @@ _HOMES = {
     **dict.fromkeys(JUDGES, prefloop.judges),
     "engine": prefloop.generate.engines,
 }
-
-Tracker = Literal[
-    "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
-]
 
 
 class Recipe(Options):
@@ -107,8 +104,8 @@ class Recipe(Options):
     """A reward model to be made first, from pairs of drafts that another judge labels (RLAIF); null makes none."""
     launch: LaunchOptions | None = None
     """Train, and generate, in several processes; null does all in the run's own."""
-    track: tuple[Tracker, ...] = ()
-    """Experiment trackers that accelerate reports to."""
+    track: TrackOptions = Field(default_factory=TrackOptions)
+    """Experiment trackers, through accelerate; a list is short for their names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -119,9 +116,13 @@ class Recipe(Options):
         method = built["method"] = build_plugin(
             prefloop.methods, values["method"], Method, "method"
         )
-        for section in JUDGES:
-            if built.get(section) is not None:
-                built[section] = build_plugin(prefloop.judges, built[section], Judge, section)
+        built |= {
+            section: build_plugin(prefloop.judges, built[section], Judge, section)
+            for section in JUDGES
+            if built.get(section) is not None
+        }
+        if isinstance(built.get("track"), str | list | tuple):
+            built["track"] = {"report_to": built["track"]}
         if "engine" in built:
             engines = prefloop.generate.engines
             built["engine"] = build_plugin(engines, built["engine"], EngineOptions, "engine")

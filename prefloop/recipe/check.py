@@ -25,6 +25,9 @@ from prefloop.recipe.check_template import check_template
 from prefloop.recipe.reward import load_reward_recipe
 from prefloop.records import Message
 
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Packages of a tracker, where they are not named as it is."""
+
 
 def check_recipe(recipe: Recipe) -> list[str]:
     """Look for what would stop the run, loading no model; returns notes that need no change.
@@ -60,10 +63,10 @@ def check_recipe(recipe: Recipe) -> list[str]:
     for named in recipe.judges.values():
         named.check()
     before = _check_reward(recipe)
-    for tracker in recipe.track:
-        if find_spec(tracker) is None:
+    for tracker in recipe.track.report_to:
+        if not any(find_spec(package) for package in _PACKAGES.get(tracker, (tracker,))):
             raise RecipeError(
-                f"track names {tracker}, which is not installed; pip install {tracker}"
+                f"track.report_to names {tracker}, which is not installed; pip install {tracker}"
             )
     asked: dict[tuple[str, ...], tuple[Message, ...]] = {}
     notes = [*before, *_check_models(recipe), *_check_data(recipe, asked), *_without_effect(recipe)]
@@ -175,7 +178,7 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
     `asked` gets a conversation of each sequence of roles that is among the prompts.
     """
     data, size = recipe.data, recipe.loop.prompts_per_round
-    counts = yield from _count_prompts(recipe, "train", asked)
+    counts = yield from count_prompts(recipe, "train", asked)
     if None not in counts:
         found = sum(amounts(data.sources("train"), [count or 0 for count in counts]))
         usable = min(found, data.limit or found) - data.holdout
@@ -189,10 +192,10 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
             "there are no held-out prompts to measure on; name a file in data.eval, or hold some of "
             "data.train out with data.holdout"
         )
-    yield from _count_prompts(recipe, "eval", asked)
+    yield from count_prompts(recipe, "eval", asked)
 
 
-def _count_prompts(
+def count_prompts(
     recipe: Recipe, part: Part, asked: dict[tuple[str, ...], tuple[Message, ...]]
 ) -> Generator[str, None, list[int | None]]:
     """Usable prompts of each source, None for one on the hub; yields how each was read."""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import (
     BeforeValidator,
     Field,
+    field_validator,
     model_validator,
 )
 
@@ -120,6 +121,31 @@ class LoopOptions(Options):
     def rate_factor(self, round: int) -> float:
         """What train.lr is multiplied by in this round."""
         return self.lr_factors[min(round, len(self.lr_factors) - 1)]
+
+
+Tracker = Literal[
+    "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"
+]
+
+
+class TrackOptions(Options):
+    """Experiment trackers, through accelerate. `track: [wandb]` is short for `track: {report_to: [wandb]}`."""
+
+    report_to: tuple[Tracker, ...] = ()
+    """Their names; steps of training go there as train/..., measures of rounds as eval/..., with a table of rounds."""
+    project: str = Field(default="prefloop", min_length=1)
+    """The project, or experiment, that the run stands in there."""
+    run_name: str | None = None
+    """The run's name there; null: the recipe's name."""
+    pairs: int = Field(default=100, ge=0)
+    """Pairs of each round in a table, where the tracker has tables; 0 sends none."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: object) -> object:
+        """As in transformers' TrainingArguments, "none" is nobody."""
+        given = [value] if isinstance(value, str) else value
+        return () if given == ["none"] else as_tuple(given)
 
 
 class EvaluateOptions(Options):

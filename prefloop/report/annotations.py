@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from prefloop.errors import counted
 from prefloop.report.formats import show_table
 
 _HEAD = ("", "votes", "A", "tie", "B", "skipped", "A wins", "95 %", "first wins", "median s")
@@ -20,8 +21,9 @@ def show_annotations(results: Mapping[str, Any], console: Console) -> None:
     lines = [
         f"A  {results['a']}",
         f"B  {results['b']}",
-        f"{results['judged']} of {results['prompts']} prompts judged"
-        + f"; {results['identical']} more have identical answers" * bool(results["identical"]),
+        f"{results['judged']} of {counted(results['prompts'], 'prompt')} judged"
+        + f"; {counted(results['identical'], 'more has identical answers', 'more have identical answers')}"
+        * bool(results["identical"]),
     ]
     console.print(Text("\n".join(lines)), soft_wrap=True)
     console.print()
@@ -52,12 +54,12 @@ def _sentences(results: Mapping[str, Any]) -> list[str]:
         lines.append("A's win rate: no votes yet")
     else:
         lines.append(
-            f"A's win rate over {rate['count']} prompts, ties one half: {rate['value']:.3f}, "
+            f"A's win rate over {counted(rate['count'], 'prompt')}, ties one half: {rate['value']:.3f}, "
             f"95 % interval {_interval(rate)}{_verdict(rate)}"
         )
     if (with_identical := results["with_identical"]) is not None:
         lines.append(
-            f"with identical answers as ties, over {with_identical['count']} prompts: {with_identical['value']:.3f}, "
+            f"with identical answers as ties, over {counted(with_identical['count'], 'prompt')}: {with_identical['value']:.3f}, "
             f"95 % interval {_interval(with_identical)}"
         )
     if agreement is None:
@@ -72,7 +74,7 @@ def _sentences(results: Mapping[str, Any]) -> list[str]:
     lines += [f"skipped {count}: {reason}" for reason, count in all_votes["reasons"].items()]
     if results["torn_bytes"]:
         lines.append(
-            f"the last line of the votes was torn ({results['torn_bytes']} bytes); that vote does not count"
+            f"the last line of the votes was torn ({counted(results['torn_bytes'], 'byte')}); that vote does not count"
         )
     return lines
 
@@ -85,7 +87,7 @@ def _agreement(agreement: Mapping[str, Any]) -> str:
         else f"{estimate['value']:.3f}, 95 % interval {_interval(estimate)}"
     )
     return (
-        f"agreement of {agreement['people']} people on {agreement['items']} prompts: {agreement['measure']} "
+        f"agreement of {counted(agreement['people'], 'person', 'people')} on {counted(agreement['items'], 'prompt')}: {agreement['measure']} "
         f"{value_text}; the same vote in {agreement['same']:.3f} of the cases"
     )
 

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from prefloop.data.text_distance import Kind as SpanKind
 from prefloop.data.text_distance import Span, spans
+from prefloop.errors import counted
 from prefloop.records import Candidates, Message, Pair, PairRatios, Reject, Response
-from prefloop.report.console import show_text
+from prefloop.report.console import in_colour, show_text
 from prefloop.report.formats import coloured, marked, printable
 from prefloop.run_folder import RoundDir, RunDir
 
@@ -304,7 +305,7 @@ def _step_title(step: Step) -> str:
     name = step.name.replace("_", " ")
     details = [role for role in step.roles if role != step.name]
     details += [f"scores {step.score:.3g}"] if step.score is not None else []
-    details += [f"{step.tokens} tokens"] if step.tokens else []
+    details += [counted(step.tokens, "token")] if step.tokens else []
     details += ["cut off"] if step.unfinished else []
     details += [f"beside {step.base.replace('_', ' ')}"] if step.base else []
     return f"{name} ({', '.join(details)})" if details else name
@@ -314,9 +315,7 @@ def _difference(
     base: Step, step: Step, console: Console, hide: SpanKind | None = None
 ) -> str | Text:
     marked_spans = [Span(kind, printable(text)) for kind, text in spans(base.text, step.text)]
-    return (
-        marked(marked_spans, hide) if console.color_system is None else coloured(marked_spans, hide)
-    )
+    return coloured(marked_spans, hide) if in_colour(console) else marked(marked_spans, hide)
 
 
 def _print_comparison(chain: Chain, steps: dict[str, Step], console: Console) -> None:
@@ -338,7 +337,7 @@ def _largest_changes(step: Step) -> str:
     assert step.ratios is not None
     ratios = [p - r for p, r in zip(step.ratios["policy"], step.ratios["reference"], strict=True)]
     largest = sorted(range(len(ratios)), key=lambda index: -abs(ratios[index]))[:_SHOWN_TOKENS]
-    lines = [f"r = {sum(ratios):+.3g} nats over {len(ratios)} tokens; most in"]
+    lines = [f"r = {sum(ratios):+.3g} nats over {counted(len(ratios), 'token')}; most in"]
     for index in sorted(largest):
         token_text = step.ratios["pieces"][index]
         name = repr(printable(token_text)) if token_text else "end of turn"

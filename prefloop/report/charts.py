@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from prefloop.report.facts import RunFacts
-from prefloop.report.page_tables import round_meaning, step_meaning
+from prefloop.report.meanings import round_meaning, step_meaning
 
 # Placeholder colours, replaced by classes of the style sheet.
 _INK_COLOUR, _GRID_COLOUR = "#010101", "#020202"
@@ -122,8 +122,7 @@ def round_charts(runs: Sequence[RunFacts], names: Sequence[str]) -> list[Chart]:
     for name in names:
         lines = [line for n, run in enumerate(runs) if (line := _by_round(n, run, name)).x]
         if lines:
-            title, note = round_meaning(name)
-            charts.append(_lines(title, note, lines, rounds=True))
+            charts.append(_lines(*round_meaning(name).heading, lines, rounds=True))
     speeds = [
         line
         for n, run in enumerate(runs)
@@ -166,7 +165,7 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     for name in [key for key in names if key not in skip and key not in rewards]:
         lines = [line for n, run in enumerate(runs) if (line := _by_step(n, run, name)).x]
         if lines:
-            charts.append(_lines(*step_meaning(name), lines, ends=_round_ends(runs)))
+            charts.append(_lines(*step_meaning(name).heading, lines, ends=_round_ends(runs)))
     reward_lines = [
         line
         for n, run in enumerate(runs)
@@ -175,7 +174,7 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     ]
     curves = [line for n, run in enumerate(runs) if (line := _curve(n, run)).x]
     if curves:
-        charts.insert(0, _lines(*step_meaning("win_rate"), curves, ends=_round_ends(runs)))
+        charts.insert(0, _lines(*step_meaning("win_rate").heading, curves, ends=_round_ends(runs)))
     if reward_lines:
         reward_lines += [
             line
@@ -186,7 +185,7 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
         ]
         charts.insert(
             min(3, len(charts)),
-            _lines(*step_meaning("rewards"), reward_lines, ends=_round_ends(runs)),
+            _lines(*step_meaning("rewards").heading, reward_lines, ends=_round_ends(runs)),
         )
     return charts
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefloop.data.text_distance import Span, spans
+from prefloop.errors import counted
 from prefloop.records import Pair, RoundResult
 from prefloop.report.formats import _CONTROLS, coloured, marked, printable
 
@@ -131,7 +132,7 @@ def show_pair(pair: Pair, console: Console) -> None:
     Red or `[-...-]` is only in the rejected answer, green or `{+...+}` only in the chosen one.
     """
     marked_spans = [Span(kind, printable(text)) for kind, text in spans(pair.rejected, pair.chosen)]
-    colour = console.color_system is not None
+    colour = in_colour(console)
     details = [f"margin {pair.margin:.3g}"] if pair.margin else []
     details += [f"{role}: {name}" for role, name in pair.origin.items()]
     details += [f"{role} scores {score:.3g}" for role, score in pair.scores.items()]
@@ -158,8 +159,7 @@ def stage_line(
 ) -> str:
     """One finished stage in one line; `counts` by plural noun: "round 0  pairs  31 pairs, 1 reject  4.0 s"."""
     counts_text = ", ".join(
-        f"{count:,} {noun.removesuffix('s') if count == 1 else noun}"
-        for noun, count in counts.items()
+        counted(count, noun.removesuffix("s"), noun) for noun, count in counts.items()
     )
     round_text = "start  " if round < 0 else f"round {round}"
     parts = (round_text, f"{stage:<10}", counts_text, duration(seconds), about)
@@ -170,7 +170,7 @@ def stage_line(
 _GLANCE_NAMES = {
     "score": "score",
     "win_rate": "win rate",
-    "R_i": "R_i",
+    "R_i": "rewrites better than drafts (R_i)",
     "kl": "KL",
     "stop_rate": "stops",
 }
@@ -219,6 +219,11 @@ def total_change(history: Sequence[float | None]) -> str:
         return ""
     text = format_values([*history, last - first])[-1]
     return text if text.startswith("-") else f"+{text}"
+
+
+def in_colour(console: Console) -> bool:
+    """Whether colours are seen there: not in a pipe, nor where NO_COLOR is set."""
+    return console.color_system is not None and not console.no_color
 
 
 def show_text(console: Console, body: str | Text) -> None:

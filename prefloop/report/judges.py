@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from prefloop.errors import counted
 from prefloop.report.formats import show_table
 
 Measures = Mapping[str, Any]
@@ -21,7 +22,7 @@ def show_judges(report: Mapping[str, Mapping[str, Measures]], console: Console) 
     for source in dict.fromkeys(name for rows in report.values() for name in rows):
         first = next(iter(report.values()))[source]
         ties = f", {first['human_ties']} of them ties to people" * bool(first["human_ties"])
-        console.print(Text(f"{source}: {first['pairs']} pairs{ties}", style="bold"))
+        console.print(Text(f"{source}: {counted(first['pairs'], 'pair')}{ties}", style="bold"))
         rows = {name: by_source[source] for name, by_source in report.items()}
         show_table(_HEAD, [[name, *judge_cells(row)] for name, row in rows.items()], console)
         for name, row in rows.items():

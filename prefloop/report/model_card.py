@@ -6,6 +6,7 @@ paths become bare names, so that a published card reveals nothing about the mach
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from typing import Any
 
 import yaml
 
+from prefloop.errors import counted
 from prefloop.records import RoundResult
 from prefloop.report.console import format_values, measure_names, round_name, visible_rounds
+from prefloop.report.meanings import ROUND_MEASURES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FOLDERS_OF_A_WORD = re.compile(r"(?:(?<=\s)|(?<==))~?/(?:[^\s/]+/)+")
 OLDEST_PEFT = "0.14"
 """The oldest peft that opened an adapter of ours when it was tried (docs/run-folder.md)."""
 _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet"}
@@ -41,6 +45,8 @@ class CardFacts:
     """Hub id of the base model where the recipe's `model.source` is not one itself."""
     license: str | None = None
     """Licence identifier as the Hub spells it; left out of the card where unknown."""
+    round: int | None = None
+    """The round whose policy the folder holds, for the Hub's table of results; None leaves that out."""
     merged: bool = False
     """Whether the folder holds the whole model that an adapter was merged into."""
     base_note: str = ""
@@ -82,7 +88,38 @@ def _header(facts: CardFacts) -> dict[str, Any]:
         header["datasets"] = [train]
     if facts.license:
         header["license"] = facts.license
-    return header
+    return header | _model_index(facts)
+
+
+def _model_index(facts: CardFacts) -> dict[str, Any]:
+    """The published round's measures as the Hub's `model-index`, intervals in the metrics' names."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    measures = next((r.measures for r in facts.results if r.round == facts.round), {})
+    name = _without_path(str(facts.recipe.get("name", "policy")))
+    held_out = _without_path(_data_name(facts, "eval") or _data_name(facts, "train") or "unnamed")
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=held_out if is_hub_id(held_out) else "custom",
+            dataset_name=f"held-out prompts of {held_out}",
+            metric_type=measure,
+            metric_name=_with_interval(meaning.title, measure, measures),
+            metric_value=round(value, 4),
+        )
+        for measure, meaning in ROUND_MEASURES.items()
+        if (value := measures.get(measure)) is not None and math.isfinite(value)
+    ]
+    index: list[Any] = eval_results_to_model_index(name, results) if results else []
+    return {"model-index": index} if index else {}
+
+
+def _with_interval(title: str, measure: str, measures: Mapping[str, float | None]) -> str:
+    low, high = (measures.get(f"{measure}_{end}") for end in ("low", "high"))
+    if low is None or high is None:
+        return title
+    return f"{title} (95 % interval {low:.3f} to {high:.3f}, over prompts)"
 
 
 def _summary(facts: CardFacts) -> str:
@@ -95,7 +132,7 @@ def _summary(facts: CardFacts) -> str:
         f"# {_without_path(str(facts.recipe.get('name', 'policy')))}\n\n"
         f"{what} {base}, trained in a closed loop with the method `{_method(facts)}`: in each round the "
         "policy generates answers to prompts, they are made into preference pairs, and the policy is "
-        f"trained on them. {rounds} {'round was' if rounds == 1 else 'rounds were'} measured."
+        f"trained on them. {counted(rounds, 'round was', 'rounds were')} measured."
         + f" {facts.base_note}"
         * bool(facts.base_note)
     )
@@ -109,14 +146,16 @@ def _data(facts: CardFacts) -> str:
         "## Training data",
         "",
         f"- Prompts (and target answers, where the data have them): {source}.",
-        f"- {facts.pairs:,} preference pairs made by the loop, which has no step where a person checks them.",
+        f"- {counted(facts.pairs, 'preference pair')} made by the loop, which has no step where a person checks them.",
         f"- Judge: {_code(str(judge))}, a program; its mistakes and biases are in the pairs."
         if judge
         else "- No judge: the method itself decides which answer of a pair is preferred.",
     ]
     if facts.rejects:
         reasons = "; ".join(f"{_cell(why)}: {n:,}" for why, n in sorted(facts.rejects.items()))
-        lines.append(f"- {sum(facts.rejects.values()):,} prompts gave no pair ({reasons}).")
+        lines.append(
+            f"- {counted(sum(facts.rejects.values()), 'prompt')} gave no pair ({reasons})."
+        )
     return "\n".join(lines)
 
 
@@ -160,11 +199,11 @@ def _use(facts: CardFacts) -> str:
 
 
 def _origin(facts: CardFacts) -> str:
-    recipe = yaml.safe_dump(_without_paths(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(without_paths(dict(facts.recipe)), sort_keys=False, allow_unicode=True)
     # Longer than any run of backquotes inside, so that the recipe cannot end the block.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     lines = ["## How it was made", "", f"{fence}yaml\n{recipe}{fence}"]
-    versions = list(_flat(_without_paths(dict(facts.environment))))
+    versions = list(_flat(without_paths(dict(facts.environment))))
     if versions:
         lines += ["", _row(["environment", ""]), _row(["---", "---"])]
         lines += [_row([_cell(name), _cell(value)]) for name, value in versions]
@@ -198,19 +237,20 @@ def _data_name(facts: CardFacts, which: str) -> str | None:
 
 
 def _without_path(name: str) -> str:
-    """The last part of an absolute path; other names unchanged."""
+    """The last part of an absolute path, alone or among the words of a command; other names unchanged."""
     for kind in (PurePosixPath, PureWindowsPath):
         path = kind(name)
         if path.is_absolute() or name.startswith("~"):
             return path.name
-    return name
+    return _FOLDERS_OF_A_WORD.sub("", name)
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
+    """A plain value, such as a recipe's, in which absolute paths are bare names."""
     if isinstance(value, Mapping):
-        return {str(key): _without_paths(item) for key, item in value.items()}
+        return {str(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
+        return [without_paths(item) for item in value]
     return _without_path(value) if isinstance(value, str) else value
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
+from prefloop.errors import counted
 from prefloop.records import RoundResult
 from prefloop.report.console import (
     arrow,
@@ -17,100 +18,7 @@ from prefloop.report.console import (
     visible_rounds,
 )
 from prefloop.report.facts import Evaluated, RunFacts
-
-
-class Meaning(NamedTuple):
-    """A measure's title on the page, and one sentence of explanation."""
-
-    title: str
-    note: str
-
-
-ROUND_MEASURES: dict[str, Meaning] = {
-    "score": Meaning("Judge's score", "Mean over held-out answers, in the judge's own units."),
-    "win_rate": Meaning(
-        "Win rate over the start",
-        "Share of held-out prompts whose answer scores above the initial policy's; ties count half. "
-        "Bars: 95 % over prompts.",
-    ),
-    "R_i": Meaning(
-        "R_i: rewrites that are better",
-        "Share of held-out prompts whose rewrite the judge puts above the draft.",
-    ),
-    "identical_rate": Meaning(
-        "Identical rate", "Share of prompts where improving the answer changed nothing."
-    ),
-    "flaw_edit_share": Meaning(
-        "How much a flaw changes",
-        "Word edit distance from refined to flawed answer. A subtle flaw is small, and not 0.",
-    ),
-    "M": Meaning(
-        "Margin M of flaws", "Mean on held-out prompts. Near 0 the policy no longer tells flaws."
-    ),
-    "flaw_unseen": Meaning(
-        "Flaws that are not seen",
-        "Share of flawed answers that the policy finds as likely as the better ones.",
-    ),
-    "kl": Meaning(
-        "Divergence from the start (KL)",
-        "Nats a token between the policy and the initial one. A leap says: stop and read answers.",
-    ),
-    "distinct_2": Meaning(
-        "Variety (distinct-2)",
-        "Different word pairs over all word pairs. Falls when answers become alike.",
-    ),
-    "mean_length": Meaning(
-        "Length of an answer", "Tokens, end-of-turn included. A win rate may be nothing but length."
-    ),
-    "stop_rate": Meaning(
-        "Stop rate", "Share of answers that end by themselves, not at the length limit."
-    ),
-    "no_verdict": Meaning(
-        "No verdict",
-        "Share of answers that the judge could not score; they are in no score and no win rate.",
-    ),
-    "score_rewrite": Meaning("Judge's score of rewrites", "Mean over the held-out prompts."),
-}
-
-STEP_MEASURES: dict[str, Meaning] = {
-    "win_rate": Meaning(
-        "Win rate during training", "Over the start, on held-out prompts. Bars: 95 % over prompts."
-    ),
-    "loss": Meaning("Loss", "At a round's start its value is known and checked."),
-    "margin": Meaning(
-        "Margin", "r(target) minus the mean of r(chosen) and r(rejected), nats an answer."
-    ),
-    "reward_margin": Meaning(
-        "Reward margin R", "β (r(chosen) − r(rejected)): what the loss pushes above M."
-    ),
-    "real_reward": Meaning(
-        "Real Reward",
-        "Implicit reward of the answer that is taught. Below 0 it has become less likely.",
-    ),
-    "rewards": Meaning(
-        "Reward of each response",
-        "Both fall together when the policy forgets answers instead of telling them apart.",
-    ),
-    "accuracy": Meaning("Accuracy", "Share of pairs in the right order of implicit reward."),
-    "over_margin": Meaning("Over the margin", "Share of pairs with R above M."),
-    "penalty": Meaning(
-        "Penalty P", "How far the answer that is taught fell below the reference, nats."
-    ),
-    "M": Meaning("Margin M", "Mean of what R must exceed, by step."),
-    "lr": Meaning("Learning rate", ""),
-    "grad_norm": Meaning("Gradient norm", "Before clipping."),
-}
-
-
-def step_meaning(name: str) -> Meaning:
-    """Title and explanation of a training metric; a method's own metric has its name as title."""
-    return STEP_MEASURES.get(name, Meaning(name, "The method's own measure of training."))
-
-
-def round_meaning(name: str) -> Meaning:
-    """Title and explanation of a round's measure; an unknown one has its name as title."""
-    return ROUND_MEASURES.get(name, Meaning(name, ""))
-
+from prefloop.report.meanings import round_meaning
 
 # Fraction of rejects from which the page's top warns of them.
 _MANY_REJECTS = 0.3
@@ -156,7 +64,7 @@ def notices(run: RunFacts) -> list[dict[str, str]]:
     pairs = sum(round_dir.pairs for round_dir in run.rounds)
     rejects = sum(round_dir.reasons.total() for round_dir in run.rounds)
     if rejects and rejects / (pairs + rejects) > _MANY_REJECTS:
-        text = f"{rejects:,} of {pairs + rejects:,} prompts gave no pair; see the reasons below."
+        text = f"{rejects:,} of {counted(pairs + rejects, 'prompt')} gave no pair; see the reasons below."
         entries.append({"kind": "warn", "head": "Many rejects:", "text": text})
     if not run.finished:
         text = "what is shown is what it has made so far."
@@ -185,8 +93,9 @@ def measures(run: RunFacts, *, training: bool) -> dict[str, Any]:
             )
         }
         cells = [("", "…") if result is None else texts[result.round] for result in shown]
-        note = round_meaning(name).note
-        rows.append({"name": name, "note": note, "cells": cells, "change": total_change(history)})
+        meaning = round_meaning(name)
+        row = {"name": name, "words": meaning.words, "note": meaning.note, "cells": cells}
+        rows.append({**row, "change": total_change(history)})
     return {"head": [*head, "change"], "rows": rows}
 
 
@@ -251,7 +160,7 @@ def _rounds(run: RunFacts) -> str:
     played = sum("train" in round_dir.seconds for round_dir in run.rounds)
     count = f"{played} of {planned}" if planned and planned != str(played) else str(played)
     size = _get(run, "loop", "prompts_per_round")
-    return f"{count}, {size} prompts each" if size else count
+    return f"{count}, {counted(int(size), 'prompt')} each" if size else count
 
 
 def _training(run: RunFacts) -> str:
@@ -260,14 +169,14 @@ def _training(run: RunFacts) -> str:
         for key, label in (("optimizer", ""), ("lr", "lr "), ("batch_size", "batch "))
         if _get(run, "train", key)
     ]
-    steps = f"{len(run.steps):,} steps" if run.steps else ""
+    steps = counted(len(run.steps), "step") if run.steps else ""
     return ", ".join(part for part in (*parts, steps) if part)
 
 
 def _pairs(run: RunFacts) -> str:
     pairs = sum(round_dir.pairs for round_dir in run.rounds)
     total = sum(round_dir.reasons.total() for round_dir in run.rounds)
-    return f"{pairs:,}, and {total:,} rejects" if total else f"{pairs:,}, no rejects"
+    return f"{pairs:,}, and {counted(total, 'reject')}" if total else f"{pairs:,}, no rejects"
 
 
 def _time(run: RunFacts) -> str:
@@ -286,7 +195,7 @@ def _tokens(run: RunFacts) -> str:
 
 def _machine(run: RunFacts) -> str:
     platform, count = run.environment.get("platform"), run.environment.get("processor_count")
-    return f"{platform}, {count} processors" if platform else ""
+    return f"{platform}, {counted(int(count or 0), 'processor')}" if platform else ""
 
 
 def _versions(run: RunFacts) -> str:

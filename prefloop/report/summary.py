@@ -16,9 +16,16 @@ from prefloop.errors import RunFolderError
 from prefloop.evaluate.curves import FRACTION_OF_BEST, steps_to_fraction, win_rate_curve
 from prefloop.records import CurvePoint, Pair, RoundResult
 from prefloop.report.chain import Chain, round_chains, show_chain
-from prefloop.report.console import MEASURES, WIN_RATE_ENDS, show_pair, show_rounds
+from prefloop.report.console import (
+    MEASURES,
+    WIN_RATE_ENDS,
+    measure_names,
+    show_pair,
+    show_rounds,
+)
 from prefloop.report.facts import read_ratios
 from prefloop.report.formats import show_table
+from prefloop.report.meanings import legend
 from prefloop.run_folder import RunDir, read_run
 
 if TYPE_CHECKING:
@@ -131,6 +138,9 @@ def _show_results(results: list[RoundResult], console: Console) -> None:
     ]
     console.print()
     show_rounds(known, console)
+    if lines := legend(measure_names(known)):
+        console.print()
+        console.print(Text("\n".join(lines), style="dim"), soft_wrap=True)
 
 
 def show_curve(points: list[CurvePoint], console: Console) -> None:

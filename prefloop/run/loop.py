@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from prefloop.errors import GuardStop
+from prefloop.errors import GuardStop, counted
 from prefloop.evaluate.answers import (
     ANSWER,
     answer_measures,
@@ -43,6 +43,7 @@ from prefloop.records import (
     write_jsonl,
 )
 from prefloop.report.console import glance, stage_line
+from prefloop.report.html import write_report
 from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
 from prefloop.run.held_out import HELD_OUT, answer_and_score
@@ -75,9 +76,14 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
             )
         rundir.event("begin")
         loop = _Loop(recipe, rundir, console)
-        with closing(loop.session.outside):
+        trackers = loop.session.trackers
+        with closing(loop.session.outside), closing(trackers):
+            if not rundir.published.path.exists():  # an ended run has told all
+                trackers.open()
             results = loop.play()
             policy = loop.finish(results)
+            if trackers.told:
+                trackers.report(write_report([rundir.path], rundir.path / "report.html").page)
         rundir.event("end")
     return Outcome(folder, policy, results)
 
@@ -132,6 +138,7 @@ class _Loop:
         if self.recipe.sft is not None:
             self._supervise(start)
         results = [self._evaluate(start)]
+        self._tell(start, results)
         for number in range(self.recipe.loop.rounds):
             round_dir = self.rundir.round(number)
             self._generate(round_dir)
@@ -141,10 +148,21 @@ class _Loop:
             last = number == self.recipe.loop.rounds - 1 or self._has_spent_its_budget(round_dir)
             if self.recipe.evaluate.every_round or last:
                 results.append(self._evaluate(round_dir))
+                self._tell(round_dir, results)
                 self._guard(results)
             if last:
                 break
         return results
+
+    def _tell(self, round_dir: RoundDir, results: Sequence[RoundResult]) -> None:
+        """Tell trackers of a round, an earlier one too: what they have already, they keep."""
+        if not self.session.trackers.told:
+            return
+        step = self.session.steps_before(round_dir) + (
+            round_dir.steps() if results[-1].round >= 0 else 0
+        )
+        pairs = [] if round_dir.number < 0 else round_dir.records("pairs", Pair)
+        self.session.trackers.round(results, pairs, step)
 
     def _has_spent_its_budget(self, round_dir: RoundDir) -> bool:
         budget = self.recipe.loop.budget
@@ -196,7 +214,7 @@ class _Loop:
         if not pairs or share > self.recipe.guard.max_reject_share:
             longer = "raise method.sampling.max_new_tokens, " if reasons["cut off"] else ""
             raise GuardStop(
-                f"round {round_dir.number} made {pairs} pairs of {total} prompts "
+                f"round {round_dir.number} made {counted(pairs, 'pair')} of {counted(total, 'prompt')} "
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
                 f"{round_dir.path}/rejects.jsonl, and {longer}change the method's gates or prompts, "
                 "or guard.max_reject_share"
@@ -331,7 +349,11 @@ class _Loop:
 
         def make(number: int, chunk: list[Any]) -> tuple[list[Record], dict[str, int]]:
             self.session.counts.clear()
+            begun = Stopwatch()
             made = list(work(chunk, derive_seed(self.recipe.seed, where, stage, number)))
+            log.info(
+                "round %d, %s: chunk %d in %.1f s", round_dir.number, stage, number, begun.seconds
+            )
             return made, dict(self.session.counts)
 
         chunks = Chunks(flow, self.recipe.generate.chunk_size, make, store)

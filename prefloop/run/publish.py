@@ -48,7 +48,7 @@ def publish(
     embedded = _embedded(recipe)
     if embedded is not None and recipe.sft is None and recipe.model.tuning == "lora":
         _name_base(temporary / "adapter_config.json", embedded.hub_id)
-    write_model_card(temporary, _card_facts(recipe, rundir, results))
+    write_model_card(temporary, _card_facts(recipe, rundir, results, round_dir.number))
     rundir.published.path.unlink(missing_ok=True)
     replace_folder(temporary, final)
     # A card is the user's to write on.
@@ -79,7 +79,8 @@ def merge_policy(run_folder: Path, out: Path, *, trust_remote_code: bool = False
         with quiet(), disk_in_words(out.parent):
             policy.merge().save_pretrained(part)
             policy.tokenizer.save_pretrained(part)
-            write_model_card(part, _card_facts(recipe, run, run.results(), merged=True))
+            number = (run.published.read() or {}).get("round")
+            write_model_card(part, _card_facts(recipe, run, run.results(), number, merged=True))
             give_usual_modes(part)
             replace_folder(part, out)
     finally:
@@ -88,7 +89,12 @@ def merge_policy(run_folder: Path, out: Path, *, trust_remote_code: bool = False
 
 
 def _card_facts(
-    recipe: Recipe, rundir: RunDir, results: Sequence[RoundResult], *, merged: bool = False
+    recipe: Recipe,
+    rundir: RunDir,
+    results: Sequence[RoundResult],
+    number: int | None,
+    *,
+    merged: bool = False,
 ) -> CardFacts:
     embedded = _embedded(recipe)
     base, note = (embedded.hub_id if embedded else None), ""
@@ -107,6 +113,7 @@ def _card_facts(
         rejects=sum((folder.reasons() for folder in rounds), Counter[str]()),
         base_model=base,
         license=embedded.license if embedded else None,
+        round=number,
         merged=merged and recipe.model.tuning == "lora",
         base_note=note,
     )

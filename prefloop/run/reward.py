@@ -25,7 +25,7 @@ from prefloop.data.preferences import (
     read_preferences,
     split_by_prompt,
 )
-from prefloop.errors import DataError, RunFolderError
+from prefloop.errors import DataError, RunFolderError, counted
 from prefloop.evaluate.judge_check import by_source, score_pairs
 from prefloop.generate.templates import PromptSet
 from prefloop.judges.reward_model import RewardModel
@@ -75,7 +75,9 @@ def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str
         return report
     train, held_out, dropped = load_pairs(recipe, say)
     write_jsonl(folder / HELD_OUT, held_out)
-    say(f"data     {len(train):,} pairs to train on, {len(held_out):,} held out, by prompt")
+    say(
+        f"data     {counted(len(train), 'pair')} to train on, {len(held_out):,} held out, by prompt"
+    )
     fit = _fit_head if recipe.model.tuning == "head" else _train
     if trained := (folder / "config.json").is_file():
         _trained(folder).verify()
@@ -94,7 +96,7 @@ def _train_and_measure(recipe: RewardRecipe, folder: Path, say: Say) -> dict[str
     }
     reward_manifest(folder).write(report, [*_model_files(folder), folder / HELD_OUT])
     checkpoint.drop_checkpoints(folder / "training")
-    say(f"measure  {len(held_out):,} held-out pairs  {watch.seconds} s")
+    say(f"measure  {counted(len(held_out), 'held-out pair')}  {watch.seconds} s")
     return report
 
 
@@ -123,7 +125,7 @@ def load_pairs(
     decided = [pair for pair in train if not pair.tie]
     if not decided or not held_out:
         raise DataError(
-            f"{len(pairs)} pairs give {len(decided)} to train on and {len(held_out)} to measure; give more "
+            f"{counted(len(pairs), 'pair gives', 'pairs give')} {len(decided)} to train on and {len(held_out)} to measure; give more "
             "data, or change data.holdout"
         )
     dropped = counts([source_pairs.dropped for source_pairs in read])
@@ -190,7 +192,7 @@ def _train(
         file.replace(folder / file.name)
     part.rmdir()
     say(
-        f"train    {facts['pairs']:,} pairs, {facts['steps']:,} steps, loss {facts['first_loss']:.3f} to "
+        f"train    {counted(facts['pairs'], 'pair')}, {counted(facts['steps'], 'step')}, loss {facts['first_loss']:.3f} to "
         f"{facts['last_loss']:.3f}  {watch.seconds} s"
     )
     return facts
@@ -233,7 +235,7 @@ def _fit_head(
     _trained(folder).write(facts, [])
     EmbeddingHead(source, window, weights).save(folder)
     say(
-        f"train    {len(pairs):,} pairs, loss {losses['first_loss']:.3f} to {losses['last_loss']:.3f}  "
+        f"train    {counted(len(pairs), 'pair')}, loss {losses['first_loss']:.3f} to {losses['last_loss']:.3f}  "
         f"{watch.seconds} s"
     )
     return facts

@@ -49,6 +49,7 @@ from prefloop.run.held_out import HeldOut, TrainingCurve
 from prefloop.run.inputs import rows
 from prefloop.run.launch import Stage, run_processes
 from prefloop.run.self_check import check_policy
+from prefloop.run.tracking import Trackers
 from prefloop.run_folder import RoundDir, RunDir, replace_folder
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
@@ -81,6 +82,7 @@ class Session:
         self._judges: dict[int, OpenJudge] = {}
         """Judges that ask the policy, by the id of the engine that they ask and keep."""
         self.outside = RunEngine(recipe, rundir)
+        self.trackers = Trackers(recipe, rundir.path)
         self.counts: Counter[str] = Counter()
         """Tokens that methods have had generated and read."""
         self._policy_dir: Path | None = None
@@ -333,9 +335,13 @@ class Session:
         old = self._trainer
         if old is None or old.options != options or type(old) is not kind:
             assert self._policy is not None
-            self._trainer = kind(self._policy, options, self.recipe.track, str(self.rundir.path))
+            self._trainer = kind(self._policy, options, self.trackers.step)
         assert self._trainer is not None
         return self._trainer
+
+    def steps_before(self, round_dir: RoundDir) -> int:
+        """Optimiser steps of the rounds before; the fine-tuning of round 0 counts from 0 on its own."""
+        return sum(r.steps() for r in self.rundir.rounds() if r.number < round_dir.number)
 
     def training_pairs(self, round_dir: RoundDir) -> list[Pair]:
         """What the round trains on: its own pairs, after the previous round's where they are mixed."""
@@ -360,7 +366,7 @@ class Session:
             before = self.rundir.round(round_dir.number - 1)
             before.manifest("train")
             trainer.load_optimizer(before.train / OPTIMIZER)
-        first_step = sum(r.steps() for r in self.rundir.rounds() if r.number < round_dir.number)
+        first_step = self.steps_before(round_dir)
         equal_to_reference = method.reference == "round_start" or round_dir.number == 0
         examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
         # From here on the weights in memory are those that will be saved there.
@@ -402,7 +408,12 @@ class Session:
                 bar.at(round_dir.steps())
 
             work = Stage(self.rundir.path, round_dir.number, stage, round_dir.train)
-            return run_processes(self.recipe.launch, work, watch)
+            facts = run_processes(self.recipe.launch, work, watch)
+        # Their trackers are this process's: one run there, whoever trains.
+        first = self.steps_before(round_dir)
+        for row in round_dir.metrics():
+            self.trackers.step(row, first + row["step"])
+        return facts
 
     def launch_workers(self, round_dir: RoundDir, stage: str) -> None:
         """Let the recipe's processes generate the stage's chunks, with `launch.generate`."""

@@ -64,6 +64,7 @@ def _work(stage: Stage) -> dict[str, Any]:
     import torch
 
     from prefloop.recipe import load_recipe
+    from prefloop.recipe.options import TrackOptions
     from prefloop.run.loop import make_worker_chunks
     from prefloop.run.session import Session
     from prefloop.train.placement import is_sharded
@@ -71,7 +72,9 @@ def _work(stage: Stage) -> dict[str, Any]:
     torch.set_num_threads(_threads())
     # transformers would load weights in one process only; we cut them up where they are whole.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    recipe = load_recipe(str(stage.run / "recipe.yaml")).model_copy(update={"launch": None})
+    recipe = load_recipe(str(stage.run / "recipe.yaml")).model_copy(
+        update={"launch": None, "track": TrackOptions()}
+    )
     rundir = _Quiet(stage.run)
     if stage.name not in ("sft", "train"):
         make_worker_chunks(

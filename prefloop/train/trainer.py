@@ -90,20 +90,20 @@ class Trainer:
     """Trains one policy; keeps its optimiser between jobs where asked to."""
 
     def __init__(
-        self, policy: Policy, options: TrainOptions, trackers: Sequence[str] = (), folder: str = "."
+        self,
+        policy: Policy,
+        options: TrainOptions,
+        tell: Callable[[dict[str, Any], int], None] = lambda row, step: None,
     ) -> None:
-        """`trackers` names accelerate's trackers; those that write files write below `folder`."""
+        """`tell` gets each optimiser step's metrics and its number in the run, on the first rank only."""
         self.policy = policy
         self.options = options
+        self.tell = tell
         device = policy.intended_device
         self.accelerator = Accelerator(
             cpu=device.type == "cpu",
-            log_with=list(trackers) or None,
-            project_dir=folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
         )
-        if trackers:
-            self.accelerator.init_trackers("prefloop")
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.placement = distribute_model(self._trained(), self.ranks, self._new_optimizer, device)
         self._logged_packing = False
@@ -182,7 +182,8 @@ class Trainer:
                 with raise_on_out_of_memory(want_of_memory):
                     row = self._step(job, reference, steps[number], number, len(steps))
                 file.write(json.dumps(row) + "\n")
-                self.accelerator.log(row, step=job.first_step + number)
+                if self.ranks.first:
+                    self.tell(row, job.first_step + number)
                 bar.advance(1, amount=row["tokens"])
                 job.after_step(number + 1)
                 if self._is_due(number + 1, len(steps)):

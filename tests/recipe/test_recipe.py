@@ -62,7 +62,7 @@ WRONG = [
         f"r.yaml: method.name './mine.py' is neither one of {METHODS} "
         "nor a module that can be imported, such as my_package.my_module",
     ),
-    (IAL_RECIPE + "track: wandb\n", 'r.yaml: track should be a list; it is "wandb"'),
+    (IAL_RECIPE + "track: 3\n", "r.yaml: track should be a section of keys; it is 3"),
     (
         "method: ial\n",
         f'r.yaml: method should be a section with a name ({METHODS}); it is "ial"',
@@ -141,7 +141,7 @@ WRONG = [
     ),
     (
         IAL_RECIPE + "track: [wandbb]\n",
-        "r.yaml: track[0] should be 'tensorboard', 'wandb', 'trackio', 'comet_ml', 'mlflow', "
+        "r.yaml: track.report_to[0] should be 'tensorboard', 'wandb', 'trackio', 'comet_ml', 'mlflow', "
         "'clearml', 'dvclive' or 'swanlab'; it is \"wandbb\"",
     ),
     (IAL_RECIPE + "seed: true\n", "r.yaml: seed should be a valid integer; it is true"),
@@ -478,7 +478,7 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
         ),
         (
             IAL_RECIPE + "track: [dvclive]\n",
-            "track names dvclive, which is not installed; pip install dvclive",
+            "track.report_to names dvclive, which is not installed; pip install dvclive",
         ),
         (
             IAL_RECIPE + "data: {train: few.jsonl}\nloop: {prompts_per_round: 4}\n",

@@ -86,7 +86,7 @@ def test_the_win_rates_interval_stands_with_it(folder: Path) -> None:
 
 def test_the_table_has_the_measures_worth_a_glance(folder: Path) -> None:
     text = shown(folder, count=0)
-    [row] = [line for line in text.splitlines() if line.startswith("score")]
+    [row] = [line for line in text.splitlines() if line.startswith("score ")]
     assert "1.25" in row
     assert "2.50" in row
     assert "win_rate" in text

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
 
 from prefloop.errors import RunFolderError, TrainingError
@@ -365,33 +364,12 @@ def test_nothing_in_the_folder_is_pickled(model_folder, tmp_path):
 # Trackers.
 
 
-class Notebook(GeneralTracker):
-    """A tracker of accelerate's that keeps what it is told."""
-
-    name = "notebook"
-    requires_logging_directory = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[tuple[int, dict[str, Any]]] = []
-
-    @property
-    def tracker(self) -> Any:
-        return self
-
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        pass
-
-    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        assert step is not None
-        self.lines.append((step, values))
-
-
-def test_trackers_get_each_step_counted_on_through_the_run(model_folder, tmp_path):
-    notebook, trained = Notebook(), policy(model_folder)
-    Trainer(trained, OPTIONS, [notebook]).run(job(trained, tmp_path, first_step=40))
-    assert [step for step, _ in notebook.lines] == [40, 41, 42, 43]
-    assert [row["loss"] for _, row in notebook.lines] == [row["loss"] for row in rows(tmp_path)]
+def test_who_tracks_gets_each_step_counted_on_through_the_run(model_folder, tmp_path):
+    lines, trained = [], policy(model_folder)
+    tell = lambda row, step: lines.append((step, row))  # noqa: E731
+    Trainer(trained, OPTIONS, tell).run(job(trained, tmp_path, first_step=40))
+    assert [step for step, _ in lines] == [40, 41, 42, 43]
+    assert [row["loss"] for _, row in lines] == [row["loss"] for row in rows(tmp_path)]
 
 
 # Completions.

@@ -50,7 +50,7 @@ function stepCard(step, base) {
   if (step.unfinished) head.append(element("span", "badge cut", "cut off"));
   const facts = [];
   if (step.score !== undefined) facts.push(`scores ${short(step.score)}`);
-  if (step.tokens) facts.push(`${step.tokens} tokens`);
+  if (step.tokens) facts.push(`${step.tokens} ${step.tokens === 1 ? "token" : "tokens"}`);
   if (step.mean_logprob !== undefined) facts.push(`${short(step.mean_logprob)} nats a token when sampled`);
   if (base) facts.push(`beside ${base.name.replaceAll("_", " ")}`);
   if (facts.length) head.append(element("span", "small", facts.join(" · ")));
@@ -121,7 +121,7 @@ function learnt(byName) {
     const { pieces: texts, policy, reference } = step.ratios;
     const total = policy.reduce((sum, value, n) => sum + value - reference[n], 0);
     const card = element("div", ["step", ...step.roles].join(" ")), head = element("h4", "", step.roles.join(", ")), body = element("div", "model-text tokens");
-    head.append(element("span", "small", `r = ${signed(total)} nats over ${texts.length} tokens`));
+    head.append(element("span", "small", `r = ${signed(total)} nats over ${texts.length} ${texts.length === 1 ? "token" : "tokens"}`));
     texts.forEach((text, n) => {
       const ratio = policy[n] - reference[n];
       const token = element("span", band(ratio), text || (n + 1 === texts.length ? "⏎" : ""));
