@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -46,7 +47,19 @@ def commands(page: Path) -> Iterator[str]:
         yield " ".join(re.split(r"\s{3,}(?![\s-])", command)[0].split())
 
 
-COMMANDS = sorted({(command, page_name(page)) for page in PAGES for command in commands(page)})
+def cell_commands(notebook: Path) -> Iterator[str]:
+    """Every `!prefloop ...` of a notebook."""
+    for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+        for line in "".join(cell["source"]).splitlines():
+            if line.startswith("!prefloop "):
+                yield line.removeprefix("!")
+
+
+NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
+COMMANDS = sorted(
+    {(command, page_name(page)) for page in PAGES for command in commands(page)}
+    | {(command, page_name(book)) for book in NOTEBOOKS for command in cell_commands(book)}
+)
 
 
 def headings(page: Path) -> set[str]:
@@ -66,6 +79,7 @@ def tree() -> list[str]:
 def test_the_commands_and_the_tree_are_found() -> None:
     spac = "prefloop run quickstart-ial --out runs/spac --set method.gamma=0"
     assert (spac, "docs/methods/ial.md") in COMMANDS
+    assert ("prefloop run quickstart-ial", "examples/quickstart.ipynb") in COMMANDS
     assert {"prefloop/methods/", "docs/"} <= set(tree())
 
 
