@@ -194,6 +194,18 @@ def test_every_measure_of_the_table_is_explained(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs/metrics.md").read_text("utf-8")
 
 
+def test_every_surprise_is_shown_by_a_test_or_a_finding() -> None:
+    """That the linked file has the named test is looked up with all links."""
+    rows = re.findall(r"^\| (?!library|---).*$", (ROOT / "docs/surprises.md").read_text("utf-8"), re.M)
+    assert len(rows) > 30
+    shown = [LINK.findall(row.rpartition(" | ")[2]) for row in rows]
+    assert all(shown)
+    for text, target in (link for links in shown for link in links):
+        assert target.startswith("../findings/" if text == "finding" else "../tests/"), target
+    findings = {target for links in shown for _, target in links if "/findings/" in target}
+    assert findings == {f"../findings/{path.name}" for path in (ROOT / "findings").iterdir()}
+
+
 def test_decisions_are_numbered_without_gaps_and_say_what_would_change_them() -> None:
     pages = sorted((ROOT / "docs/decisions").glob("*.md"))
     assert [page.name[:4] for page in pages] == [f"{n:04d}" for n in range(1, len(pages) + 1)]

@@ -67,6 +67,13 @@ class Kind(StrEnum):
     models = "models"
 
 
+class Gguf(StrEnum):
+    """The numbers of a GGUF file that `merge` writes."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
 class Format(StrEnum):
     """The file formats that `export` writes."""
 
@@ -247,11 +254,16 @@ def merge(
         bool,
         typer.Option("--trust-remote-code", help="Run code that comes with the run's model."),
     ] = False,
+    gguf: Annotated[
+        Gguf | None, typer.Option("--gguf", help="Write a file for llama.cpp and Ollama too.")
+    ] = None,
 ) -> None:
     """Write a run's policy as one plain model, its adapter merged in."""
     from prefloop.run.publish import merge_policy
 
-    merged = merge_policy(run_folder, out, trust_remote_code=trust_remote_code)
+    merged = merge_policy(
+        run_folder, out, trust_remote_code=trust_remote_code, gguf=gguf and gguf.value
+    )
     typer.echo(f"merged model in {merged}")
 
 

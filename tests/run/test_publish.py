@@ -16,8 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefloop.models.policy import Policy
 from prefloop.models.sources import EMBEDDED, ModelOptions
-from prefloop.report.model_card import OLDEST_PEFT
-from prefloop.run.publish import merge_policy, publish
+from prefloop.run.publish import (
+    OLDEST_PEFT,
+    OLDEST_PEFT_EXPERTS,
+    OLDEST_TRANSFORMERS,
+    merge_policy,
+    opens_with,
+    publish,
+)
 from prefloop.run_folder import Outcome, read_run
 from tests.run.test_loop import play, recipe
 
@@ -66,10 +72,28 @@ def test_a_merged_models_card_speaks_of_a_whole_model(outcome: Outcome, tmp_path
     assert "A LoRA adapter, merged into" in merged.text
     assert f"Opens with peft {OLDEST_PEFT} or newer." in adapter.text
     assert "peft" not in merged.text.partition("## How it was made")[0]
+    assert f"Opens with transformers {OLDEST_TRANSFORMERS} or newer." in merged.text
     measures = [
         card.text.partition("## Measures")[2].partition("##")[0] for card in (merged, adapter)
     ]
     assert measures[0] == measures[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "sentence"),
+    [
+        ("adapter_config.json", {"target_parameters": None}, f"peft {OLDEST_PEFT} or newer."),
+        ("adapter_config.json", {"target_parameters": ["down_proj"]}, f"peft {OLDEST_PEFT_EXPERTS}"),
+        ("config.json", {"rope_parameters": {"rope_theta": 5e5}}, "transformers 5.0 or newer."),
+        ("config.json", {"model_type": "gpt2"}, None),
+    ],
+)
+def test_a_card_says_from_which_versions_on_a_folder_is_read_right(
+    tmp_path: Path, file: str, values: dict[str, Any], sentence: str | None
+) -> None:
+    (tmp_path / file).write_text(json.dumps(values))
+    said = opens_with(tmp_path)
+    assert said.startswith(f"Opens with {sentence}") if sentence else said == ""
 
 
 def test_the_adapter_of_an_embedded_model_names_the_hubs(
