@@ -196,7 +196,9 @@ def test_every_measure_of_the_table_is_explained(name: str) -> None:
 
 def test_every_surprise_is_shown_by_a_test_or_a_finding() -> None:
     """That the linked file has the named test is looked up with all links."""
-    rows = re.findall(r"^\| (?!library|---).*$", (ROOT / "docs/surprises.md").read_text("utf-8"), re.M)
+    rows = re.findall(
+        r"^\| (?!library|---).*$", (ROOT / "docs/surprises.md").read_text("utf-8"), re.M
+    )
     assert len(rows) > 30
     shown = [LINK.findall(row.rpartition(" | ")[2]) for row in rows]
     assert all(shown)

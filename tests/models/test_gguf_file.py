@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
@@ -133,7 +135,10 @@ def test_q8_0_is_near_and_half_as_large(tmp_path: Path) -> None:
     )
     found, expected = logits(again), logits(model)
     assert 0 < (found - expected).std() < 0.05 * expected.std()
-    sizes = {k: sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / f"{k}.gguf").tensors) for k in ("f16", "q8_0")}
+    sizes = {
+        k: sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / f"{k}.gguf").tensors)
+        for k in ("f16", "q8_0")
+    }
     assert sizes["q8_0"] < 0.6 * sizes["f16"]
 
 
@@ -148,7 +153,9 @@ def test_read_back_its_tokenizer_and_template_are_the_same(tmp_path: Path) -> No
     found = fields(tmp_path / "m.gguf")
     assert found["tokenizer.ggml.eot_token_id"] == tokenizer.eos_token_id
     assert found["tokenizer.ggml.add_bos_token"] is False
-    types = dict(zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True))
+    types = dict(
+        zip(found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"], strict=True)
+    )
     kinds = gguf.TokenType
     assert types["<|im_start|>"] == kinds.CONTROL
     assert types["<think>"] == kinds.USER_DEFINED
@@ -203,7 +210,6 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(what: str, tmp_path: 
 
 @pytest.mark.slow
 def test_the_embedded_model_answers_the_same_from_its_file(tmp_path: Path) -> None:
-    """By transformers; by llama.cpp itself where the package xllamacpp is installed."""
     policy = Policy.load(ModelOptions(dtype="float32", device="cpu", tuning="full"))
     model: Any = policy.model
     with torch.no_grad():
@@ -226,3 +232,43 @@ def test_the_embedded_model_answers_the_same_from_its_file(tmp_path: Path) -> No
         )
         both = [m.generate(**ids, max_new_tokens=24, do_sample=False) for m in (model, again)]
         assert both[0].tolist() == both[1].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", ["llama", "biases", "llama3", "qwen2", "qwen3"])
+def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
+    """Log-probs within 1e-3 nats (its cache is float16), and the same tokens; with heads of 32 for Qwen3."""
+    llama_cpp = pytest.importorskip("xllamacpp", reason="not in constraints.txt: llama.cpp itself")
+    more = {
+        "biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True)),
+        "llama3": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA3)),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=32)),
+    }
+    tokenizer = byte_bpe()
+    model = tiny(*(QUICK | more)[name], tokenizer)
+    write_gguf(model, tokenizer, tmp_path / "m.gguf", "f16")
+    options = llama_cpp.CommonParams()
+    options.model.path = str(tmp_path / "m.gguf")
+    options.n_ctx, options.n_parallel, options.n_gpu_layers = 512, 1, 0
+    options.cpuparams.n_threads = 1
+    server = llama_cpp.Server(options)
+    ids = torch.randint(5, 240, (100,), generator=torch.Generator().manual_seed(1))
+    asked = {"prompt": ids.tolist(), "n_predict": 1, "temperature": 0.0, "n_probs": 8}
+    with torch.no_grad():
+        expected = model(input_ids=ids[None]).logits[0, -1].log_softmax(-1)
+    said = post(f"{server.listening_address}/completion", asked)
+    best = said["completion_probabilities"][0]["top_logprobs"]
+    assert [entry["id"] for entry in best] == expected.topk(8).indices.tolist()
+    found = torch.tensor([entry["logprob"] for entry in best])
+    torch.testing.assert_close(found, expected.topk(8).values, atol=1e-3, rtol=0)
+    for text in TEXTS:
+        parsed = {"content": text, "parse_special": True}
+        tokens = post(f"{server.listening_address}/tokenize", parsed)["tokens"]
+        assert tokens == tokenizer(text)["input_ids"]
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as reply:
+        return json.load(reply)

@@ -64,6 +64,18 @@ def test_an_adapter_and_its_merged_model_open_as_their_cards_say_and_are_one_pol
     torch.testing.assert_close(of_adapter, of_merged, atol=1e-5, rtol=1e-5)
 
 
+def test_a_merged_model_may_have_a_gguf_file_beside_it(outcome: Outcome, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra embedded")
+    merged = merge_policy(outcome.folder, tmp_path / "merged", gguf="f16")
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(
+        merged, gguf_file="merged-f16.gguf", dtype=torch.float32
+    )
+    found, expected = logits(again, merged), logits(plain, merged)
+    assert (found - expected).abs().max() < 0.01 * expected.std()
+    assert sorted(path.suffix for path in merged.iterdir() if path.suffix == ".gguf") == [".gguf"]
+
+
 def test_a_merged_models_card_speaks_of_a_whole_model(outcome: Outcome, tmp_path: Path) -> None:
     merged = ModelCard.load(merge_policy(outcome.folder, tmp_path / "merged") / "README.md")
     adapter = ModelCard.load(outcome.policy / "README.md")
@@ -83,7 +95,11 @@ def test_a_merged_models_card_speaks_of_a_whole_model(outcome: Outcome, tmp_path
     ("file", "values", "sentence"),
     [
         ("adapter_config.json", {"target_parameters": None}, f"peft {OLDEST_PEFT} or newer."),
-        ("adapter_config.json", {"target_parameters": ["down_proj"]}, f"peft {OLDEST_PEFT_EXPERTS}"),
+        (
+            "adapter_config.json",
+            {"target_parameters": ["down_proj"]},
+            f"peft {OLDEST_PEFT_EXPERTS}",
+        ),
         ("config.json", {"rope_parameters": {"rope_theta": 5e5}}, "transformers 5.0 or newer."),
         ("config.json", {"model_type": "gpt2"}, None),
     ],
