@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,6 +207,16 @@ def test_every_surprise_is_shown_by_a_test_or_a_finding() -> None:
         assert target.startswith("../findings/" if text == "finding" else "../tests/"), target
     findings = {target for links in shown for _, target in links if "/findings/" in target}
     assert findings == {f"../findings/{path.name}" for path in (ROOT / "findings").iterdir()}
+
+
+def test_the_ecosystems_rows_are_counted() -> None:
+    text = (ROOT / "docs/ecosystem.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*\| ([a-z -]+) \|$", text, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 42))
+    kinds = ("real", "stand-in", "not here", "in work", "missing")
+    counts = Counter(kind for _, kind in rows)
+    assert set(counts) <= set(kinds)
+    assert ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) + "." in text
 
 
 def test_decisions_are_numbered_without_gaps_and_say_what_would_change_them() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -65,13 +65,6 @@ class Kind(StrEnum):
     recipes = "recipes"
     reward_recipes = "reward-recipes"
     models = "models"
-
-
-class Gguf(StrEnum):
-    """The numbers of a GGUF file that `merge` writes."""
-
-    f16 = "f16"
-    q8_0 = "q8_0"
 
 
 class Format(StrEnum):
@@ -255,15 +248,14 @@ def merge(
         typer.Option("--trust-remote-code", help="Run code that comes with the run's model."),
     ] = False,
     gguf: Annotated[
-        Gguf | None, typer.Option("--gguf", help="Write a file for llama.cpp and Ollama too.")
+        Literal["f16", "q8_0"] | None,
+        typer.Option("--gguf", help="Write a file for llama.cpp and Ollama too."),
     ] = None,
 ) -> None:
     """Write a run's policy as one plain model, its adapter merged in."""
     from prefloop.run.publish import merge_policy
 
-    merged = merge_policy(
-        run_folder, out, trust_remote_code=trust_remote_code, gguf=gguf and gguf.value
-    )
+    merged = merge_policy(run_folder, out, trust_remote_code=trust_remote_code, gguf=gguf)
     typer.echo(f"merged model in {merged}")
 
 

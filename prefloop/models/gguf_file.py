@@ -126,9 +126,10 @@ def _rope_factors(model: Any, architecture: str) -> torch.Tensor | None:
         return None
     if architecture != "llama":
         raise _refused(f"rope_type {kind!r} of {architecture}")
-    found = rotary.inv_freq.float().cpu()
+    found: torch.Tensor = rotary.inv_freq.float().cpu()
     steps = torch.arange(len(found), dtype=torch.float32) / len(found)
-    return torch.tensor(rope["rope_theta"], dtype=torch.float32).pow(-steps) / found
+    plain = torch.tensor(rope["rope_theta"], dtype=torch.float32).pow(-steps)
+    return plain / found
 
 
 def _write_weights(
