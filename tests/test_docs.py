@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +48,19 @@ def commands(page: Path) -> Iterator[str]:
         yield " ".join(re.split(r"\s{3,}(?![\s-])", command)[0].split())
 
 
-COMMANDS = sorted({(command, page_name(page)) for page in PAGES for command in commands(page)})
+def cell_commands(notebook: Path) -> Iterator[str]:
+    """Every `!prefloop ...` of a notebook."""
+    for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+        for line in "".join(cell["source"]).splitlines():
+            if line.startswith("!prefloop "):
+                yield line.removeprefix("!")
+
+
+NOTEBOOKS = sorted(ROOT.glob("examples/*.ipynb"))
+COMMANDS = sorted(
+    {(command, page_name(page)) for page in PAGES for command in commands(page)}
+    | {(command, page_name(book)) for book in NOTEBOOKS for command in cell_commands(book)}
+)
 
 
 def headings(page: Path) -> set[str]:
@@ -66,6 +80,7 @@ def tree() -> list[str]:
 def test_the_commands_and_the_tree_are_found() -> None:
     spac = "prefloop run quickstart-ial --out runs/spac --set method.gamma=0"
     assert (spac, "docs/methods/ial.md") in COMMANDS
+    assert ("prefloop run quickstart-ial", "examples/quickstart.ipynb") in COMMANDS
     assert {"prefloop/methods/", "docs/"} <= set(tree())
 
 
@@ -178,6 +193,30 @@ def test_every_judge_is_in_the_table_of_judges(name: str) -> None:
 @pytest.mark.parametrize("name", MEASURES)
 def test_every_measure_of_the_table_is_explained(name: str) -> None:
     assert f"`{name}`" in (ROOT / "docs/metrics.md").read_text("utf-8")
+
+
+def test_every_surprise_is_shown_by_a_test_or_a_finding() -> None:
+    """That the linked file has the named test is looked up with all links."""
+    rows = re.findall(
+        r"^\| (?!library|---).*$", (ROOT / "docs/surprises.md").read_text("utf-8"), re.M
+    )
+    assert len(rows) > 30
+    shown = [LINK.findall(row.rpartition(" | ")[2]) for row in rows]
+    assert all(shown)
+    for text, target in (link for links in shown for link in links):
+        assert target.startswith("../findings/" if text == "finding" else "../tests/"), target
+    findings = {target for links in shown for _, target in links if "/findings/" in target}
+    assert findings == {f"../findings/{path.name}" for path in (ROOT / "findings").iterdir()}
+
+
+def test_the_ecosystems_rows_are_counted() -> None:
+    text = (ROOT / "docs/ecosystem.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*\| ([a-z -]+) \|$", text, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, 42))
+    kinds = ("real", "stand-in", "not here", "in work", "missing")
+    counts = Counter(kind for _, kind in rows)
+    assert set(counts) <= set(kinds)
+    assert ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind]) + "." in text
 
 
 def test_decisions_are_numbered_without_gaps_and_say_what_would_change_them() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -287,11 +287,15 @@ def merge(
         bool,
         typer.Option("--trust-remote-code", help="Run code that comes with the run's model."),
     ] = False,
+    gguf: Annotated[
+        Literal["f16", "q8_0"] | None,
+        typer.Option("--gguf", help="Write a file for llama.cpp and Ollama too."),
+    ] = None,
 ) -> None:
     """Write a run's policy as one plain model, its adapter merged in."""
     from prefloop.run.publish import merge_policy
 
-    merged = merge_policy(run_folder, out, trust_remote_code=trust_remote_code)
+    merged = merge_policy(run_folder, out, trust_remote_code=trust_remote_code, gguf=gguf)
     typer.echo(f"merged model in {merged}")
 
 

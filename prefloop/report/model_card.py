@@ -22,8 +22,6 @@ from prefloop.report.meanings import ROUND_MEASURES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FOLDERS_OF_A_WORD = re.compile(r"(?:(?<=\s)|(?<==))~?/(?:[^\s/]+/)+")
-OLDEST_PEFT = "0.14"
-"""The oldest peft that opened an adapter of ours when it was tried (docs/run-folder.md)."""
 _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet"}
 
 
@@ -49,6 +47,8 @@ class CardFacts:
     """The round whose policy the folder holds, for the Hub's table of results; None leaves that out."""
     merged: bool = False
     """Whether the folder holds the whole model that an adapter was merged into."""
+    opens_with: str = ""
+    """A sentence on the versions of libraries that open the folder."""
     base_note: str = ""
     """A sentence about the base that users must know, such as that it differs from the one on the Hub."""
 
@@ -193,8 +193,8 @@ def _use(facts: CardFacts) -> str:
         'path = "."  # this folder, or its name on the Hub\n'
         f"model = {kind}.from_pretrained(path)\n"
         "tokenizer = AutoTokenizer.from_pretrained(path)\n```"
-        + f"\n\nOpens with peft {OLDEST_PEFT} or newer."
-        * adapter
+        + f"\n\n{facts.opens_with}"
+        * bool(facts.opens_with)
     )
 
 

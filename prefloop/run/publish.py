@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefloop.errors import RunFolderError
+from prefloop.models.gguf_file import Kind, write_gguf
 from prefloop.models.policy import Policy
 from prefloop.models.sources import EMBEDDED, Embedded, quiet, without_code
 from prefloop.recipe import Recipe, initial_source, load_recipe
@@ -24,6 +25,12 @@ from prefloop.run_folder import (
     replace_folder,
 )
 
+OLDEST_PEFT = "0.14"
+"""The oldest peft that opened an adapter of ours when it was tried (docs/run-folder.md)."""
+OLDEST_PEFT_EXPERTS = "0.20"
+"""The same for an adapter on the stacked experts of a mixture."""
+OLDEST_TRANSFORMERS = "5.0"
+"""The oldest transformers that read `rope_parameters` of a config.json."""
 _TUNED = "rounds/start/policy"
 """Where the fine-tuned model of round 0 lies in a run's folder."""
 _NEEDS_TUNED = (
@@ -48,7 +55,8 @@ def publish(
     embedded = _embedded(recipe)
     if embedded is not None and recipe.sft is None and recipe.model.tuning == "lora":
         _name_base(temporary / "adapter_config.json", embedded.hub_id)
-    write_model_card(temporary, _card_facts(recipe, rundir, results, round_dir.number))
+    facts = _card_facts(recipe, rundir, results, temporary, round_dir.number)
+    write_model_card(temporary, facts)
     rundir.published.path.unlink(missing_ok=True)
     replace_folder(temporary, final)
     # A card is the user's to write on.
@@ -57,10 +65,12 @@ def publish(
     return final
 
 
-def merge_policy(run_folder: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
+def merge_policy(
+    run_folder: Path, out: Path, *, trust_remote_code: bool = False, gguf: Kind | None = None
+) -> Path:
     """Write the run's published policy, adapter merged in, to `out`, in the dtype it was trained in.
 
-    Code that comes with the model is run only where the caller says so, whatever the run's recipe says.
+    With `gguf` the folder gets the same model as a file for llama.cpp too, NAME-KIND.gguf. Code that comes with the model is run only where the caller says so, whatever the run's recipe says.
     Raises RunFolderError if the run has published none, it has changed, or `out` holds something or cannot be
     written; ModelError if the model cannot be loaded.
     """
@@ -77,10 +87,15 @@ def merge_policy(run_folder: Path, out: Path, *, trust_remote_code: bool = False
     shutil.rmtree(part, ignore_errors=True)
     try:
         with quiet(), disk_in_words(out.parent):
-            policy.merge().save_pretrained(part)
+            merged = policy.merge()
+            if gguf is not None:
+                part.mkdir(parents=True)
+                write_gguf(merged, policy.tokenizer, part / f"{out.name}-{gguf}.gguf", gguf)
+            merged.save_pretrained(part)
             policy.tokenizer.save_pretrained(part)
             number = (run.published.read() or {}).get("round")
-            write_model_card(part, _card_facts(recipe, run, run.results(), number, merged=True))
+            facts = _card_facts(recipe, run, run.results(), part, number, merged=True)
+            write_model_card(part, facts)
             give_usual_modes(part)
             replace_folder(part, out)
     finally:
@@ -92,10 +107,12 @@ def _card_facts(
     recipe: Recipe,
     rundir: RunDir,
     results: Sequence[RoundResult],
+    folder: Path,
     number: int | None,
     *,
     merged: bool = False,
 ) -> CardFacts:
+    """`folder` holds what the card is about."""
     embedded = _embedded(recipe)
     base, note = (embedded.hub_id if embedded else None), ""
     if recipe.model.tuning == "lora" and not merged:
@@ -115,8 +132,26 @@ def _card_facts(
         license=embedded.license if embedded else None,
         round=number,
         merged=merged and recipe.model.tuning == "lora",
+        opens_with=opens_with(folder),
         base_note=note,
     )
+
+
+def opens_with(folder: Path) -> str:
+    """What older libraries would get wrong in silence, and from which version on they do not; "" for nothing."""
+    if (folder / "adapter_config.json").is_file():
+        if read_json(folder / "adapter_config.json").get("target_parameters"):
+            return (
+                f"Opens with peft {OLDEST_PEFT_EXPERTS} or newer. Older ones refuse it or, as 0.14 does "
+                "without an error, leave out the adapter of the experts."
+            )
+        return f"Opens with peft {OLDEST_PEFT} or newer."
+    if "rope_parameters" in (folder / "config.json").read_text(encoding="utf-8"):
+        return (
+            f"Opens with transformers {OLDEST_TRANSFORMERS} or newer. Older ones do not read `rope_parameters` "
+            "of `config.json`, and compute with another rotary base without a word."
+        )
+    return ""
 
 
 def _embedded(recipe: Recipe) -> Embedded | None:

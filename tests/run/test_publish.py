@@ -16,8 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefloop.models.policy import Policy
 from prefloop.models.sources import EMBEDDED, ModelOptions
-from prefloop.report.model_card import OLDEST_PEFT
-from prefloop.run.publish import merge_policy, publish
+from prefloop.run.publish import (
+    OLDEST_PEFT,
+    OLDEST_PEFT_EXPERTS,
+    OLDEST_TRANSFORMERS,
+    merge_policy,
+    opens_with,
+    publish,
+)
 from prefloop.run_folder import Outcome, read_run
 from tests.run.test_loop import play, recipe
 
@@ -58,6 +64,18 @@ def test_an_adapter_and_its_merged_model_open_as_their_cards_say_and_are_one_pol
     torch.testing.assert_close(of_adapter, of_merged, atol=1e-5, rtol=1e-5)
 
 
+def test_a_merged_model_may_have_a_gguf_file_beside_it(outcome: Outcome, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra embedded")
+    merged = merge_policy(outcome.folder, tmp_path / "merged", gguf="f16")
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(
+        merged, gguf_file="merged-f16.gguf", dtype=torch.float32
+    )
+    found, expected = logits(again, merged), logits(plain, merged)
+    assert (found - expected).abs().max() < 0.01 * expected.std()
+    assert sorted(path.suffix for path in merged.iterdir() if path.suffix == ".gguf") == [".gguf"]
+
+
 def test_a_merged_models_card_speaks_of_a_whole_model(outcome: Outcome, tmp_path: Path) -> None:
     merged = ModelCard.load(merge_policy(outcome.folder, tmp_path / "merged") / "README.md")
     adapter = ModelCard.load(outcome.policy / "README.md")
@@ -66,10 +84,32 @@ def test_a_merged_models_card_speaks_of_a_whole_model(outcome: Outcome, tmp_path
     assert "A LoRA adapter, merged into" in merged.text
     assert f"Opens with peft {OLDEST_PEFT} or newer." in adapter.text
     assert "peft" not in merged.text.partition("## How it was made")[0]
+    assert f"Opens with transformers {OLDEST_TRANSFORMERS} or newer." in merged.text
     measures = [
         card.text.partition("## Measures")[2].partition("##")[0] for card in (merged, adapter)
     ]
     assert measures[0] == measures[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "sentence"),
+    [
+        ("adapter_config.json", {"target_parameters": None}, f"peft {OLDEST_PEFT} or newer."),
+        (
+            "adapter_config.json",
+            {"target_parameters": ["down_proj"]},
+            f"peft {OLDEST_PEFT_EXPERTS}",
+        ),
+        ("config.json", {"rope_parameters": {"rope_theta": 5e5}}, "transformers 5.0 or newer."),
+        ("config.json", {"model_type": "gpt2"}, None),
+    ],
+)
+def test_a_card_says_from_which_versions_on_a_folder_is_read_right(
+    tmp_path: Path, file: str, values: dict[str, Any], sentence: str | None
+) -> None:
+    (tmp_path / file).write_text(json.dumps(values))
+    said = opens_with(tmp_path)
+    assert said.startswith(f"Opens with {sentence}") if sentence else said == ""
 
 
 def test_the_adapter_of_an_embedded_model_names_the_hubs(
