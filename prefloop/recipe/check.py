@@ -16,10 +16,11 @@ from prefloop.data.prompts import Part, amounts, nothing_left, read_prompts
 from prefloop.data.rows import EMBEDDED as EMBEDDED_DATA
 from prefloop.data.rows import is_data_file
 from prefloop.errors import DataError, RecipeError, nearest
+from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
-from prefloop.models.sources import local_folder
+from prefloop.models.sources import check_quantization, local_folder
 from prefloop.recipe import Recipe
 from prefloop.recipe.check_template import check_template
 from prefloop.records import Message
@@ -45,6 +46,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         )
     if recipe.launch is not None:
         _check_launcher(recipe.launch.words())
+    _check_tuning(recipe)
     judge = recipe.judge
     if recipe.method.needs_judge and judge is not None and judge.needs_moved_policy:
         raise RecipeError(
@@ -96,7 +98,31 @@ def _check_engine(recipe: Recipe) -> None:
                 f"{plugin_name(prefloop.methods, method)} asks for here ({method.asks_logprobs}); "
                 "choose another engine or another option"
             )
-    engine.check(tuning=model.tuning, lora_rank=model.lora.r)
+    engine.check(tuning=model.tuning, lora_rank=model.lora.saved_rank)
+
+
+def _check_tuning(recipe: Recipe) -> None:
+    """What quantised weights and other kinds of adapters cannot go with."""
+    model, engine, launch = recipe.model, recipe.engine, recipe.launch
+    check_quantization(model)
+    if model.quantization is not None and recipe.sft is not None:
+        raise RecipeError(
+            "sft merges its adapter into the weights, which model.quantization would round; leave out one of them"
+        )
+    served = engine.plays_policy and not isinstance(engine, InProcess)
+    dora = model.tuning == "lora" and model.lora.use_dora
+    if served and (dora or model.quantization is not None):
+        name = plugin_name(prefloop.generate.engines, engine)
+        option = "model.lora.use_dora" if dora else "model.quantization"
+        raise RecipeError(
+            f"engine {name!r} answers with the plain weights and plain adapters, so not as {option} trains; "
+            "leave out one of them"
+        )
+    option = model.needs_whole_weights
+    if option is not None and launch is not None and launch.sharding != "none":
+        raise RecipeError(
+            f"{option} needs whole weights in every process; set launch.sharding to none, or leave it out"
+        )
 
 
 def _check_launcher(words: list[str]) -> None:

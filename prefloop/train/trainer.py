@@ -106,6 +106,12 @@ class Trainer:
             self.accelerator.init_trackers("prefloop")
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.placement = distribute_model(self._trained(), self.ranks, self._new_optimizer, device)
+        option = policy.options.needs_whole_weights
+        if option is not None and self.placement.sharded:
+            raise TrainingError(
+                f"{option} needs whole weights in every process, and the launcher shards them; choose another of "
+                "its modes, or leave the option out"
+            )
         self._logged_packing = False
 
     def _trained(self) -> nn.Module:
