@@ -20,7 +20,7 @@ from prefloop.cli.compare import compare
 from prefloop.cli.data import data
 from prefloop.cli.evaluate import evaluate
 from prefloop.cli.judge import judge_app, reward_app
-from prefloop.cli.report import RunArgument, report, show, verify, watch
+from prefloop.cli.report import RunArgument, clean, report, show, verify, watch
 from prefloop.errors import DataError, PrefloopError, out_of_memory, system_failure
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -206,6 +206,7 @@ app.command()(show)
 app.command()(watch)
 app.command()(report)
 app.command()(verify)
+app.command()(clean)
 
 
 @app.command()

@@ -71,6 +71,11 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def check_curve(recipe: Recipe) -> None:
     """Raise RecipeError where the recipe asks for a curve that it cannot have."""
     if not recipe.evaluate.every_steps:
+        if recipe.evaluate.early_stopping_patience is not None:
+            raise RecipeError(
+                "evaluate.early_stopping_patience counts win rates during training, and evaluate.every_steps is 0; "
+                "set it to a number of steps"
+            )
         return
     if recipe.launch is not None:
         raise RecipeError(

@@ -84,6 +84,8 @@ class Job:
     """Folder of the previous round's job, for trainers that carry more than weights; None in the first one."""
     after_step: Callable[[int], None] = lambda steps: None
     """Called with the number of this job's steps that are done, before a checkpoint of them is written."""
+    is_over: Callable[[], bool] = lambda: False
+    """Asked before each step whether there is none to come, whatever the schedule says."""
 
 
 class Trainer:
@@ -181,6 +183,8 @@ class Trainer:
         ):
             bar.advance(done)
             for number in range(done, len(steps)):
+                if job.is_over():
+                    break
                 want_of_memory = TrainingError(
                     f"out of memory in training step {number}; start a new run with a lower "
                     "train.micro_batch_size, or with model.gradient_checkpointing: true"

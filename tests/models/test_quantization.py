@@ -56,7 +56,7 @@ def test_a_missing_package_and_a_missing_gpu_are_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     check_quantization(options(Path("m"), INT8))
     for bits in ("load_in_4bit", "load_in_8bit"):
-        with pytest.raises(ModelError, match="need CUDA, and this machine or model.device"):
+        with pytest.raises(ModelError, match=r"need CUDA, and this machine or model.device"):
             check_quantization(options(Path("m"), {bits: True}))
 
 
