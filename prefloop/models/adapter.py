@@ -150,7 +150,8 @@ def weight_with_adapter(layer: LoraLayer, adapter: str) -> torch.Tensor:
     untyped: Any = layer
     weight = adapted_weight(layer)
     if adapter not in untyped.lora_variant:
-        return (weight.data.float() + untyped.get_delta_weight(adapter)).to(weight.dtype)
+        delta: torch.Tensor = untyped.get_delta_weight(adapter)
+        return (weight.data.float() + delta).to(weight.dtype)
     merged: torch.Tensor = untyped.lora_variant[adapter].merge_safe(layer, adapter, weight.data)
     # Kept by PEFT for taking the adapter out again, which is not how we do that.
     untyped._cache_pop(f"{adapter}-weight_norm")
@@ -160,13 +161,15 @@ def weight_with_adapter(layer: LoraLayer, adapter: str) -> torch.Tensor:
 def set_lengths(model: PeftModel) -> None:
     """Let a fresh DoRA adapter change nothing: PEFT measures the weights' rows in the weights' own dtype, and
     training compares with their length in float32."""
-    for layer in model.modules():
-        for name, lengths in getattr(layer, "lora_magnitude_vector", {}).items():
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        for name, lengths in layer.lora_magnitude_vector.items():
             with torch.no_grad():
-                weight = adapted_weight(layer).data.float()
-                lengths.weight.data = lengths.get_weight_norm(
-                    weight, torch.zeros(()), layer.scaling[name]
-                )
+                weight = adapted_weight(module).data.float()
+                found = lengths.get_weight_norm(weight, torch.zeros(()), layer.scaling[name])
+                lengths.weight.data = found
 
 
 def saved_pairs(wrapper: ModulesToSaveWrapper) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:

@@ -165,9 +165,10 @@ class QuantizationOptions(Options):
             from torchao import quantization  # type: ignore[import-not-found, unused-ignore]
 
             return transformers.TorchAoConfig(getattr(quantization, self.quant_type)())
+        bitsandbytes: Any = transformers.BitsAndBytesConfig
         if self.load_in_8bit:
-            return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-        return transformers.BitsAndBytesConfig(
+            return bitsandbytes(load_in_8bit=True, llm_int8_threshold=0.0)
+        return bitsandbytes(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.bnb_4bit_quant_type,
             bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype or dtype,

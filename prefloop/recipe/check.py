@@ -118,9 +118,9 @@ def _check_tuning(recipe: Recipe) -> None:
     dora = model.tuning == "lora" and model.lora.use_dora
     if served and (dora or model.quantization is not None):
         name = plugin_name(prefloop.generate.engines, engine)
-        option = "model.lora.use_dora" if dora else "model.quantization"
+        trained = "model.lora.use_dora" if dora else "model.quantization"
         raise RecipeError(
-            f"engine {name!r} answers with the plain weights and plain adapters, so not as {option} trains; "
+            f"engine {name!r} answers with the plain weights and plain adapters, so not as {trained} trains; "
             "leave out one of them"
         )
     option = model.needs_whole_weights
