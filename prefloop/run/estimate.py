@@ -2,7 +2,7 @@
 
 Tokens are counted by playing the method on a few prompts with an engine that only counts. Operations are those
 of docs/compare.md, 2 N a token and pass. Hours are operations over a rate: matrix products of this model's own
-shapes, timed here, or the peak of a named GPU, times the share of it that generation and training were seen to
+shapes, timed here, or the peak of a named GPU, times a share of it that generation and training were seen to
 reach. A judge's own work is not in it.
 """
 
@@ -36,9 +36,10 @@ from prefloop.run.engine import Metered
 
 FILL = 0.6
 """Share of `max_new_tokens` that an answer is taken to fill where no finished run says better."""
-DECODES, READS, TRAINS = 0.5, 4.0, 1.0
-"""Tokens' operations as counted here, over the time that bare products would take. Above 1 where tokens are counted that
-are not computed: prompts that begin alike are read once, answers that share a beginning are trained on once."""
+DECODES, READS, TRAINS = 0.2, 2.0, 0.4
+"""Operations as counted here, over those of bare products in the same time, fitted to two runs (docs/estimate.md). The
+timed weights lie in a cache, a model's do not; and tokens are counted that are not computed: prompts that begin alike
+are read once, answers that share a beginning are trained on once."""
 GPU_TRAINS, GPU_DECODES = 0.35, 0.5
 """On GPUs, of the peak of bfloat16 products, and of the memory's bandwidth while decoding: usual figures of other
 programs, not measured with this one."""
@@ -400,10 +401,11 @@ def memory(recipe: Recipe, shape: Shape) -> dict[str, float]:
 
 
 def disk(recipe: Recipe, shape: Shape, work: Work) -> float:
-    """MB of all rounds' policies, the recommended one once more, and texts with their tokens."""
+    """MB of all rounds' policies and carried optimisers, the recommended policy once more, and texts with their tokens."""
     rounds = recipe.loop.rounds
     kept = rounds if recipe.train.keep_last is None else min(rounds, recipe.train.keep_last)
-    policies = (kept + 1) * shape.trained * 4.0
+    states = {"adamw": 8, "rmsprop": 4}[recipe.train.optimizer] * recipe.loop.carry_optimizer
+    policies = ((kept + 1) * 4.0 + kept * states) * shape.trained
     records = 60.0 * (work.generated + work.measured_generated)
     return (policies + records) / 1e6
 
