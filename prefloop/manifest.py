@@ -123,6 +123,17 @@ class Manifest:
                 self._refuse(name, "is not as it was written: some of its bytes have changed")
         return facts
 
+    def release(self, files: Iterable[Path]) -> None:
+        """Vouch for these files no longer, so that they may be deleted; size and hash of each stay under "freed"."""
+        facts = self.read()
+        if facts is None:
+            return
+        kept, names = facts.get("files", {}), [self._name(path) for path in files]
+        freed = {name: kept.pop(name) for name in names if name in kept}
+        if freed:
+            everything = {**facts.get("freed", {}), **freed}
+            write_atomically(self.path, sealed({**facts, "files": kept, "freed": everything}))
+
     def _name(self, path: Path) -> str:
         return Path(os.path.relpath(path, self.path.parent)).as_posix()
 

@@ -124,7 +124,13 @@ class RoundDir:
         return facts
 
     def verify_policy(self) -> None:
-        """RunFolderError where the policy that a finished training has left is not as it was written."""
+        """RunFolderError where the policy that a finished training has left is not as it was written, or was freed."""
+        freed = (self.manifest("train") or {}).get("freed", {})
+        if any(name.startswith(f"{self.policy.name}/") for name in freed):
+            raise RunFolderError(
+                f"the policy of {self.path} was freed (train.keep_last, or prefloop clean); take a later round's, or "
+                "run the recipe into another --out"
+            )
         for stage in ("train", "sft"):
             self.sealed(stage).verify(
                 [path for path in self.outputs(stage) if self.policy in path.parents]
@@ -150,6 +156,22 @@ class RoundDir:
             if path.exists() and hash_file(path, wanted) != seal:
                 raise RunFolderError(f"{path} is not as it was written; {remedy}")
         return note
+
+    def weights(self, *, policy: bool = True) -> list[Path]:
+        """Files of a finished round's training that only the next round needs: its policy, and tensors of training."""
+        if self.number < 0 or not self.sealed("train").path.exists():
+            return []
+        found = [*self.train.glob("*.safetensors"), *(self.policy.rglob("*") if policy else ())]
+        return sorted(path for path in found if path.is_file())
+
+    def free(self, files: Iterable[Path]) -> None:
+        """Delete some of `weights`; the round stays whole to `verify`. A killed call is simply made again."""
+        files = list(files)
+        self.sealed("train").release(files)
+        for path in files:
+            path.unlink(missing_ok=True)
+        if self.policy.is_dir() and not any(path.is_file() for path in self.policy.rglob("*")):
+            shutil.rmtree(self.policy)
 
     def drop(self, stage: str) -> None:
         """Take a stage out, so that it is made again; of those that add to the rejects also the later ones."""
@@ -473,6 +495,8 @@ def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
     told = {key: _one_name(value) for key, value in recipe.items() if key != "name"}
     if isinstance(told.get("generate"), dict):
         told["generate"] = {k: v for k, v in told["generate"].items() if k != "batch_size"}
+    if isinstance(told.get("train"), dict):
+        told["train"] = {k: v for k, v in told["train"].items() if k != "keep_last"}
     return told
 
 

@@ -23,7 +23,7 @@ from prefloop.cli.evaluate import evaluate
 from prefloop.cli.judge import judge_app, reward_app
 from prefloop.cli.new import new
 from prefloop.cli.push import push
-from prefloop.cli.report import RunArgument, report, show, verify, watch
+from prefloop.cli.report import RunArgument, clean, report, show, verify, watch
 from prefloop.cli.switches import (
     HELP_NAMES,
     Group,
@@ -246,6 +246,7 @@ app.command()(show)
 app.command()(watch)
 app.command()(report)
 app.command()(verify)
+app.command()(clean)
 
 
 @app.command()
@@ -312,11 +313,25 @@ def check(
     dump: Annotated[
         bool, typer.Option("--dump", help="Print the recipe with every value.")
     ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Tokens, FLOPs, hours, memory, disk; of a finished run's folder, beside what it took.",
+        ),
+    ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option("--gpus", help="With --estimate: for 8xH100, not for this machine's CPU."),
+    ] = None,
 ) -> None:
     """Look for what would stop a run, without loading a model."""
     from prefloop.recipe import load_recipe
     from prefloop.recipe.check import check_recipe
 
+    if estimate and (Path(recipe) / "recipe.yaml").is_file():
+        _estimate_beside(Path(recipe), gpus)
+        return
     loaded = load_recipe(recipe, overrides or ())
     notes = check_recipe(loaded)
     if dump:
@@ -324,8 +339,21 @@ def check(
     for text in notes:
         if Verbosity.level != "quiet":
             typer.echo(f"note: {text}", err=dump)
+    if estimate:
+        from prefloop.run import estimate as estimating
+
+        rates = estimating.rates_of(gpus, loaded) if gpus else estimating.rates_here(loaded)
+        for line in estimating.estimate(loaded, rates).lines():
+            typer.echo(line, err=dump)
     if not dump:
         typer.echo(f"{loaded.name}: ok")
+
+
+def _estimate_beside(run_folder: Path, gpus: str | None) -> None:
+    from prefloop.run.estimate import beside, rates_here, rates_of
+
+    for line in beside(run_folder, lambda r: rates_of(gpus, r) if gpus else rates_here(r)):
+        typer.echo(line)
 
 
 @app.command("ls")

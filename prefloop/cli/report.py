@@ -116,3 +116,25 @@ def verify(
         )
     if report.damaged and not redo:
         raise typer.Exit(1)
+
+
+def clean(
+    run_folder: RunArgument,
+    apply: Annotated[bool, typer.Option("--apply", help="Delete what is shown.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show what a finished run no longer needs, the weights of the rounds that it does not recommend; free it with --apply."""
+    from prefloop.run.clean import clean_run
+
+    found = clean_run(run_folder, apply=apply)
+    total = sum(part.size for part in found)
+    if as_json:
+        files = [str(path) for part in found for path in part.files]
+        typer.echo(json.dumps({"bytes": total, "files": files, "freed": apply}, indent=1))
+        return
+    for part in found:
+        typer.echo(f"{part.round_dir.path}  {part.size / 1e6:.1f} MB  {part.what}")
+    if apply or not found:
+        typer.echo(f"{run_folder}: {total / 1e6:.1f} MB freed")
+    else:
+        typer.echo(f"{run_folder}: {total / 1e6:.1f} MB could be freed; --apply does so")

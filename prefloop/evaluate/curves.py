@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from prefloop.evaluate.win_rates import steps_to
+from prefloop.evaluate.win_rates import has_stalled, steps_to
+from prefloop.recipe.options import EvaluateOptions
 from prefloop.records import CurvePoint
 from prefloop.run_folder import RoundDir, RunDir
 
@@ -21,6 +23,13 @@ def win_rate_curve(run: RunDir) -> list[CurvePoint]:
         if (round_dir.path / f"{CURVE}.jsonl").is_file()
         for point in round_dir.records(CURVE, CurvePoint)
     ]
+
+
+def has_ended_early(points: Iterable[CurvePoint], options: EvaluateOptions) -> bool:
+    """Whether the win rate has not risen for as long as `early_stopping_patience` allows."""
+    rates = [point.win_rate for point in points if point.win_rate is not None]
+    patience = options.early_stopping_patience
+    return patience is not None and has_stalled(rates, patience, options.early_stopping_threshold)
 
 
 def steps_to_fraction(points: list[CurvePoint]) -> int | None:

@@ -76,6 +76,8 @@ class Source:
         if self.folder is not None:
             hashes.append(content_hash(self.folder))
         hashes.append(str((options.dtype, options.chat_template, options.tuning)))
+        if options.quantization is not None:
+            hashes.append(options.quantization.model_dump_json())
         return sha256("/".join(hashes).encode()).hexdigest()
 
     def initial_hash(self) -> str | None:

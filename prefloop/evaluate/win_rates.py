@@ -145,3 +145,15 @@ def _at_equal_lengths(weights_SN: Floats, points_N: Floats, z_N: Floats) -> Floa
 
 def _sigma(values: Floats) -> Floats:
     return np.asarray(1 / (1 + np.exp(-values)), dtype=np.float64)
+
+
+def has_stalled(win_rates: Sequence[float], patience: int, threshold: float) -> bool:
+    """Whether `patience` win rates in a row were, at some point, not better by more than `threshold` than the best before
+    each, as transformers' EarlyStoppingCallback counts."""
+    best, waiting = float("-inf"), 0
+    for value in win_rates:
+        waiting = 0 if value > best + threshold else waiting + 1
+        best = max(best, value)
+        if waiting >= patience:
+            return True
+    return False

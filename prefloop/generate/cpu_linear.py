@@ -23,12 +23,15 @@ def fingerprint(model: nn.Module) -> tuple[object, ...]:
         for layer in model.modules()
         if isinstance(layer, BaseTunerLayer)
     ]
-    return (*adapters, *(_bits(parameter.detach()) for parameter in model.parameters()))
+    return (*adapters, *(_bits(parameter) for parameter in model.parameters()))
 
 
 def _bits(values: Tensor) -> int:
     """A checksum: the sum of the tensor's bytes read as integers."""
-    flat = values.contiguous().view(-1)
+    if hasattr(values, "__tensor_flatten__"):  # a quantised weight is made of several tensors
+        parts, _ = values.__tensor_flatten__()
+        return sum(_bits(getattr(values, part)) for part in parts)
+    flat = values.detach().contiguous().view(-1)
     words = flat.view(torch.uint8 if flat.numel() * flat.element_size() % 8 else torch.int64)
     return int(words.sum(dtype=torch.int64))
 
@@ -75,6 +78,7 @@ def _can_reorder(layer: nn.Linear) -> bool:
     weight = layer.weight
     return (
         weight.device.type == "cpu"
+        and type(weight) is nn.Parameter  # not a quantised one
         and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and "forward" not in layer.__dict__

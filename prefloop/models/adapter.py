@@ -74,14 +74,10 @@ def lora_config(model: PreTrainedModel, lora: LoraOptions, **more: Any) -> LoraC
     return _unseized(
         model,
         LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            use_rslora=lora.use_rslora,
             target_modules=modules,
             target_parameters=sorted(parameters) or None,
-            modules_to_save=lora.modules_to_save,
             exclude_modules=excluded,
+            **lora.for_peft(),
             **more,
         ),
     )
@@ -120,12 +116,25 @@ def share(model: PeftModel) -> Share:
     kinds: set[str] = set()
     for name, module in model.get_base_model().named_modules():
         for weight in _weights_of(module):
-            reached[id(weight)] = weight.numel()
+            reached[id(weight)] = size_of(weight)
             kinds.add(_kind(name, module))
     own = ("lora_", "modules_to_save")
-    base = {id(w): w.numel() for n, w in model.named_parameters() if not any(o in n for o in own)}
+    base = {id(w): size_of(w) for n, w in model.named_parameters() if not any(o in n for o in own)}
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return Share(sum(base.values()), sum(reached.values()), trained, tuple(sorted(kinds)))
+
+
+def size_of(weight: torch.Tensor) -> int:
+    """Weights that a parameter holds: more than it has numbers where they are packed or lie elsewhere."""
+    packed = getattr(weight, "quant_state", None)
+    if packed is not None:
+        return int(packed.shape.numel())
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether weights are held in fewer bits, so that nothing can be added into them."""
+    return bool(getattr(model, "is_quantized", False))
 
 
 def adapted_weight(layer: LoraLayer) -> nn.Parameter:
@@ -134,6 +143,33 @@ def adapted_weight(layer: LoraLayer) -> nn.Parameter:
     if isinstance(layer, ParamWrapper):
         return untyped.get_param()  # type: ignore[no-any-return]
     return untyped.get_base_layer().weight  # type: ignore[no-any-return]
+
+
+def weight_with_adapter(layer: LoraLayer, adapter: str) -> torch.Tensor:
+    """What `adapted_weight` becomes once the adapter is added into it, in the weight's dtype."""
+    untyped: Any = layer
+    weight = adapted_weight(layer)
+    if adapter not in untyped.lora_variant:
+        delta: torch.Tensor = untyped.get_delta_weight(adapter)
+        return (weight.data.float() + delta).to(weight.dtype)
+    merged: torch.Tensor = untyped.lora_variant[adapter].merge_safe(layer, adapter, weight.data)
+    # Kept by PEFT for taking the adapter out again, which is not how we do that.
+    untyped._cache_pop(f"{adapter}-weight_norm")
+    return merged
+
+
+def set_lengths(model: PeftModel) -> None:
+    """Let a fresh DoRA adapter change nothing: PEFT measures the weights' rows in the weights' own dtype, and
+    training compares with their length in float32."""
+    for module in model.modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        for name, lengths in layer.lora_magnitude_vector.items():
+            with torch.no_grad():
+                weight = adapted_weight(module).data.float()
+                found = lengths.get_weight_norm(weight, torch.zeros(()), layer.scaling[name])
+                lengths.weight.data = found
 
 
 def saved_pairs(wrapper: ModulesToSaveWrapper) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -195,10 +231,11 @@ def _linear_names(model: PreTrainedModel) -> list[str]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    """A linear layer that gives the product and nothing else: not a router that gives a tuple, no quantised one."""
+    """A linear layer that gives the product and nothing else: not a router that gives a tuple."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
-    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+    quantized = type(module).__module__.startswith("bitsandbytes.")
+    if quantized or type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     weight_OI, bias_O = module.weight, module.bias
     with torch.no_grad():
@@ -264,11 +301,17 @@ def _check_parameters(model: nn.Module, parameters: Sequence[str], lora: LoraOpt
                 f"model.lora.target_parameters {wanted!r} is no parameter of the model; "
                 "name it as named_parameters() does, or its ending after a dot"
             )
-    if parameters and lora.dropout:
-        raise ModelError(
-            f"model.lora.dropout cannot be applied to parameters of experts ({parameters[0]}); set it "
-            "to 0, or model.lora.target_parameters to [] to leave the experts without an adapter"
-        )
+    unlike = {
+        "dropout": (lora.dropout, "0"),
+        "use_dora": (lora.use_dora, "false"),
+        "init_lora_weights": (lora.splits, "true"),
+    }
+    for option, (is_set, plain) in unlike.items():
+        if parameters and is_set:
+            raise ModelError(
+                f"model.lora.{option} cannot be applied to parameters of experts ({parameters[0]}); set it "
+                f"to {plain}, or model.lora.target_parameters to [] to leave the experts without an adapter"
+            )
 
 
 def _shortened(names: Sequence[str], every: Sequence[str]) -> list[str]:

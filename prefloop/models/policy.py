@@ -34,20 +34,26 @@ from prefloop.models.adapter import (
     Share,
     adapted_weight,
     check_adapter,
+    is_quantized,
     lora_config,
     saved_pairs,
+    set_lengths,
     share,
+    size_of,
     sort_names,
+    weight_with_adapter,
 )
 from prefloop.models.sources import (
     EMBEDDED,
     LoraOptions,
     ModelOptions,
+    check_quantization,
     local_folder,
     quiet,
     reason,
     resolve_source,
 )
+from prefloop.models.split import Split, as_begun, save_split, saved_split, split_of
 from prefloop.run_folder import give_usual_modes
 
 log = logging.getLogger(__name__)
@@ -84,6 +90,8 @@ class Policy:
     options: ModelOptions
     _unmerged: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list, repr=False)
     """Inside `merged`: the adapted weights and what they hold outside it."""
+    split: Split = field(default_factory=dict, repr=False)
+    """What the adapter began with, where that is a part of the weights; see models/split.py."""
 
     @classmethod
     def load(
@@ -115,8 +123,9 @@ class Policy:
             tokenizer = load_tokenizer(folder, options)
             _check_vocabulary(plain, tokenizer, options)
             model: PreTrainedModel | PeftModel = plain
+            split: Split = {}
             if options.tuning == "lora":
-                model = _with_adapter(plain, options, adapter, trainable)
+                model, split = _with_adapter(plain, options, adapter, trainable)
                 lora_linear.fuse(model)
             if options.gradient_checkpointing and trainable:
                 enable: Callable[[dict[str, bool]], None] = plain.gradient_checkpointing_enable
@@ -125,7 +134,7 @@ class Policy:
             model.requires_grad_(False)
         model.eval()
         nn.Module.to(model, "cpu" if on_cpu else device)
-        return cls(model, tokenizer, options)
+        return cls(model, tokenizer, options, split=split)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +153,7 @@ class Policy:
         if isinstance(self.model, PeftModel):
             model = self.model.get_base_model()
         sizes = {
-            id(weight): int(getattr(weight, "ds_numel", weight.numel()))
+            id(weight): size_of(weight)
             for name, weight in model.named_parameters()
             if "lora_" not in name and "modules_to_save" not in name
         }
@@ -162,31 +171,19 @@ class Policy:
     def at_start(self) -> Iterator[None]:
         """Inside, the model is the initial policy: π_ref of AROP.
 
-        LoRA switches the adapter off. Full fine-tuning loads the initial weights again and exchanges
+        LoRA switches the adapter off, or puts the one in place that it began as. Full fine-tuning loads the initial weights again and exchanges
         them for the trained ones, so it needs memory for a second copy, and weights that are not
         sharded over processes; optimisers keep their hold on the same parameters. Take no optimiser
         step inside.
         """
         if self._unmerged:
             # The adapter is off already, and PEFT would switch it on at the end.
-            merged = [(weight, weight.data) for weight, _ in self._unmerged]
-            for weight, data in self._unmerged:
-                weight.data = data
-            try:
+            with self._initial_weights():
                 yield
-            finally:
-                for weight, data in merged:
-                    weight.data = data
             return
         if isinstance(self.model, PeftModel):
-            wanted = [weight.requires_grad for weight in self.model.parameters()]
-            try:
-                with self.model.disable_adapter():
-                    yield
-            finally:
-                # PEFT makes the adapter trainable as it switches it on again, whether it was or not.
-                for weight, flag in zip(self.model.parameters(), wanted, strict=True):
-                    weight.requires_grad_(flag)
+            with as_begun(self.model, self.split) if self.split else self._without_adapter():
+                yield
             return
         folder = local_folder(resolve_source(self.options.source), self.options)
         with quiet():
@@ -199,31 +196,64 @@ class Policy:
             _exchange(self.model, initial)
 
     @contextlib.contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        assert isinstance(self.model, PeftModel)
+        wanted = [weight.requires_grad for weight in self.model.parameters()]
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            # PEFT makes the adapter trainable as it switches it on again, whether it was or not.
+            for weight, flag in zip(self.model.parameters(), wanted, strict=True):
+                weight.requires_grad_(flag)
+
+    @contextlib.contextmanager
+    def _initial_weights(self) -> Iterator[None]:
+        """Inside `merged`: the weights of the initial policy, the adapter that it may need added in."""
+        assert isinstance(self.model, PeftModel)
+        merged = [(weight, weight.data) for weight, _ in self._unmerged]
+        try:
+            for weight, data in self._unmerged:
+                weight.data = data
+            if self.split:
+                with as_begun(self.model, self.split):
+                    for weight, data in self._adapted():
+                        weight.data = data
+            yield
+        finally:
+            for weight, data in merged:
+                weight.data = data
+
+    def _adapted(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each weight that the adapter changes, with what it is under the adapter."""
+        assert isinstance(self.model, PeftModel)
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer):
+                with torch.no_grad():
+                    added = weight_with_adapter(layer, self.model.active_adapter)
+                yield adapted_weight(layer), added
+            elif isinstance(layer, ModulesToSaveWrapper):
+                for weight, trained in saved_pairs(layer):
+                    yield weight, trained.data
+
+    @contextlib.contextmanager
     def merged(self) -> Iterator[None]:
         """Inside, the same policy computes faster: LoRA is added into copies of the weights it adapts.
 
         Generation takes about half the time, and memory for those copies. The weights themselves are
-        put back as they were, bit for bit. Take no optimiser step inside.
+        put back as they were, bit for bit. Into quantised weights nothing can be added; there the adapter
+        stays beside them. Take no optimiser step inside.
         """
-        if not isinstance(self.model, PeftModel):
+        if not isinstance(self.model, PeftModel) or is_quantized(self.model.get_base_model()):
             yield
             return
         kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-        with torch.no_grad():
-            for layer in self.model.modules():
-                if isinstance(layer, LoraLayer):
-                    adapted: Any = layer
-                    weight = adapted_weight(layer)
-                    kept.append((weight, weight.data))
-                    delta = adapted.get_delta_weight(self.model.active_adapter)
-                    weight.data = (weight.data.float() + delta).to(weight.dtype)
-                elif isinstance(layer, ModulesToSaveWrapper):
-                    for weight, trained in saved_pairs(layer):
-                        kept.append((weight, weight.data))
-                        weight.data = trained.data
+        for weight, added in self._adapted():
+            kept.append((weight, weight.data))
+            weight.data = added
         try:
             # The merged weights are the policy; its adapter must not be added a second time.
-            with self.at_start():
+            with self._without_adapter():
                 self._unmerged = kept
                 yield
         finally:
@@ -244,6 +274,8 @@ class Policy:
                     # "auto" would ask the hub whether the vocabulary grew; ours never does.
                     self.model.save_pretrained(str(part), save_embedding_layers=False)
                     (part / "README.md").unlink(missing_ok=True)
+                    if self.split:
+                        save_split(part, self.split, self.options.lora)
                 else:
                     self.model.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
@@ -263,6 +295,11 @@ class Policy:
         """
         if not isinstance(self.model, PeftModel):
             return self.model
+        if is_quantized(self.model.get_base_model()):
+            raise ModelError(
+                f"the adapter of {self.options.source} was trained beside quantised weights, which would be rounded "
+                "once more with it inside; load it with peft over the model in the same quantisation"
+            )
         try:
             merged = self.model.merge_and_unload(safe_merge=True)
         except ValueError as error:
@@ -300,6 +337,13 @@ def _device(name: str) -> torch.device:
 
 
 def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> PreTrainedModel:
+    check_quantization(options)
+    dtype, bits = initial_dtype(options, device), {}
+    if options.quantization is not None:
+        bits = {
+            "quantization_config": options.quantization.for_transformers(dtype),
+            "device_map": {"": device},
+        }
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=options.trust_remote_code, local_files_only=True
@@ -309,13 +353,14 @@ def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> Pr
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=initial_dtype(options, device),
+            dtype=dtype,
             attn_implementation=options.attn_implementation,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, in words
             trust_remote_code=options.trust_remote_code,
             local_files_only=True,
+            **bits,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         remedy = (
@@ -343,22 +388,36 @@ def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> Pr
 
 def _with_adapter(
     model: PreTrainedModel, options: ModelOptions, adapter: Path | None, trainable: bool
-) -> PeftModel:
-    _check_modules_to_save(model, options)
+) -> tuple[PeftModel, Split]:
+    _check_precision(model, options)
+    split: Split = {}
     if adapter is None:
         adapted = _new_adapter(model, options, trainable)
+        set_lengths(adapted)
+        split = split_of(adapted, options.lora) if options.lora.splits else {}
+    elif options.lora.splits:
+        folder = _adapter_folder(adapter, options)
+        plain = {"lora": options.lora.model_copy(update={"init_lora_weights": True})}
+        adapted = _new_adapter(model, options.model_copy(update=plain), trainable)
+        split = saved_split(adapted, folder)
     else:
         adapted = _saved_adapter(model, options, adapter, trainable)
     check_adapter(adapted)
     sort_names(adapted.peft_config[adapted.active_adapter])
-    return adapted
+    return adapted, split
 
 
-def _check_modules_to_save(model: PreTrainedModel, options: ModelOptions) -> None:
+def _check_precision(model: PreTrainedModel, options: ModelOptions) -> None:
+    dtype = str(model.dtype).removeprefix("torch.")
     if options.lora.modules_to_save and model.dtype != torch.float32:
         raise ModelError(
             "model.lora.modules_to_save trains whole modules, whose updates would round to nothing in "
-            f"{str(model.dtype).removeprefix('torch.')}; set model.dtype to float32"
+            f"{dtype}; set model.dtype to float32"
+        )
+    if options.lora.splits and model.dtype != torch.float32:
+        raise ModelError(
+            f"model.lora.init_lora_weights {options.lora.init_lora_weights} takes a part out of the weights, and "
+            f"what is left would be rounded to {dtype}; set model.dtype to float32"
         )
 
 
@@ -385,9 +444,7 @@ def _new_adapter(model: PreTrainedModel, options: ModelOptions, trainable: bool)
 def _saved_adapter(
     model: PreTrainedModel, options: ModelOptions, adapter: Path, trainable: bool
 ) -> PeftModel:
-    folder = _policy_folder(adapter, "adapter_config.json", options)
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise ModelError(f"{adapter} has no adapter_model.safetensors; train its round again")
+    folder = _adapter_folder(adapter, options)
     try:
         with _quiet_peft():
             return PeftModel.from_pretrained(
@@ -402,6 +459,13 @@ def _saved_adapter(
             f"the adapter in {adapter} does not fit {options.source}: {reason(error)}; "
             "load it with the model that it was trained on"
         ) from error
+
+
+def _adapter_folder(adapter: Path, options: ModelOptions) -> Path:
+    folder = _policy_folder(adapter, "adapter_config.json", options)
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{adapter} has no adapter_model.safetensors; train its round again")
+    return folder
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 
 from prefloop.config import Options
@@ -29,6 +29,7 @@ from prefloop.errors import ModelError, nearest
 from prefloop.run_folder import give_usual_modes
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+_BEGINNINGS = r"gaussian|olora|pissa(_niter_[1-9]\d*)?"
 
 
 class LoraOptions(Options):
@@ -50,6 +51,63 @@ class LoraOptions(Options):
     """Modules that are trained whole and saved with the adapter; they need `dtype` float32."""
     use_rslora: bool = False
     """Scale the update by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Train a length for each row of a weight beside the update of its direction (DoRA, Liu et al. 2024)."""
+    init_lora_weights: bool | str = True
+    """How it begins: true (B is 0), gaussian, or as a part of the weights: pissa, pissa_niter_N (N: steps of a fast SVD), olora."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other ranks than `r` by module: endings of names, or patterns."""
+    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Other numbers than `alpha` by module: endings of names, or patterns."""
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _begins_at_the_model(cls, value: bool | str) -> bool | str:
+        if value is not True and re.fullmatch(_BEGINNINGS, str(value)) is None:
+            raise ValueError(
+                f"{str(value).lower()!r} is none of true, gaussian, pissa, pissa_niter_N and olora; choose one of "
+                "these (others begin at another model, or need data of their own)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> LoraOptions:
+        if self.use_dora and self.splits:
+            raise ValueError(
+                f"use_dora with init_lora_weights {self.init_lora_weights} has no exact form that PEFT can open; "
+                "leave one of them out"
+            )
+        unlike = "use_dora" if self.use_dora else "init_lora_weights" if self.splits else None
+        if unlike and self.target_parameters:
+            raise ValueError(
+                f"{unlike} cannot be applied to target_parameters ({self.target_parameters[0]}), which get a "
+                "plain adapter only; leave one of them out"
+            )
+        return self
+
+    @property
+    def splits(self) -> bool:
+        """Whether it begins as a part of the weights, which it is split off from (models/split.py)."""
+        return self.init_lora_weights not in (True, "gaussian")
+
+    @property
+    def saved_rank(self) -> int:
+        """The largest rank of the adapter on disk."""
+        return max(self.r, *self.rank_pattern.values(), 1) * (2 if self.splits else 1)
+
+    def for_peft(self) -> dict[str, Any]:
+        """The options, but for which modules are meant, as PEFT's LoraConfig takes them."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "modules_to_save": self.modules_to_save,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "init_lora_weights": self.init_lora_weights,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+        }
 
     @field_validator("target_modules")
     @classmethod
@@ -65,6 +123,59 @@ class LoraOptions(Options):
         return value
 
 
+class QuantizationOptions(Options):
+    """A frozen base in fewer bits, under an adapter, as transformers makes it: bitsandbytes, or torchao."""
+
+    load_in_4bit: bool = False
+    """bitsandbytes, on CUDA: 4 bits a weight (QLoRA, Dettmers et al. 2023)."""
+    load_in_8bit: bool = False
+    """bitsandbytes, on CUDA: 8 bits a weight, activations too. Outliers are not kept apart (`llm_int8_threshold` 0): which
+    columns they are would depend on what else is in the batch, and so would log-probs."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """load_in_4bit: QLoRA's NormalFloat (transformers' own default is fp4)."""
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """load_in_4bit: products are computed in this; null takes the model's dtype."""
+    bnb_4bit_use_double_quant: bool = False
+    """load_in_4bit: quantise the scales as well."""
+    quant_type: Literal["Int8WeightOnlyConfig"] | None = None
+    """torchao, on any device: 8 bits a weight, activations as they are."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> QuantizationOptions:
+        if [self.load_in_4bit, self.load_in_8bit, self.quant_type is not None].count(True) != 1:
+            raise ValueError("give one of load_in_4bit: true, load_in_8bit: true and quant_type")
+        bnb_4bit = {name for name in self.model_fields_set if name.startswith("bnb_4bit")}
+        changed = [
+            n for n in sorted(bnb_4bit) if getattr(self, n) != type(self).model_fields[n].default
+        ]
+        if changed and not self.load_in_4bit:
+            raise ValueError(f"{changed[0]} has an effect under load_in_4bit only; leave it out")
+        return self
+
+    @property
+    def package(self) -> str:
+        """What must be installed."""
+        return "torchao" if self.quant_type else "bitsandbytes"
+
+    def for_transformers(self, dtype: Any) -> Any:
+        """transformers' own configuration; `dtype` is the model's."""
+        import transformers
+
+        if self.quant_type:
+            from torchao import quantization  # type: ignore[import-not-found, unused-ignore]
+
+            return transformers.TorchAoConfig(getattr(quantization, self.quant_type)())
+        bitsandbytes: Any = transformers.BitsAndBytesConfig
+        if self.load_in_8bit:
+            return bitsandbytes(load_in_8bit=True, llm_int8_threshold=0.0)
+        return bitsandbytes(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=self.bnb_4bit_compute_dtype or dtype,
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+        )
+
+
 class ModelOptions(Options):
     """Which model is aligned, what of it is trained, and in which numbers."""
 
@@ -74,6 +185,8 @@ class ModelOptions(Options):
     """Train a low-rank adapter, or all weights."""
     lora: LoraOptions = Field(default_factory=LoraOptions)
     """The adapter, where `tuning` is lora."""
+    quantization: QuantizationOptions | None = None
+    """Hold the frozen weights in fewer bits; null does not."""
     dtype: Dtype = "auto"
     """Of the frozen weights. "auto": bfloat16 for LoRA on CUDA, else float32. LoRA weights are float32 whatever it is."""
     device: str = "auto"
@@ -91,10 +204,67 @@ class ModelOptions(Options):
     gradient_checkpointing: bool = False
     """Trade time for memory: activations are computed again in the backward pass."""
 
+    @model_validator(mode="after")
+    def _parts_agree(self) -> ModelOptions:
+        if self.tuning == "lora" and self.lora.splits and self.dtype == "bfloat16":
+            raise ValueError(
+                f"lora.init_lora_weights {self.lora.init_lora_weights} takes a part out of the weights, and what is "
+                "left would be rounded to bfloat16; set dtype to float32"
+            )
+        if self.quantization is None:
+            return self
+        if self.tuning == "full":
+            raise ValueError(
+                "quantization holds weights in too few bits to train them; set tuning to lora, or leave it out"
+            )
+        lora = self.lora
+        for option in ("use_dora", "splits", "modules_to_save"):
+            if getattr(lora, option):
+                name = "init_lora_weights" if option == "splits" else option
+                raise ValueError(
+                    f"lora.{name} reads the weights, which quantization has rounded; leave out one of them"
+                )
+        return self
+
+    @property
+    def needs_whole_weights(self) -> str | None:
+        """The option, if any, under which no process can do with a part of the weights."""
+        if self.tuning != "lora":
+            return None
+        if self.quantization is not None:
+            return "model.quantization"
+        if self.lora.use_dora:
+            return "model.lora.use_dora"
+        return "model.lora.init_lora_weights" if self.lora.splits else None
+
 
 def without_code(options: ModelOptions, trust: bool) -> ModelOptions:
     """The model of a run's folder that may be a stranger's: its code runs where the user trusts it, not the recipe."""
     return options.model_copy(update={"trust_remote_code": trust})
+
+
+def check_quantization(options: ModelOptions) -> None:
+    """Raise ModelError where the package that `model.quantization` needs, or the device, is not there."""
+    quantization = options.quantization
+    if quantization is None:
+        return
+    if importlib.util.find_spec(quantization.package) is None:
+        raise ModelError(
+            f"model.quantization needs {quantization.package}, which is not installed; pip install "
+            f"{quantization.package}, or leave model.quantization out"
+        )
+    if quantization.package == "bitsandbytes" and not _on_cuda(options.device):
+        # On CPUs its 4-bit layers give the adapters below them no gradient (bitsandbytes 0.50.2).
+        raise ModelError(
+            "model.quantization load_in_4bit and load_in_8bit need CUDA, and this machine or model.device has "
+            'none; set quant_type: "Int8WeightOnlyConfig" (torchao) instead, or leave model.quantization out'
+        )
+
+
+def _on_cuda(device: str) -> bool:
+    import torch
+
+    return device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
 
 
 class Embedded(NamedTuple):

@@ -16,10 +16,11 @@ from prefloop.data.prompts import Part, amounts, nothing_left, read_prompts
 from prefloop.data.rows import EMBEDDED as EMBEDDED_DATA
 from prefloop.data.rows import is_data_file
 from prefloop.errors import DataError, RecipeError, nearest
+from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
 from prefloop.models.sources import EMBEDDED as EMBEDDED_MODELS
-from prefloop.models.sources import local_folder
+from prefloop.models.sources import check_quantization, local_folder
 from prefloop.recipe import Recipe, load_recipe
 from prefloop.recipe.check_template import check_template
 from prefloop.recipe.reward import load_reward_recipe
@@ -49,6 +50,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         )
     if recipe.launch is not None:
         _check_launcher(recipe.launch.words())
+    _check_tuning(recipe)
     judge = recipe.judge
     if recipe.method.needs_judge and judge is not None and judge.needs_moved_policy:
         raise RecipeError(
@@ -79,6 +81,11 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def check_curve(recipe: Recipe) -> None:
     """Raise RecipeError where the recipe asks for a curve that it cannot have."""
     if not recipe.evaluate.every_steps:
+        if recipe.evaluate.early_stopping_patience is not None:
+            raise RecipeError(
+                "evaluate.early_stopping_patience counts win rates during training, and evaluate.every_steps is 0; "
+                "set it to a number of steps"
+            )
         return
     if recipe.launch is not None:
         raise RecipeError(
@@ -120,7 +127,31 @@ def _check_engine(recipe: Recipe) -> None:
                 f"{plugin_name(prefloop.methods, method)} asks for here ({method.asks_logprobs}); "
                 "choose another engine or another option"
             )
-    engine.check(tuning=model.tuning, lora_rank=model.lora.r)
+    engine.check(tuning=model.tuning, lora_rank=model.lora.saved_rank)
+
+
+def _check_tuning(recipe: Recipe) -> None:
+    """What quantised weights and other kinds of adapters cannot go with."""
+    model, engine, launch = recipe.model, recipe.engine, recipe.launch
+    check_quantization(model)
+    if model.quantization is not None and recipe.sft is not None:
+        raise RecipeError(
+            "sft merges its adapter into the weights, which model.quantization would round; leave out one of them"
+        )
+    served = engine.plays_policy and not isinstance(engine, InProcess)
+    dora = model.tuning == "lora" and model.lora.use_dora
+    if served and (dora or model.quantization is not None):
+        name = plugin_name(prefloop.generate.engines, engine)
+        trained = "model.lora.use_dora" if dora else "model.quantization"
+        raise RecipeError(
+            f"engine {name!r} answers with the plain weights and plain adapters, so not as {trained} trains; "
+            "leave out one of them"
+        )
+    option = model.needs_whole_weights
+    if option is not None and launch is not None and launch.sharding != "none":
+        raise RecipeError(
+            f"{option} needs whole weights in every process; set launch.sharding to none, or leave it out"
+        )
 
 
 def _check_launcher(words: list[str]) -> None:

@@ -159,6 +159,11 @@ class EvaluateOptions(Options):
     """Measure after each round, not only at the start and after the last."""
     every_steps: int = Field(default=0, ge=0)
     """Also measure the win rate against the start every so many optimiser steps; 0 does not."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """End training, and the run with that round, after so many win rates of the curve in a row that were no better than
+    the best before them; needs `every_steps`. null does not."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0.0, le=1.0)
+    """How much better a win rate must be to count as better."""
     introspection: bool = True
     """Play the whole method on these prompts too, for its own measures (R_i, identical rate ...)."""
 

@@ -79,7 +79,7 @@ class RunEngine:
                 EngineContext(
                     chat=chat,
                     dtype=str(policy.model.dtype).removeprefix("torch."),
-                    lora_rank=model.lora.r if model.tuning == "lora" else None,
+                    lora_rank=model.lora.saved_rank if model.tuning == "lora" else None,
                     lora_modules=_adapted(policy),
                     trust_remote_code=model.trust_remote_code,
                     log=self._rundir.path / "engine.log",

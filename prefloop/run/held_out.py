@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from prefloop.evaluate.answers import ANSWER
-from prefloop.evaluate.curves import CURVE
+from prefloop.evaluate.curves import CURVE, has_ended_early
 from prefloop.evaluate.win_rates import win_rate
 from prefloop.judges import NoVerdict, Verdict
 from prefloop.manifest import write_atomically
@@ -63,9 +63,15 @@ class TrainingCurve:
     """
 
     def __init__(
-        self, recipe: Recipe, held_out: HeldOut, round_dir: RoundDir, first_step: int
+        self,
+        recipe: Recipe,
+        held_out: HeldOut,
+        round_dir: RoundDir,
+        first_step: int,
+        before: Sequence[CurvePoint] = (),
     ) -> None:
-        """`first_step`: optimiser steps of the rounds before."""
+        """`first_step`: optimiser steps of the rounds before; `before`: their points."""
+        self._before = before
         self._recipe = recipe
         self._held_out = held_out
         self._round = round_dir.number
@@ -84,6 +90,10 @@ class TrainingCurve:
         set_random_state(random)
         lines = "".join(point.model_dump_json() + "\n" for point in self._points)
         write_atomically(self._path, lines)
+
+    def is_over(self) -> bool:
+        """Whether the win rate has risen too long ago for training to go on."""
+        return has_ended_early([*self._before, *self._points], self._recipe.evaluate)
 
     def _point(self, step: int) -> CurvePoint:
         recipe, held_out = self._recipe, self._held_out

@@ -25,6 +25,7 @@ from prefloop.evaluate.answers import (
     no_verdict_rate,
     set_measures,
 )
+from prefloop.evaluate.curves import has_ended_early, win_rate_curve
 from prefloop.evaluate.guards import check_guards, start_values
 from prefloop.machine import Stopwatch
 from prefloop.methods import Pairing
@@ -145,11 +146,13 @@ class _Loop:
             self._rank(round_dir)
             self._pair(round_dir)
             self._train(round_dir)
-            last = number == self.recipe.loop.rounds - 1 or self._has_spent_its_budget(round_dir)
+            last = number == self.recipe.loop.rounds - 1 or self._has_ended_early(round_dir)
+            last = last or self._has_spent_its_budget(round_dir)
             if self.recipe.evaluate.every_round or last:
                 results.append(self._evaluate(round_dir))
                 self._tell(round_dir, results)
                 self._guard(results)
+            self._free_old(results, round_dir)
             if last:
                 break
         return results
@@ -174,12 +177,30 @@ class _Loop:
 
     def finish(self, results: Sequence[RoundResult]) -> Path:
         """Put the recommended policy, with its card, in the run's folder `policy`."""
-        number = results[-1].round
+        number = self._recommended(results)
+        return publish(self.recipe, self.rundir, self.rundir.round(number), results)
+
+    def _recommended(self, results: Sequence[RoundResult]) -> int:
+        """The last measured round, or under `best_round` the one with the highest score so far."""
         if self.recipe.guard.action == "best_round":
             scored = [r for r in results if r.measures.get("score") is not None and r.round >= 0]
             if scored:
-                number = max(scored, key=lambda r: r.measures["score"] or 0.0).round
-        return publish(self.recipe, self.rundir, self.rundir.round(number), results)
+                return max(scored, key=lambda r: r.measures["score"] or 0.0).round
+        return results[-1].round
+
+    def _has_ended_early(self, round_dir: RoundDir) -> bool:
+        points = [p for p in win_rate_curve(self.rundir) if p.round <= round_dir.number]
+        ended = has_ended_early(points, self.recipe.evaluate)
+        if ended:
+            self.rundir.event("early stop", round=round_dir.number, step=points[-1].step)
+        return ended
+
+    def _free_old(self, results: Sequence[RoundResult], round_dir: RoundDir) -> None:
+        """Under `train.keep_last`: delete what no later stage reads, the round to be recommended excepted."""
+        keep = self.recipe.train.keep_last
+        for old in self.rundir.rounds() if keep is not None else ():
+            if old.number <= round_dir.number - (keep or 0):
+                old.free(old.weights(policy=old.number != self._recommended(results)))
 
     # Stages, in the order in which a round plays them.
 

@@ -27,6 +27,7 @@ from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.adapter import adapted_weight
 from prefloop.models.policy import Policy
 from prefloop.models.sources import quiet
+from prefloop.models.split import joined
 from prefloop.records import Sampling
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.options import TrainOptions
@@ -193,7 +194,7 @@ def _random_adapter(policy: Policy) -> Iterator[None]:
 
 
 def _move(layer: Any, adapter: str, generator: torch.Generator, strength: float) -> None:
-    """Fill the factor that is zero with noise, so that the update is a part of the weight's size."""
+    """Add noise to the factor that is zero, or to one of them, so that the update is a part of the weight's size."""
     if adapter in layer.lora_A:
         factors = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
     else:
@@ -202,11 +203,16 @@ def _move(layer: Any, adapter: str, generator: torch.Generator, strength: float)
     size = _size(adapted_weight(layer)) or 0.02
     unit = layer.scaling[adapter] * math.sqrt(layer.r[adapter]) * (_size(other) or 0.02)
     noise = torch.randn(zero.shape, generator=generator) * (strength * size / unit)
-    zero.copy_(noise.to(zero.dtype))
+    zero.add_(noise.to(zero.dtype))
+    if adapter in layer.lora_magnitude_vector:
+        lengths = layer.lora_magnitude_vector[adapter].weight
+        lengths.mul_(1 + strength * torch.randn(lengths.shape, generator=generator).to(lengths))
 
 
 def _size(weight: Tensor) -> float:
-    """Root mean square."""
+    """Root mean square; 0 of a quantised weight, whose numbers are not its values."""
+    if not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__"):
+        return 0.0
     norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.float32)
     return float(norm) / math.sqrt(max(1, weight.numel()))
 
@@ -230,7 +236,10 @@ def _reopened(policy: Policy, folder: Path) -> float:
                 unset = torch.full_like(weight, math.nan, device="cpu")
                 module._parameters[name] = nn.Parameter(unset)
     set_peft_model_state_dict(opened, weights)
-    reopened, expected = _trained(opened), _trained(policy.model)
+    reopened = _trained(opened)
+    expected = {
+        name: joined(name, weight, policy.split) for name, weight in _trained(policy.model).items()
+    }
     same = reopened.keys() == expected.keys() and all(
         torch.equal(reopened[name], weight.cpu()) for name, weight in expected.items()
     )

@@ -23,6 +23,7 @@ import torch
 from prefloop.data.prompt_store import PromptStore
 from prefloop.data.prompts import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
+from prefloop.evaluate.curves import win_rate_curve
 from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
@@ -369,6 +370,8 @@ class Session:
         first_step = self.steps_before(round_dir)
         equal_to_reference = method.reference == "round_start" or round_dir.number == 0
         examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
+        earlier = [p for p in win_rate_curve(self.rundir) if p.round < round_dir.number]
+        curve = TrainingCurve(self.recipe, self._in_training(), round_dir, first_step, earlier)
         # From here on the weights in memory are those that will be saved there.
         self._policy_dir = round_dir.policy
         facts = trainer.run(
@@ -389,7 +392,8 @@ class Session:
                 else (lambda chosen: None),
                 tokens=cast(TokenMethod, method) if method.trains == "tokens" else None,
                 before=self.rundir.round(round_dir.number - 1).train if round_dir.number else None,
-                after_step=TrainingCurve(self.recipe, self._in_training(), round_dir, first_step),
+                after_step=curve,
+                is_over=curve.is_over,
             )
         )
         if loop.carry_optimizer:

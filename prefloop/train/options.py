@@ -124,6 +124,9 @@ class TrainOptions(Options):
     `model.lora.dropout` is the adapter's own and stays."""
     save_every: int = Field(default=0, ge=0)
     """Optimiser steps between training checkpoints; 0 saves only at the round's end."""
+    keep_last: int | None = Field(default=None, ge=1)
+    """Keep the policies and the training state of so many rounds, the last ones (and the best one under guard.action:
+    best_round); null keeps all. `prefloop clean` frees more once the run has ended."""
 
     @model_validator(mode="after")
     def _steps_are_whole(self) -> TrainOptions:

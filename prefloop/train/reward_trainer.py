@@ -154,14 +154,10 @@ def _with_adapter(model: Any, options: RewardModelOptions) -> Any:
     return get_peft_model(
         model,
         LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
             target_modules=lora.target_modules,
             target_parameters=lora.target_parameters,
             exclude_modules=lora.exclude_modules,
-            modules_to_save=lora.modules_to_save,
-            use_rslora=lora.use_rslora,
+            **lora.for_peft(),
             task_type="SEQ_CLS",  # trains the new head as well
         ),
     )

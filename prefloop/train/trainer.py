@@ -84,6 +84,8 @@ class Job:
     """Folder of the previous round's job, for trainers that carry more than weights; None in the first one."""
     after_step: Callable[[int], None] = lambda steps: None
     """Called with the number of this job's steps that are done, before a checkpoint of them is written."""
+    is_over: Callable[[], bool] = lambda: False
+    """Asked before each step whether there is none to come, whatever the schedule says."""
 
 
 class Trainer:
@@ -106,6 +108,12 @@ class Trainer:
         )
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.placement = distribute_model(self._trained(), self.ranks, self._new_optimizer, device)
+        option = policy.options.needs_whole_weights
+        if option is not None and self.placement.sharded:
+            raise TrainingError(
+                f"{option} needs whole weights in every process, and the launcher shards them; choose another of "
+                "its modes, or leave the option out"
+            )
         self._logged_packing = False
 
     def _trained(self) -> nn.Module:
@@ -175,6 +183,8 @@ class Trainer:
         ):
             bar.advance(done)
             for number in range(done, len(steps)):
+                if job.is_over():
+                    break
                 want_of_memory = TrainingError(
                     f"out of memory in training step {number}; start a new run with a lower "
                     "train.micro_batch_size, or with model.gradient_checkpointing: true"

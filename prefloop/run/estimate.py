@@ -1,0 +1,455 @@
+"""What a run will take, before it begins: tokens, operations, memory, disk, hours; and how right that was for a finished one.
+
+Tokens are counted by playing the method on a few prompts with an engine that only counts. Operations are those
+of docs/compare.md, 2 N a token and pass. Hours are operations over a rate: matrix products of this model's own
+shapes, timed here, or the peak of a named GPU, times a share of it that generation and training were seen to
+reach. A judge's own work is not in it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from prefloop.data.prompts import read_prompts
+from prefloop.errors import RecipeError
+from prefloop.generate.engines.fake import FakeEngine
+from prefloop.generate.templates import PromptSet
+from prefloop.methods import Actors
+from prefloop.models.adapter import lora_config, matches
+from prefloop.models.chat import Chat
+from prefloop.models.policy import initial_dtype, load_tokenizer
+from prefloop.models.sources import local_folder, quiet, resolve_source
+from prefloop.recipe import Recipe
+from prefloop.records import GENERATED, READ, Prompt, Request, Response, Sampling
+from prefloop.run.cost import Spent
+from prefloop.run.engine import Metered
+
+FILL = 0.6
+"""Share of `max_new_tokens` that an answer is taken to fill where no finished run says better."""
+DECODES, READS, TRAINS = 0.2, 2.0, 0.4
+"""Operations as counted here, over those of bare products in the same time, fitted to two runs (docs/estimate.md). The
+timed weights lie in a cache, a model's do not; and tokens are counted that are not computed: prompts that begin alike
+are read once, answers that share a beginning are trained on once."""
+GPU_TRAINS, GPU_DECODES = 0.35, 0.5
+"""On GPUs, of the peak of bfloat16 products, and of the memory's bandwidth while decoding: usual figures of other
+programs, not measured with this one."""
+_SAMPLE = 16
+"""Prompts that the method is played on."""
+_PROGRAM_MB = 700.0
+"""Python, torch and transformers without a model."""
+
+
+class Gpu(NamedTuple):
+    """The makers' dense peak figures."""
+
+    tflops: float
+    """bfloat16 products, TFLOP/s."""
+    bandwidth: float
+    """GB/s."""
+    memory: float
+    """GB."""
+
+
+GPUS: Mapping[str, Gpu] = {
+    "4090": Gpu(165, 1008, 24),
+    "A100": Gpu(312, 2039, 80),
+    "A10G": Gpu(70, 600, 24),
+    "H100": Gpu(989, 3350, 80),
+    "H200": Gpu(989, 4800, 141),
+    "L20": Gpu(119.5, 864, 48),
+    "L4": Gpu(121, 300, 24),
+    "L40S": Gpu(362, 864, 48),
+}
+
+
+class Rates(NamedTuple):
+    """Operations a second that are really had."""
+
+    decode: float
+    """While answers are drawn."""
+    prefill: float
+    """While prompts and given answers are read."""
+    train: float
+    where: str
+    memory_gb: float | None = None
+    """Of one device, where it is known."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model by its numbers."""
+
+    weights: int
+    """All weights."""
+    multiplying: int
+    """Those that every token is multiplied by: N."""
+    trained: int
+    linears: Mapping[tuple[int, int], int]
+    """How many linear layers there are of (out, in) features."""
+    layers: int
+    hidden: int
+    key_values: int
+    """Numbers that a token leaves in the cache."""
+    vocabulary: int
+    bytes: int
+    """Of a frozen weight."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that a run draws, reads and trains on."""
+
+    generated: int
+    read: int
+    trained: int
+    reference: int
+    measured_generated: int = 0
+    """Of evaluation, which budgets leave out."""
+    measured_read: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
+
+    work: Work
+    flops: float
+    """As `prefloop compare` counts: without evaluation."""
+    seconds: dict[str, float]
+    """generate, train, evaluate."""
+    memory_mb: dict[str, float]
+    """generate, train; of one process that holds all."""
+    disk_mb: float
+    where: str
+
+    def lines(self) -> list[str]:
+        """For the console."""
+        w, hours = self.work, sum(self.seconds.values()) / 3600
+        stages = ", ".join(f"{name} {_duration(value)}" for name, value in self.seconds.items())
+        memory = ", ".join(f"{name} {mb / 1000:.1f} GB" for name, mb in self.memory_mb.items())
+        return [
+            f"tokens   {w.generated:,} drawn, {w.read:,} read, {w.trained:,} trained, {w.reference:,} of the reference",
+            f"         {w.measured_generated:,} drawn and {w.measured_read:,} read to measure",
+            f"FLOPs    {self.flops:.2g} without measuring",
+            f"hours    {hours:.2g} ({stages}), {self.where}",
+            f"memory   {memory}; disk {self.disk_mb / 1000:.2g} GB",
+        ]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
+
+
+def estimate(recipe: Recipe, rates: Callable[[Shape], Rates], work: Work | None = None) -> Estimate:
+    """What the recipe will take at these rates; `work` where its tokens are known. Raises ModelError, DataError."""
+    shape = model_shape(recipe)
+    known, work = rates(shape), work or count_work(recipe)
+    n = 2.0 * shape.multiplying
+    passes = 2 + (recipe.model.tuning == "full") + recipe.model.gradient_checkpointing
+    training = n * (work.trained * passes + work.reference)
+    seconds = {
+        "generate": n * (work.generated / known.decode + work.read / known.prefill),
+        "train": training / known.train,
+        "evaluate": n
+        * (work.measured_generated / known.decode + work.measured_read / known.prefill),
+    }
+    return Estimate(
+        work,
+        n * (work.generated + work.read) + training,
+        seconds,
+        memory(recipe, shape),
+        disk(recipe, shape, work),
+        known.where,
+    )
+
+
+# The model.
+
+
+def model_shape(recipe: Recipe) -> Shape:
+    """The model's numbers, from its config: no weight is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = recipe.model
+    folder = local_folder(resolve_source(options.source), options)
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+        kind: Any = AutoModelForCausalLM
+        model: Any = kind.from_config(config, trust_remote_code=options.trust_remote_code)
+    text = config.get_text_config()
+    linears: Counter[tuple[int, int]] = Counter()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            linears[(module.out_features, module.in_features)] += 1
+    total = sum(weight.numel() for weight in model.parameters())
+    head, table = model.get_output_embeddings(), model.get_input_embeddings().weight
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    bits = options.quantization
+    dtype = initial_dtype(options, torch.device("cpu"))
+    return Shape(
+        weights=total,
+        multiplying=total - (table.numel() if head is not None and head.weight is not table else 0),
+        trained=_trained(model, recipe),
+        linears=linears,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        key_values=2 * text.num_hidden_layers * heads * width,
+        vocabulary=text.vocab_size,
+        bytes=1 if bits is not None else dtype.itemsize,
+    )
+
+
+def _trained(model: Any, recipe: Recipe) -> int:
+    if recipe.model.tuning == "full":
+        return sum(weight.numel() for weight in model.parameters())
+    config = lora_config(model, recipe.model.lora)
+    rank, count = recipe.model.lora.r, 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and matches(name, config.target_modules):
+            count += rank * (module.in_features + module.out_features)
+    return count
+
+
+# Tokens.
+
+
+class _Counting(FakeEngine):
+    """Answers of a fixed share of the longest."""
+
+    def __init__(self, fill: float) -> None:
+        super().__init__()
+        self._fill = fill
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
+    ) -> list[Response]:
+        """As FakeEngine, as long as asked for."""
+        length = max(1, round(self._fill * sampling.max_new_tokens))
+        found = super().sample(requests, sampling, seed=seed, label=label)
+        words = ["word"] * (length - 2)
+        return [
+            answer.model_copy(
+                update={"text": " ".join([answer.text, *words]), "token_ids": tuple(range(length))}
+            )
+            for answer in found
+        ]
+
+
+def count_work(recipe: Recipe, fill: float = FILL) -> Work:
+    """Tokens of the whole run, by playing the method on a few prompts of local data without a model."""
+    folder = local_folder(resolve_source(recipe.model.source), recipe.model)
+    chat = Chat(
+        load_tokenizer(folder, recipe.model), template_kwargs=recipe.model.chat_template_kwargs
+    )
+    prompts = _some_prompts(recipe)
+    asked = sum(len(chat.prompt_ids(prompt.messages)) for prompt in prompts) / len(prompts)
+    counts: Counter[str] = Counter()
+    engine = Metered(_Counting(fill), chat, counts)
+    actors = Actors(engine, None, PromptSet(recipe.method.prompt_set), 0, recipe.seed)
+    list(recipe.method.generate(prompts, actors))
+    drawn, read = counts[GENERATED] / len(prompts), counts[READ] / len(prompts)
+    loop, answer = recipe.loop, fill * recipe.method.sampling.max_new_tokens
+    played = loop.rounds * loop.prompts_per_round
+    # Under mix_previous each round but the last one's pairs are trained on twice.
+    pairs = played + (loop.mix_previous * (loop.rounds - 1) * loop.prompts_per_round)
+    pair = asked + len(recipe.method.roles) * answer
+    measured = recipe.evaluate.prompts * (1 + (loop.rounds if recipe.evaluate.every_round else 1))
+    own = recipe.evaluate.introspection
+    return Work(
+        generated=round(played * drawn),
+        read=round(played * read),
+        trained=round(pairs * pair * recipe.train.epochs),
+        reference=round(pairs * pair) if recipe.method.needs_reference else 0,
+        measured_generated=round(measured * (answer + own * drawn)),
+        # Each answer is read by the policy and by the initial one.
+        measured_read=round(measured * (asked + 2 * (asked + answer) + own * read)),
+    )
+
+
+def _some_prompts(recipe: Recipe) -> list[Prompt]:
+    found: list[Prompt] = []
+    for source in recipe.data.sources("train"):
+        rows = read_prompts(
+            source,
+            recipe.data,
+            part="train",
+            needs_target=recipe.needs_target,
+            needs_pairs=recipe.method.needs_pairs,
+        )
+        found += list(islice(rows, _SAMPLE))
+    return found[:_SAMPLE]
+
+
+# Rates.
+
+
+def rates_here(recipe: Recipe, limit: float = 20.0) -> Callable[[Shape], Rates]:
+    """Time products of the model's own shapes on this machine's CPU for `limit` seconds at most; the rates are those of
+    a machine that does nothing else."""
+
+    def measure(shape: Shape) -> Rates:
+        dtype = initial_dtype(recipe.model, torch.device("cpu"))
+        share = min(0.5, 0.8 * limit / max(1, 2 * len(shape.linears)))
+        rows = min(recipe.generate.batch_size, recipe.loop.prompts_per_round)
+        few = _product_rate(shape, rows, dtype, share)
+        many = _product_rate(shape, 1024, dtype, share)
+        threads = torch.get_num_threads()
+        return Rates(
+            few * threads * DECODES,
+            many * threads * READS,
+            many * threads * TRAINS,
+            f"this machine with nothing else to do, {threads} threads",
+        )
+
+    return measure
+
+
+def _product_rate(shape: Shape, rows: int, dtype: torch.dtype, seconds: float) -> float:
+    """Operations a second of one thread over all linear layers, each as often as the model has it, `seconds` for each kind.
+
+    The thread's own time counts, not the clock's: what others do here at this moment is left out.
+    """
+    threads, operations, total = torch.get_num_threads(), 0.0, 0.0
+    torch.set_num_threads(1)
+    try:
+        for (out, inner), count in shape.linears.items():
+            product = _product(
+                torch.randn(rows, inner).to(dtype), torch.randn(out, inner).to(dtype)
+            )
+            product()
+            best, end = float("inf"), time.perf_counter() + seconds
+            while best == float("inf") or time.perf_counter() < end:
+                begin = time.thread_time()
+                product()
+                best = min(best, time.thread_time() - begin)
+            total += count * max(best, 1e-9)
+            operations += count * 2.0 * rows * out * inner
+    finally:
+        torch.set_num_threads(threads)
+    return operations / total
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
+    """The product as generation computes it: in float32 with weights in oneDNN's order."""
+    if weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return lambda: nn.functional.linear(x, weight)
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return lambda: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
+
+
+def rates_of(gpus: str, recipe: Recipe) -> Callable[[Shape], Rates]:
+    """Rates of named GPUs, such as 8xH100. Raises RecipeError for one that is not in the table."""
+    found = re.fullmatch(r"(?:(\d+)\s*x\s*)?([A-Za-z0-9]+)", gpus.strip())
+    known = {name.lower(): name for name in GPUS}
+    if found is None or found[2].lower() not in known or found[1] == "0":
+        raise RecipeError(
+            f"--gpus {gpus!r} is not known; write 8xH100, with one of {', '.join(GPUS)}"
+        )
+    name, count = known[found[2].lower()], int(found[1] or 1)
+    gpu = GPUS[name]
+
+    def rates(shape: Shape) -> Rates:
+        peak = gpu.tflops * 1e12 * count
+        # A step of decoding reads all weights once, in two bytes each, for a batch of answers.
+        steps = GPU_DECODES * gpu.bandwidth * 1e9 / (2.0 * shape.multiplying)
+        decode = min(
+            GPU_TRAINS * peak, count * steps * recipe.generate.batch_size * 2.0 * shape.multiplying
+        )
+        where = f"{count} x {name}, {GPU_TRAINS:.0%} of its peak, decoding at {GPU_DECODES:.0%} of its bandwidth"
+        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where, gpu.memory)
+
+    return rates
+
+
+# Memory and disk.
+
+
+def memory(recipe: Recipe, shape: Shape) -> dict[str, float]:
+    """Peak MB of one process: weights, and what generation (merged copies, cache) or training (gradients, optimiser,
+    activations, log-probs over the vocabulary) adds."""
+    sampling, train = recipe.method.sampling, recipe.train
+    weights = shape.weights * shape.bytes + 4.0 * shape.trained
+    full = recipe.model.tuning == "full"
+    copies = 0 if full or recipe.model.quantization else shape.multiplying * shape.bytes
+    if not full and recipe.model.quantization is None and shape.bytes == 4:
+        copies *= 2  # and once more in the order that products on CPUs read
+    slots = recipe.generate.batch_size * (recipe.data.max_prompt_tokens + sampling.max_new_tokens)
+    cache = slots * shape.key_values * shape.bytes
+    states = {"adamw": 8, "rmsprop": 4}[train.optimizer] + 4
+    row = max(train.token_budget, 1)
+    # About 16 numbers of the hidden size are kept for a token and layer; one where they are computed again.
+    kept = shape.layers * (1 if recipe.model.gradient_checkpointing else 16)
+    activations = row * shape.hidden * kept * max(2, shape.bytes)
+    generate, training = weights + copies + cache, weights + states * shape.trained + activations
+    return {
+        "generate": _PROGRAM_MB + generate / 1e6,
+        "train": _PROGRAM_MB + training / 1e6,
+    }
+
+
+def disk(recipe: Recipe, shape: Shape, work: Work) -> float:
+    """MB of all rounds' policies and carried optimisers, the recommended policy once more, and texts with their tokens."""
+    rounds = recipe.loop.rounds
+    kept = rounds if recipe.train.keep_last is None else min(rounds, recipe.train.keep_last)
+    states = {"adamw": 8, "rmsprop": 4}[recipe.train.optimizer] * recipe.loop.carry_optimizer
+    policies = ((kept + 1) * 4.0 + kept * states) * shape.trained
+    records = 60.0 * (work.generated + work.measured_generated)
+    return (policies + records) / 1e6
+
+
+# Beside what was measured.
+
+
+def measured_work(spent: Spent, expected: Work, reference: int) -> Work:
+    """The tokens that a finished run spent; those of measuring are not in its manifests and stay estimated."""
+    return Work(
+        spent.generated_tokens,
+        spent.read_tokens,
+        spent.trained_tokens,
+        reference,
+        expected.measured_generated,
+        expected.measured_read,
+    )
+
+
+def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) -> list[str]:
+    """A finished run's own recipe estimated, beside what its manifests say. Raises RunFolderError."""
+    from prefloop.recipe import load_recipe
+    from prefloop.run.cost import spent
+    from prefloop.run_folder import read_run
+
+    run = read_run(folder)
+    recipe = load_recipe(str(folder / "recipe.yaml"))
+    found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]
+    at = rates(recipe)
+    guess = estimate(recipe, at)
+    reference = sum(int(manifest.get("reference_tokens", 0)) for manifest in trained)
+    known = estimate(recipe, at, measured_work(found, guess.work, reference))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    rows = [
+        ("tokens drawn", guess.work.generated, known.work.generated, found.generated_tokens),
+        ("tokens read", guess.work.read, known.work.read, found.read_tokens),
+        ("tokens trained", guess.work.trained, known.work.trained, found.trained_tokens),
+        ("FLOPs", guess.flops, known.flops, found.flops),
+        *(
+            (f"seconds, {name}", guess.seconds[name], known.seconds[name], found.seconds_by_stage.get(name, 0.0))
+            for name in ("generate", "train", "evaluate")
+        ),
+        ("peak MB", max(guess.memory_mb.values()), max(known.memory_mb.values()), found.peak_memory_mb),
+        ("disk MB", guess.disk_mb, known.disk_mb, size),
+    ]  # fmt: skip
+    lines = [f"{'':18}{'estimated':>12}{'tokens known':>14}{'measured':>12}"]
+    return lines + [f"{name:18}{a:>12.4g}{b:>14.4g}{c:>12.4g}" for name, a, b, c in rows]

@@ -1,0 +1,123 @@
+"""What a run is said to take: counts that are exact, rates that are proportional, a finished run beside its estimate."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from prefloop.cli import app
+from prefloop.errors import RecipeError
+from prefloop.models.policy import Policy
+from prefloop.recipe import Recipe
+from prefloop.run.cost import spent
+from prefloop.run.estimate import (
+    FILL,
+    READS,
+    TRAINS,
+    Rates,
+    Shape,
+    Work,
+    beside,
+    count_work,
+    estimate,
+    model_shape,
+    rates_here,
+    rates_of,
+)
+from prefloop.run_folder import read_run
+from tests.run.test_clean import play, recipe
+
+
+def even(shape: Shape) -> Rates:
+    """A machine of round numbers."""
+    return Rates(1e9, 2e9, 4e9, "a machine of round numbers")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_models_numbers_are_those_of_the_loaded_one(model_folder: Path, tuning: str) -> None:
+    chosen = recipe(model_folder, model={"tuning": tuning, "lora": {"r": 4}})
+    shape, policy = model_shape(chosen), Policy.load(chosen.model)
+    assert shape.multiplying == policy.multiplying_weights
+    assert shape.trained == sum(w.numel() for w in policy.model.parameters() if w.requires_grad)
+    base: Any = policy.model if tuning == "full" else policy.model.get_base_model()
+    numbers = {n: w.numel() for n, w in base.named_parameters() if "lora_" not in n}
+    assert shape.weights == sum(numbers.values())
+
+
+def test_tokens_are_those_that_the_method_asks_for(model_folder: Path) -> None:
+    spin = recipe(
+        model_folder,
+        method={"name": "spin", "sampling": {"max_new_tokens": 50}, "gates": {}},
+        loop={"rounds": 3, "prompts_per_round": 4, "mix_previous": True, "carry_optimizer": False},
+        train={"epochs": 2},
+        evaluate={"prompts": 2, "introspection": False},
+    )  # fmt: skip
+    work = count_work(spin)
+    # One answer to each of four prompts in three rounds; the start and three rounds are measured on two.
+    assert work.generated == pytest.approx(3 * 4 * FILL * 50)
+    assert work.measured_generated == pytest.approx(4 * 2 * FILL * 50)
+    assert work.read > 0
+    # Pairs of the rounds before the last are trained on twice, each time in two epochs.
+    assert work.trained == pytest.approx(2 * work.reference, abs=1)
+    longer = spin.model_copy(update={"loop": spin.loop.model_copy(update={"rounds": 6})})
+    assert count_work(longer).generated == 2 * work.generated
+
+
+def test_hours_follow_from_operations_and_rates(model_folder: Path) -> None:
+    chosen = recipe(model_folder)
+    work, n = Work(1000, 500, 300, 100, 20, 10), 2.0 * model_shape(chosen).multiplying
+    found = estimate(chosen, even, work)
+    assert found.flops == n * (1000 + 500 + 2 * 300 + 100)
+    assert found.seconds == {
+        "generate": pytest.approx(n * (1000 / 1e9 + 500 / 2e9)),
+        "train": pytest.approx(n * 700 / 4e9),
+        "evaluate": pytest.approx(n * (20 / 1e9 + 10 / 2e9)),
+    }
+    full = chosen.model_copy(update={"model": chosen.model.model_copy(update={"tuning": "full"})})
+    assert estimate(full, even, work).flops == n * (1000 + 500 + 3 * 300 + 100)
+    assert estimate(full, even, work).memory_mb["train"] > found.memory_mb["train"]
+
+
+def test_named_gpus_are_as_many_times_faster_and_unknown_ones_named(model_folder: Path) -> None:
+    chosen = recipe(model_folder)
+    shape = model_shape(chosen)
+    one, eight = rates_of("H100", chosen)(shape), rates_of("8xh100", chosen)(shape)
+    assert eight.train == 8 * one.train == 8 * 0.35 * 989e12
+    assert eight.decode == pytest.approx(8 * one.decode)
+    for wrong in ("8xH1000", "0xH100", "many"):
+        with pytest.raises(RecipeError, match="write 8xH100, with one of 4090"):
+            rates_of(wrong, chosen)
+
+
+def test_this_machine_is_timed_in_a_moment(model_folder: Path) -> None:
+    chosen = recipe(model_folder)
+    rates = rates_here(chosen, limit=0.1)(model_shape(chosen))
+    assert rates.decode > 0
+    assert rates.train == pytest.approx(rates.prefill * TRAINS / READS)
+
+
+def test_a_finished_run_stands_beside_its_estimate(model_folder: Path, tmp_path: Path) -> None:
+    chosen: Recipe = recipe(model_folder)
+    folder = play(chosen, tmp_path / "run")
+    lines = beside(folder, lambda r: even)
+    rows = {line[:18].strip(): line[18:].split() for line in lines[1:]}
+    found = spent(read_run(folder), chosen)
+    for name, value in {
+        "tokens drawn": found.generated_tokens,
+        "tokens trained": found.trained_tokens,
+        "FLOPs": found.flops,
+    }.items():
+        _, known, measured = map(float, rows[name])
+        assert known == measured == pytest.approx(value, rel=1e-3)
+    guessed, _, read = map(float, rows["tokens read"])
+    assert guessed == pytest.approx(read, rel=0.5)
+
+
+def test_the_command_prints_all_of_it(model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "clean.yaml"
+    path.write_text(recipe(model_folder).dump(), encoding="utf-8")
+    told = CliRunner().invoke(app, ["check", str(path), "--estimate", "--gpus", "8xL20"])
+    assert told.exit_code == 0, told.output
+    for word in ("tokens ", "FLOPs ", "hours ", "8 x L20", "memory ", "disk "):
+        assert word in told.output
