@@ -94,6 +94,24 @@ def test_neighbours_of_like_length_are_read_together() -> None:
     assert [g.length for g in groups] == [128, 128, 4032]
 
 
+def test_groups_read_the_fewest_positions() -> None:
+    """Conversations are admitted longest first, so that lengths fall by little from slot to slot."""
+    singles = [(slot, 413 - 5 * slot) for slot in range(64)]
+    groups = _group(singles)
+    assert [slot for g in groups for slot in range(g.slots.start, g.slots.stop)] == list(range(64))
+    for g in groups:
+        longest = max(position + 1 for _, position in singles[g.rows])
+        assert longest <= g.length < longest + 32
+    needed = sum(position + 1 for _, position in singles)
+    assert sum(g.length * (g.slots.stop - g.slots.start) for g in groups) < 1.2 * needed
+    assert needed < 0.65 * 64 * 414, "one group would read much more"
+
+
+def test_slots_apart_are_never_read_together() -> None:
+    assert [g.slots for g in _group([(0, 9), (2, 9), (3, 9)])] == [slice(0, 1), slice(2, 4)]
+    assert _group([]) == []
+
+
 def fail_inside(model: Any) -> None:
     with slot_attention(model):
         assert model.config._attn_implementation == ATTENTION
