@@ -18,7 +18,7 @@ from prefloop.records import Message, Request, Sampling
 def begun(slots: Slots, slot: int, ids: list[int], present: int) -> None:
     found = slots.find(ids, [slot])
     slots.begin(found, ids)
-    slots.computed(slot, present)
+    slots.computed(slot, present, tiled=True)
 
 
 def test_a_conversation_starts_from_the_longest_common_beginning() -> None:
@@ -48,6 +48,25 @@ def test_the_last_two_tokens_are_always_computed() -> None:
     slots = Slots(2, 32)
     begun(slots, 0, [1, 2, 3, 4], 4)
     assert slots.find([1, 2, 3, 4], [1]).shared == 2
+
+
+def test_what_was_computed_singly_is_not_shared_where_bits_count() -> None:
+    slots = Slots(3, 32)
+    begun(slots, 0, list(range(9)), 6)
+    slots.computed(0, 7, tiled=False)
+    slots.computed(0, 9, tiled=True)
+    asked = [*range(9), 50, 51, 52]
+    assert slots.find(asked, [1]).shared == 9
+    assert slots.find(asked, [1], tiled=True).shared == 6
+    slots.begin(slots.find(asked, [1]), asked)
+    assert slots.find(asked, [2], tiled=True).shared == 6, "a copy knows it too"
+
+
+def test_nothing_is_coming_from_a_conversation_that_has_ended() -> None:
+    slots = Slots(2, 64)
+    begun(slots, 0, list(range(40)), 3)
+    assert slots.find([*range(40), 1, 2], [1]).coming == 40
+    assert slots.find([*range(40), 1, 2], [0, 1]).coming == 0
 
 
 def test_after_an_interruption_the_same_prompt_is_not_waited_for(
