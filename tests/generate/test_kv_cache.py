@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.generate import decode
+from prefloop.generate import cpu_linear, decode
 from prefloop.generate.cache_attention import ATTENTION, _group, slot_attention
 from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.hf_engine import HFEngine
@@ -170,3 +170,22 @@ def test_a_row_of_reordered_linears_is_the_same_among_any_number_of_rows(width: 
         for count in (1, 2, 3, 5, 17, 63):
             assert torch.equal(layer(rows[:, :count]), together[:, :count]), count
     torch.testing.assert_close(together, layer(rows))
+
+
+def test_bfloat16_layers_are_reordered_where_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
+    rows = torch.randn(1, 3, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(
+            rows.float(), layer.weight.float(), layer.bias.float()
+        )
+        with ReorderedLinears(layer).in_use():
+            assert ("forward" in layer.__dict__) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            for count in (1, 3):
+                found = layer(rows[:, :count])
+                torch.testing.assert_close(found.float(), expected[:, :count], atol=0.02, rtol=0.02)
+        monkeypatch.setattr(cpu_linear, "_has_bfloat16", lambda: False)
+        with ReorderedLinears(layer).in_use():
+            assert "forward" not in layer.__dict__, "oneDNN would refuse it"
