@@ -3,7 +3,8 @@
 The same prompts go through transformers' `generate` (in the best of a few batch sizes and dtypes), this
 engine and, where a Python with vLLM is named, vLLM; with stop tokens ignored and with stop tokens. Each
 runs in a process of its own, one after the other, so that its peak memory is its own. The limit is the
-time that the model's matrix products alone take, measured in the same run, at the same rows.
+time that the model's matrix products alone take, in the engine's own dtype, measured in the same run, at the
+same rows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 _TEMPERATURE, _TOP_P = 0.7, 0.95
 _PREFILL_ROWS = 512
 _VLLM_ROWS = 64
+_LIMITS = ("decode_seconds", "prefill_seconds")
 
 
 def prompts(count: int, shortest: int, longest: int, seed: int) -> list[str]:
@@ -161,13 +163,14 @@ def run_generate(job: Mapping[str, Any]) -> dict[str, Any]:
 def run_limit(job: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds a row of all matrix products of one forward pass, at the engine's rows and at a prefill's.
 
-    Each is taken in the faster of torch's plain product and oneDNN's with reordered weights.
+    In the job's dtype, which an engine is to be compared with; each is taken in the faster of torch's plain
+    product and oneDNN's with reordered weights.
     """
     import torch
     from torch import nn
     from torch.nn import functional
 
-    model, _ = _load(job)
+    model, _ = _load(job, job["dtype"])
     head = model.get_output_embeddings()
     with torch.inference_mode():
         layers = [
@@ -177,7 +180,7 @@ def run_limit(job: Mapping[str, Any]) -> dict[str, Any]:
         ]
 
         def seconds(rows: int, with_head: bool) -> float:
-            inputs = {w.shape[1]: torch.randn(rows, w.shape[1]) for _, w, _ in layers}
+            inputs = {w.shape[1]: w.new_empty(rows, w.shape[1]).normal_() for _, w, _ in layers}
             used = [layer for layer in layers if with_head or not layer[0]]
 
             def plain() -> None:
@@ -200,6 +203,7 @@ def run_limit(job: Mapping[str, Any]) -> dict[str, Any]:
             return min(times) / rows
 
         return {
+            "dtype": str(layers[0][1].dtype).removeprefix("torch."),
             "decode_seconds": seconds(job["slots"], with_head=True),
             "prefill_seconds": seconds(_PREFILL_ROWS, with_head=False),
         }
@@ -313,7 +317,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         else {"float32": options.generate_rows},
     }
     here = sys.executable
-    found: dict[str, Any] = {"limit": _in_process(here, "limit", job, folder)}
+    before = _limits(options, job, folder)
+    found: dict[str, Any] = {}
     for name in options.engines:
         if name == "vllm":
             if options.vllm_python:
@@ -323,20 +328,42 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     )
         else:
             found[name] = _in_process(here, name, job, folder)
-    again = _in_process(here, "limit", job, folder)
     # The machine may be busier at one end of the run; the limit is the better of both.
-    limit = {key: min(value, again[key]) for key, value in found.pop("limit").items()}
+    after = _limits(options, job, folder)
+    limits = {
+        dtype: {key: min(before[dtype][key], after[dtype][key]) for key in _LIMITS}
+        for dtype in before
+    }
     prompt_tokens = sum(map(len, ids))
     for engine in found.values():
-        engine |= _shares(engine, limit, prompt_tokens)
+        engine |= _shares(engine, limits[engine["dtype"]], prompt_tokens)
     return {
         "engines": found,
-        "limit_decode_tokens_per_second": 1 / limit["decode_seconds"],
-        "limit_prefill_tokens_per_second": 1 / limit["prefill_seconds"],
+        "limit_decode_tokens_per_second": {
+            dtype: 1 / limit["decode_seconds"] for dtype, limit in limits.items()
+        },
+        "limit_prefill_tokens_per_second": {
+            dtype: 1 / limit["prefill_seconds"] for dtype, limit in limits.items()
+        },
         "prompts": len(ids),
         "prompt_tokens": prompt_tokens,
         "new_tokens": options.new_tokens,
         "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count())),
+    }
+
+
+def _limits(
+    options: argparse.Namespace, job: Mapping[str, Any], folder: Path
+) -> dict[str, dict[str, Any]]:
+    """The limit in every dtype that an engine may run in."""
+    dtypes = {options.dtype}
+    if "generate" in options.engines:
+        dtypes |= set(job["trials"])
+    if "vllm" in options.engines and options.vllm_python:
+        dtypes |= set(options.vllm_dtypes)
+    return {
+        dtype: _in_process(sys.executable, "limit", {**job, "dtype": dtype}, folder)
+        for dtype in sorted(dtypes)
     }
 
 

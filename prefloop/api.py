@@ -38,7 +38,6 @@ def run(
     from rich.console import Console
 
     from prefloop.recipe.check import check_recipe
-    from prefloop.report.html import write_report
     from prefloop.run.loop import run as play
 
     if isinstance(recipe, Recipe):
@@ -52,6 +51,9 @@ def run(
     outcome = play(
         recipe, place, Console(highlight=False, quiet=quiet), accept_changes=accept_changes
     )
+    # It draws: matplotlib is not waited for before the first round.
+    from prefloop.report.html import write_report
+
     write_report([outcome.folder], outcome.folder / "report.html")
     return Run(outcome.folder)
 

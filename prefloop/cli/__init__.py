@@ -226,7 +226,6 @@ def run(
     loaded = load_recipe(recipe, overrides or ())
     for text in check_recipe(loaded):
         note(f"note: {text}")
-    from prefloop.report.html import write_report
     from prefloop.report.summary import outcome_json, show_outcome
     from prefloop.run.loop import run as play
 
@@ -234,6 +233,9 @@ def run(
     console = progress_console(quiet=as_json)
     folder = out or Path("runs") / loaded.name
     outcome = play(loaded, folder, console, accept_changes=accept_changes)
+    # It draws: matplotlib is not waited for before the first round.
+    from prefloop.report.html import write_report
+
     write_report([outcome.folder], outcome.folder / "report.html")
     if as_json:
         typer.echo(outcome_json(outcome))

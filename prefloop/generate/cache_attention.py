@@ -107,27 +107,29 @@ def _additive_mask(visible: Tensor) -> Tensor:
 
 
 def _group(singles: Sequence[tuple[int, int]]) -> list[Group]:
-    """Groups of neighbouring slots, divided where padding to the longest costs more than another group."""
+    """Groups of neighbouring slots by (slot, position): the division that reads the fewest positions, groups counted too."""
+    slots_R = np.array([slot for slot, _ in singles], dtype=np.int64)
+    lengths_R = np.array([position + 1 for _, position in singles], dtype=np.int64)
+    lengths_R = -(-lengths_R // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    costs, firsts = [0], [0]
+    run = 0
+    for end in range(1, len(singles) + 1):
+        if end > 1 and slots_R[end - 1] != slots_R[end - 2] + 1:
+            run = end - 1
+        # What rows up to `end` cost, for each row of the run that the last group may begin with.
+        longest = np.maximum.accumulate(lengths_R[run:end][::-1])[::-1]
+        found = np.array(costs[run:end]) + longest * np.arange(end - run, 0, -1)
+        best = int(found.argmin())
+        costs.append(int(found[best]) + _GROUP_COST)
+        firsts.append(run + best)
     groups: list[Group] = []
-    first, longest, total = 0, 0, 0
-    for row, (slot, position) in enumerate(singles):
-        length = position + 1
-        joined_length, size = max(longest, length), row - first + 1
-        joined_waste = joined_length * size - (total + length)
-        separate_waste = longest * (size - 1) - total
-        neighbour = row > first and slot == singles[row - 1][0] + 1
-        if row > first and not (neighbour and joined_waste <= separate_waste + _GROUP_COST):
-            groups.append(_make_group(singles, first, row, longest))
-            first, longest, total = row, 0, 0
-        longest, total = max(longest, length), total + length
-    if singles:
-        groups.append(_make_group(singles, first, len(singles), longest))
-    return groups
-
-
-def _make_group(singles: Sequence[tuple[int, int]], first: int, end: int, length: int) -> Group:
-    slots = slice(singles[first][0], singles[end - 1][0] + 1)
-    return Group(slice(first, end), slots, -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
+    end = len(singles)
+    while end:
+        first = firsts[end]
+        slots = slice(int(slots_R[first]), int(slots_R[end - 1]) + 1)
+        groups.append(Group(slice(first, end), slots, int(lengths_R[first:end].max())))
+        end = first
+    return groups[::-1]
 
 
 def _attention_function(
@@ -164,7 +166,9 @@ def _attend_group(
     if G > 1 and G % 2:
         # Products of three rows took 1.5 times as long as those of four.
         query_PKGD = functional.pad(query_PKGD, (0, 0, 0, 1))
-    scores_PKGT = torch.matmul(query_PKGD, keys_PKTD.transpose(2, 3)).float()
+    # Keys come first: as the second factor they would be copied to where products like them.
+    scores_PKTG = torch.matmul(keys_PKTD, query_PKGD.transpose(2, 3))
+    scores_PKGT = scores_PKTG.transpose(2, 3).float().contiguous()
     mask_P11T = step.mask(group_index, window)
     if mask_P11T is not None:
         scores_PKGT += mask_P11T

@@ -37,7 +37,7 @@ def _bits(values: Tensor) -> int:
 
 
 class ReorderedLinears:
-    """Copies of a model's linear weights in oneDNN's layout; of float32 weights on CPUs only."""
+    """Copies of a model's linear weights in oneDNN's layout, on CPUs: of float32, and of bfloat16 that they multiply."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [
@@ -74,12 +74,17 @@ class _Reordered:
 
 
 def _can_reorder(layer: nn.Linear) -> bool:
-    """Whether the layer is float32 on the CPU, and no hook has replaced its forward."""
+    """Whether oneDNN multiplies the layer's weights on this CPU, and no hook has replaced its forward."""
     weight = layer.weight
     return (
         weight.device.type == "cpu"
         and type(weight) is nn.Parameter  # not a quantised one
-        and weight.dtype == torch.float32
         and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16()))
         and "forward" not in layer.__dict__
     )
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

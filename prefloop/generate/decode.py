@@ -190,16 +190,24 @@ def decode(
 
 
 def _admit(slots: Slots, tasks: Sequence[Task], waiting: deque[int], running: list[_Row]) -> None:
-    """Assign free slots to waiting tasks."""
+    """Assign free slots to waiting tasks.
+
+    A task that can soon copy what another is computing is passed by, with a free slot left for it: several samples
+    of a prompt start side by side, and the prompt is computed once.
+    """
     free = set(range(slots.count)) - {row.slot for row in running}
-    while waiting and free:
-        prompt = tasks[waiting[0]].prompt
+    later: list[int] = []
+    while waiting and len(free) > len(later):
+        task_index = waiting.popleft()
+        prompt = tasks[task_index].prompt
         match = slots.find(prompt, free)
         if match.coming >= match.shared + WORTH_WAITING:
-            break
+            later.append(task_index)
+            continue
         slots.begin(match, prompt)
         free.remove(match.slot)
-        running.append(_Row(waiting.popleft(), list(prompt), match.slot, match.shared))
+        running.append(_Row(task_index, list(prompt), match.slot, match.shared))
+    waiting.extendleft(reversed(later))
 
 
 def _feed(running: Sequence[_Row]) -> list[tuple[_Row, int]]:
@@ -230,7 +238,7 @@ def _forward(model: Any, slots: Slots, fed: Sequence[tuple[_Row, int]]) -> Tenso
     logits_EV = feed(model, ids, ends, step)
     for row, count in fed:
         row.present += count
-        slots.computed(row.slot, row.present)
+        slots.computed(row.slot, row.present, tiled=count > 1)
     return logits_EV
 
 

@@ -236,10 +236,12 @@ class HFEngine:
                 # Scoring so keeps the logits of every position, decoding those of one.
                 self._batched([list(row.ids) for row in wanted], forward, share=4)
             while todo := [place for place in range(len(wanted)) if place not in found]:
-                with self._halve_batch_on_oom(longest), self._patched_model():
+                with self._halve_batch_on_oom(longest):
                     rows = [wanted[place] for place in todo]
-                    slots = Slots(_slots_for(longest, len(rows), self.batch_size), longest)
-                    score(self.model, slots, rows, top, partial(_at_place, finished, todo))
+                    count = _slots_for(longest, len(rows), self.batch_size)
+                    done = partial(_at_place, finished, todo)
+                    with self._with_slots(count, longest) as slots:
+                        score(self.model, slots, count, rows, top, done)
         return [found[place] for place in range(len(wanted))]
 
     def choose(
@@ -252,6 +254,18 @@ class HFEngine:
         ]
         firsts = [self.chat.option_ids(r.messages, options, r.prefix) for r in requests]
         with _evaluating(self.model):
+            if rows and self._servable(max(map(len, rows)) + 1):
+                # Rows that differ in their last token alone are one row of scoring.
+                wanted = [
+                    Wanted([*row, first], len(row))
+                    for row, options_of_row in zip(rows, firsts, strict=True)
+                    for first in options_of_row
+                ]
+                found = iter(self._score(wanted, 0))
+                return [
+                    tuple(math.exp(next(found).logprobs[0]) for _ in options_of_row)
+                    for options_of_row in firsts
+                ]
 
             def forward(places: list[int]) -> list[tuple[float, ...]]:
                 batch = [rows[place] for place in places]

@@ -44,6 +44,7 @@ class Slots:
         self._ids = np.full((count, capacity), -1, dtype=np.int64)
         self._lengths = np.zeros(count, dtype=np.int64)
         self._computed = np.zeros(count, dtype=np.int64)
+        self._tiled = np.zeros(count, dtype=np.int64)
 
     def write(self, layer: int, new: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> None:
         """Store one layer's new keys and values, each (K, N, D), at slots and positions, each (N,)."""
@@ -67,20 +68,24 @@ class Slots:
         keys_SKCD, values_SKCD = self._layers[layer]
         return keys_SKCD[slots, :, :length], values_SKCD[slots, :, :length]
 
-    def find(self, ids: Sequence[int], free: Collection[int]) -> SlotMatch:
+    def find(self, ids: Sequence[int], free: Collection[int], *, tiled: bool = False) -> SlotMatch:
         """The slot for a conversation that starts with `ids`, and the slot whose prefix it can reuse.
 
-        The last two tokens are never reused, as logits are computed at the last token of a segment.
+        The last two tokens are never reused, as logits are computed at the last token of a segment. With `tiled`
+        only what was computed in tiles is: keys of sampled tokens have other last bits.
         """
         prefix = np.asarray(ids[:-2], dtype=np.int64)
         common = (self._ids[:, : len(prefix)] == prefix).cumprod(axis=1).sum(axis=1)
-        available = np.minimum(common, self._computed)
+        available = np.minimum(common, self._tiled if tiled else self._computed)
         source = int(available.argmax())
         # The free slot with the longest prefix, so that no other conversation is overwritten; else the emptiest.
         slot = max(free, key=lambda number: (available[number], -self._computed[number], -number))
         if available[slot] == available[source]:
             source = slot
-        coming = int(np.minimum(common, self._lengths).max())
+        busy = np.ones(self.count, dtype=bool)
+        busy[list(free)] = False
+        # Of a conversation that has ended nothing more is coming.
+        coming = int(np.minimum(common, self._lengths)[busy].max(initial=0))
         return SlotMatch(slot, source, int(available[source]), coming)
 
     def begin(self, match: SlotMatch, ids: Sequence[int]) -> None:
@@ -92,14 +97,17 @@ class Slots:
         self._ids[slot] = -1
         self._ids[slot, : len(ids)] = ids
         self._lengths[slot], self._computed[slot] = len(ids), shared
+        self._tiled[slot] = min(shared, int(self._tiled[source]))
 
     def follow(self, slot: int, token: int) -> None:
         """Append a token to a slot's conversation."""
         self._ids[slot, self._lengths[slot]] = token
         self._lengths[slot] += 1
 
-    def computed(self, slot: int, present: int) -> None:
-        """Record that the first `present` tokens of a slot have keys and values."""
+    def computed(self, slot: int, present: int, *, tiled: bool) -> None:
+        """Record that the first `present` tokens of a slot have keys and values, the newest computed in tiles or singly."""
+        if tiled and self._tiled[slot] == self._computed[slot]:
+            self._tiled[slot] = present
         self._computed[slot] = present
 
     def grow(self, count: int, capacity: int) -> None:
@@ -115,4 +123,5 @@ class Slots:
             larger._layers[layer] = wider
         larger._ids[:old, : self.capacity] = self._ids
         larger._lengths[:old], larger._computed[:old] = self._lengths, self._computed
+        larger._tiled[:old] = self._tiled
         self.__dict__.update(larger.__dict__)

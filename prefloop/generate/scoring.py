@@ -64,15 +64,19 @@ class _Row:
 def score(
     model: Any,
     slots: Slots,
+    count: int,
     wanted: Sequence[Wanted],
     top: int,
     finished: Callable[[int, TokenScores], None],
 ) -> None:
-    """Score every row; `finished` is told each place and its scores, with `top` alternatives a token."""
+    """Score every row in the first `count` slots, starting from what any slot holds.
+
+    `finished` is told each place and its scores, with `top` alternatives a token.
+    """
     waiting = deque(_distinct(wanted))
     running: list[_Row] = []
     while waiting or running:
-        _admit(slots, waiting, running)
+        _admit(slots, count, waiting, running)
         fed = _feed(running)
         _forward(model, slots, wanted, fed, top)
         for row in [row for row, _ in fed if not row.pending]:
@@ -130,16 +134,16 @@ def _distinct(wanted: Sequence[Wanted]) -> list[_Row]:
     return [rows[key] for key in sorted(rows)]
 
 
-def _admit(slots: Slots, waiting: deque[_Row], running: list[_Row]) -> None:
+def _admit(slots: Slots, count: int, waiting: deque[_Row], running: list[_Row]) -> None:
     """Give free slots to waiting rows until a step is full; who can soon copy a beginning goes on waiting."""
-    free = set(range(slots.count)) - {row.slot for row in running}
+    free = set(range(count)) - {row.slot for row in running}
     pending = sum(row.pending for row in running)
     later: list[_Row] = []
-    while waiting and free and pending < STEP_TOKENS and len(later) < slots.count:
+    while waiting and free and pending < STEP_TOKENS and len(later) < count:
         row = waiting.popleft()
         # What is before `first` can be shared. `find` leaves two tokens or more to be fed in any case: a single
         # one is computed otherwise, and the last bits would differ.
-        found = slots.find(row.ids[: row.first + 2], free)
+        found = slots.find(row.ids[: row.first + 2], free, tiled=True)
         if found.coming >= found.shared + WORTH_WAITING:
             later.append(row)
             continue
@@ -201,4 +205,4 @@ def _forward(
         _add(rows[place].scores[place], scores)
     for row, count in fed:
         row.present += count
-        slots.computed(row.slot, row.present)
+        slots.computed(row.slot, row.present, tiled=count > 1)

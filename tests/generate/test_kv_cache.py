@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefloop.generate import decode
+from prefloop.generate import cpu_linear, decode
 from prefloop.generate.cache_attention import ATTENTION, _group, slot_attention
 from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.hf_engine import HFEngine
@@ -18,7 +18,7 @@ from prefloop.records import Message, Request, Sampling
 def begun(slots: Slots, slot: int, ids: list[int], present: int) -> None:
     found = slots.find(ids, [slot])
     slots.begin(found, ids)
-    slots.computed(slot, present)
+    slots.computed(slot, present, tiled=True)
 
 
 def test_a_conversation_starts_from_the_longest_common_beginning() -> None:
@@ -48,6 +48,25 @@ def test_the_last_two_tokens_are_always_computed() -> None:
     slots = Slots(2, 32)
     begun(slots, 0, [1, 2, 3, 4], 4)
     assert slots.find([1, 2, 3, 4], [1]).shared == 2
+
+
+def test_what_was_computed_singly_is_not_shared_where_bits_count() -> None:
+    slots = Slots(3, 32)
+    begun(slots, 0, list(range(9)), 6)
+    slots.computed(0, 7, tiled=False)
+    slots.computed(0, 9, tiled=True)
+    asked = [*range(9), 50, 51, 52]
+    assert slots.find(asked, [1]).shared == 9
+    assert slots.find(asked, [1], tiled=True).shared == 6
+    slots.begin(slots.find(asked, [1]), asked)
+    assert slots.find(asked, [2], tiled=True).shared == 6, "a copy knows it too"
+
+
+def test_nothing_is_coming_from_a_conversation_that_has_ended() -> None:
+    slots = Slots(2, 64)
+    begun(slots, 0, list(range(40)), 3)
+    assert slots.find([*range(40), 1, 2], [1]).coming == 40
+    assert slots.find([*range(40), 1, 2], [0, 1]).coming == 0
 
 
 def test_after_an_interruption_the_same_prompt_is_not_waited_for(
@@ -94,6 +113,24 @@ def test_neighbours_of_like_length_are_read_together() -> None:
     assert [g.length for g in groups] == [128, 128, 4032]
 
 
+def test_groups_read_the_fewest_positions() -> None:
+    """Conversations are admitted longest first, so that lengths fall by little from slot to slot."""
+    singles = [(slot, 413 - 5 * slot) for slot in range(64)]
+    groups = _group(singles)
+    assert [slot for g in groups for slot in range(g.slots.start, g.slots.stop)] == list(range(64))
+    for g in groups:
+        longest = max(position + 1 for _, position in singles[g.rows])
+        assert longest <= g.length < longest + 32
+    needed = sum(position + 1 for _, position in singles)
+    assert sum(g.length * (g.slots.stop - g.slots.start) for g in groups) < 1.2 * needed
+    assert needed < 0.65 * 64 * 414, "one group would read much more"
+
+
+def test_slots_apart_are_never_read_together() -> None:
+    assert [g.slots for g in _group([(0, 9), (2, 9), (3, 9)])] == [slice(0, 1), slice(2, 4)]
+    assert _group([]) == []
+
+
 def fail_inside(model: Any) -> None:
     with slot_attention(model):
         assert model.config._attn_implementation == ATTENTION
@@ -133,3 +170,22 @@ def test_a_row_of_reordered_linears_is_the_same_among_any_number_of_rows(width: 
         for count in (1, 2, 3, 5, 17, 63):
             assert torch.equal(layer(rows[:, :count]), together[:, :count]), count
     torch.testing.assert_close(together, layer(rows))
+
+
+def test_bfloat16_layers_are_reordered_where_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = torch.nn.Linear(64, 96, dtype=torch.bfloat16)
+    rows = torch.randn(1, 3, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = torch.nn.functional.linear(
+            rows.float(), layer.weight.float(), layer.bias.float()
+        )
+        with ReorderedLinears(layer).in_use():
+            assert ("forward" in layer.__dict__) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            for count in (1, 3):
+                found = layer(rows[:, :count])
+                torch.testing.assert_close(found.float(), expected[:, :count], atol=0.02, rtol=0.02)
+        monkeypatch.setattr(cpu_linear, "_has_bfloat16", lambda: False)
+        with ReorderedLinears(layer).in_use():
+            assert "forward" not in layer.__dict__, "oneDNN would refuse it"
