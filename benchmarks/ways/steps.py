@@ -72,7 +72,8 @@ def read_groups(path: Path, policy: Policy, count: int) -> list[TokenGroup]:
 
 def mean_loss(logps: Sequence[Sequence[Tensor]], reference: list[list[float]]) -> Tensor:
     """DPO of pairs, SPACP of triples, from summed log-probs."""
-    ratios = torch.stack([torch.stack(list(group)) for group in logps]) - torch.tensor(reference)
+    sums = torch.stack([torch.stack(list(group)) for group in logps])
+    ratios = sums - torch.tensor(reference, device=sums.device)
     if ratios.shape[1] == 2:
         return dpo(ratios[:, 0], ratios[:, 1], beta=0.1).mean()
     return spacp(ratios[:, 0], ratios[:, 1], ratios[:, 2], eta=0.1, gamma=5.0, lam=1.0).mean()
@@ -100,10 +101,11 @@ def plain_step(model: nn.Module) -> Step:
         groups, reference = batch
         rows = [(g.prompt, c) for g in groups for c in g.completions]
         longest = max(len(p) + len(c) for p, c in rows)
-        ids_BT = torch.tensor([(*p, *c, *(0,) * (longest - len(p) - len(c))) for p, c in rows])
-        index_T = torch.arange(longest)
-        ends_B = torch.tensor([len(p) + len(c) for p, c in rows])
-        starts_B = torch.tensor([len(p) for p, _ in rows])
+        padded = [(*p, *c, *(0,) * (longest - len(p) - len(c))) for p, c in rows]
+        with next(model.parameters()).device:
+            ids_BT, index_T = torch.tensor(padded), torch.arange(longest)
+            ends_B = torch.tensor([len(p) + len(c) for p, c in rows])
+            starts_B = torch.tensor([len(p) for p, _ in rows])
         real_BT = index_T < ends_B[:, None]
         logits_BTV = model(input_ids=ids_BT, attention_mask=real_BT.long(), use_cache=False).logits
         logps_BT = logits_BTV[:, :-1].log_softmax(-1).gather(-1, ids_BT[:, 1:, None])[..., 0]
@@ -132,8 +134,8 @@ def trl_step(policy: Policy, lora: bool, *, fused: bool, folder: str) -> Step:
     config = DPOConfig(
         output_dir=folder,
         beta=0.1,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=policy.device.type == "cpu",
+        bf16=policy.model.dtype == torch.bfloat16,
         gradient_checkpointing=False,
         precompute_ref_log_probs=True,
         max_length=None,
