@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from prefloop.cli.switches import Verbosity
 from prefloop.models.policy import Policy
 from prefloop.records import Message, Prompt
 
@@ -85,6 +87,13 @@ def save_tiny_llama(folder: Path, tokenizer: Any, seed: int = 0) -> Path:
     tiny_llama(len(tokenizer), seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def usual_verbosity() -> Iterator[None]:
+    """A test that asks the command line for quiet leaves the next one's bars alone."""
+    yield
+    Verbosity.reset()
 
 
 @pytest.fixture

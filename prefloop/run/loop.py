@@ -44,7 +44,6 @@ from prefloop.records import (
     write_jsonl,
 )
 from prefloop.report.console import glance, stage_line
-from prefloop.report.html import write_report
 from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
 from prefloop.run.held_out import HELD_OUT, answer_and_score
@@ -84,6 +83,9 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
             results = loop.play()
             policy = loop.finish(results)
             if trackers.told:
+                # It draws: matplotlib is not waited for before the first round.
+                from prefloop.report.html import write_report
+
                 trackers.report(write_report([rundir.path], rundir.path / "report.html").page)
         rundir.event("end")
     return Outcome(folder, policy, results)

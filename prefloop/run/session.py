@@ -371,9 +371,9 @@ class Session:
         equal_to_reference = method.reference == "round_start" or round_dir.number == 0
         examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
         earlier = [p for p in win_rate_curve(self.rundir) if p.round < round_dir.number]
-        curve = TrainingCurve(self.recipe, self._in_training(), round_dir, first_step, earlier)
-        # From here on the weights in memory are those that will be saved there.
+        # From here on the weights in memory are those that will be saved there, and the curve measures them.
         self._policy_dir = round_dir.policy
+        curve = TrainingCurve(self.recipe, self._in_training(), round_dir, first_step, earlier)
         facts = trainer.run(
             Job(
                 examples=examples,

@@ -71,7 +71,7 @@ def test_another_method_takes_its_own_schedule_and_the_options_of_the_base_that_
 
 def test_a_base_is_named_or_written_out_and_paths_are_the_working_directorys(tmp_path, monkeypatch):
     named, _ = cells(comparison(base="quickstart-ial"), Path("x"))
-    assert named[0].recipe.loop.prompts_per_round == 24
+    assert named[0].recipe.loop.prompts_per_round == 96
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("method: {name: arop}\nloop: {rounds: 9}\n")
     own, _ = cells(comparison(base="mine.yaml"), Path("x"))

@@ -482,7 +482,7 @@ def test_embeddings_of_cut_texts_are_those_of_their_ends(encoder_folder):
 def test_a_damaged_head_is_one_sentence(encoder_folder, pairs_file, tmp_path):
     train_reward(head_recipe(encoder_folder, pairs_file), tmp_path / "r")
     (tmp_path / "r/model.safetensors").write_bytes(b"x")
-    with pytest.raises(RunFolderError, match=r"model\.safetensors is 1 bytes long"):
+    with pytest.raises(RunFolderError, match=r"model\.safetensors is 1 byte long"):
         RewardModel(model=str(tmp_path / "r")).open(None, PromptSet("compact"))
     (tmp_path / "r/report.json").unlink()  # of a head that nobody vouches for
     with pytest.raises(ModelError, match="damaged"):
@@ -501,7 +501,7 @@ def test_shipped_reward_recipes_load_and_say_what_they_are(name):
 def test_too_few_pairs_are_an_error_with_numbers(tmp_path):
     file = tmp_path / "one.jsonl"
     file.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
-    with pytest.raises(DataError, match="1 pairs give"):
+    with pytest.raises(DataError, match="1 pair gives"):
         load_pairs(recipe("x/y", str(file)))
 
 
