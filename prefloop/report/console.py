@@ -52,9 +52,9 @@ _CONTROLS |= {127: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 def measure_names(results: Sequence[RoundResult]) -> list[str]:
     """Every measure that any round has: those of MEASURES in that order, then the others by name."""
 
-    def sort_key(name: str) -> tuple[int, str]:
+    def sort_key(name: str) -> tuple[int, bool, str]:
         known = [i for i, key in enumerate(MEASURES) if name == key or name.startswith(f"{key}_")]
-        return (min(known) if known else len(MEASURES), name)
+        return (min(known) if known else len(MEASURES), name.endswith("_high"), name)
 
     return sorted({name for result in results for name in result.measures}, key=sort_key)
 
