@@ -88,6 +88,7 @@ def test_a_run_from_an_empty_folder_plays_with_what_is_in_the_wheel(
         "evaluate.prompts": 2,
         "method.sampling.max_new_tokens": 8,
         "method.advice.max_new_tokens": 8,
+        "method.gates.cut_off": "false",  # nothing ends within eight tokens
         "train.batch_size": 4,
     }
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
