@@ -97,6 +97,12 @@ def usual_verbosity() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that no power cut will end need not wait until its files are on the disk."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+@pytest.fixture
 def model(tokenizer: Any) -> LlamaForCausalLM:
     """A fresh tiny model; tests may change it."""
     return tiny_llama(len(tokenizer))

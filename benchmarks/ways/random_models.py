@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefloop.models import lora_linear
 from prefloop.models.adapter import lora_config
 from prefloop.models.policy import ModelOptions, Policy
+from tests import shapes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -47,13 +47,19 @@ def random_policy(
     shape: str, device: str, dtype: torch.dtype, *, adapter: bool = True, noise: float = 0.0
 ) -> Policy:
     """A policy with weights drawn by a fixed seed. `noise`: of LoRA's second matrix, which is 0 in a fresh adapter."""
+    tokenizer = shapes.byte_level(
+        shapes.CHATML,
+        ["<|im_start|>", "<|im_end|>"],
+        eos_token="<|im_end|>",
+        pad_token="<|im_start|>",
+    )
     config = LlamaConfig(
         **SHAPES[shape],
         max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         attn_implementation="sdpa",
     )
     name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
@@ -72,25 +78,4 @@ def random_policy(
             for key, weight in model.named_parameters():
                 if "lora_B" in key:
                     weight.normal_(std=noise)
-    return Policy(model.to(device).train(), byte_tokenizer(), options)
-
-
-def byte_tokenizer() -> Any:
-    """Bytes as tokens, with ChatML turns."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|im_start|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    return tokenizer
+    return Policy(model.to(device).train(), tokenizer, options)

@@ -35,6 +35,7 @@ Verdict = tuple[float, ...] | NoVerdict
 
 EMPTY = NoVerdict("empty response")
 ALONE = NoVerdict("nothing to compare with")
+NO_TARGET = NoVerdict("no target")
 NOT_FINITE = NoVerdict("score is not finite")
 
 

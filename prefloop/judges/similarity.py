@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 from sacrebleu.metrics.chrf import CHRF
 
-from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict, finite
+from prefloop.judges import EMPTY, NO_TARGET, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Prompt
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from prefloop.judges import Initial
     from prefloop.models.embedding import Embedder
 
-NO_TARGET = NoVerdict("no target")
 TOO_LONG = NoVerdict("longer than the embedding model's window")
 
 

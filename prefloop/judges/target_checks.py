@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from prefloop.judges import EMPTY, Judge, NoVerdict, OpenJudge, Verdict
+from prefloop.judges import EMPTY, NO_TARGET, Judge, OpenJudge, Verdict
 from prefloop.records import Prompt
 
 if TYPE_CHECKING:
     from prefloop.generate.engine import Engine
     from prefloop.generate.templates import PromptSet
     from prefloop.judges import Initial
-
-NO_TARGET = NoVerdict("no target")
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _BULLET = re.compile(r"^\s*(?:[*•+-]|\d+[.)])\s+\S", re.MULTILINE)

@@ -139,8 +139,8 @@ def test_a_recipe_gets_to_its_first_training_step(
     model_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    without_waiting_for_the_disk: None,
 ) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     shipped = load_recipe(name)
     assert shipped.data.train in (*SETS, "embedded:instructions"), "a set without rows here"
     if name == "arop-llama3-8b":
@@ -196,9 +196,8 @@ def test_a_reward_recipe_trains(
     model_folder: Path,
     encoder_folder: str,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    without_waiting_for_the_disk: None,
 ) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     shipped = load_reward_recipe(name)
     values = shipped.model_dump(mode="json")
     embedded = shipped.model.source.startswith("embedded:")

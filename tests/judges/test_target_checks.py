@@ -2,8 +2,8 @@
 
 import pytest
 
-from prefloop.judges import EMPTY
-from prefloop.judges.target_checks import NO_TARGET, TargetChecks
+from prefloop.judges import EMPTY, NO_TARGET
+from prefloop.judges.target_checks import TargetChecks
 from prefloop.records import Message, Prompt
 
 

@@ -95,7 +95,11 @@ def logps(model: Any) -> Tensor:
 def test_eight_bits_of_torchao_are_one_model_in_all_ways(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    quantization = pytest.importorskip("torchao.quantization", exc_type=ImportError)
+    quantization = pytest.importorskip(
+        "torchao.quantization",
+        reason="torchao is optional: pip install torchao",
+        exc_type=ImportError,
+    )
     from transformers import TorchAoConfig
 
     chosen = options(model_folder, INT8)

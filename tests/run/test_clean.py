@@ -23,6 +23,8 @@ from prefloop.run.verify import verify_run
 from prefloop.run_folder import read_run
 from tests.run.test_loop import OPEN, what_counts
 
+pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
+
 SHORT = {"max_new_tokens": 4}
 
 
@@ -45,11 +47,6 @@ def recipe(model_folder: Path, **changes: Any) -> Recipe:
 def play(recipe: Recipe, folder: Path) -> Path:
     run(recipe, folder, Console(file=StringIO()))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture

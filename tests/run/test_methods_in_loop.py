@@ -23,14 +23,11 @@ from prefloop.records import Pair, Request, Sampling
 from prefloop.run.loop import run
 from prefloop.run_folder import Outcome, read_metrics, read_run
 
+pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
+
 METHODS = [name for name in plugin_names(prefloop.methods) if name not in ("ial", "arop", "ppo")]
 """Without those whose loops have a test file of their own."""
 OPEN = {"cut_off": False, "identical": False, "meta_talk": False}
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")

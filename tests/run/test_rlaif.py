@@ -63,9 +63,8 @@ def test_drafts_become_pairs_a_reward_model_and_a_policy(
     model_folder: Path,
     encoder_folder: str,  # noqa: F811
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    without_waiting_for_the_disk: None,
 ) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     chain = recipe(model_folder, encoder_folder, tmp_path)
     said = StringIO()
     outcome = run(chain, tmp_path / "runs" / "rlaif", Console(file=said, width=200))

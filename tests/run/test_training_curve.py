@@ -25,6 +25,8 @@ from prefloop.run_folder import read_run
 from prefloop.train.trainer import Trainer
 from tests.run.test_loop import OPEN
 
+pytestmark = pytest.mark.usefixtures("without_waiting_for_the_disk")
+
 SHORT = {"max_new_tokens": 6}
 AROP = {"name": "arop", "sampling": SHORT, "gates": OPEN}
 
@@ -65,11 +67,6 @@ def recipe(model_folder: Path, **changes: Any) -> Recipe:
 def play(recipe: Recipe, folder: Path) -> Path:
     run(recipe, folder, Console(file=StringIO()))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="module")
