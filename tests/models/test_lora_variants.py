@@ -143,6 +143,30 @@ def test_parts_of_weights_that_cannot_be_taken_exactly_are_refused(model_folder:
         ModelOptions(dtype="bfloat16", lora=LoraOptions(init_lora_weights="pissa"))
 
 
+def test_only_linear_layers_can_be_split(model_folder: Path) -> None:
+    both = ["embed_tokens", "q_proj"]
+    with pytest.raises(ModelError, match=r"splits linear layers only, and .*embed_tokens is none"):
+        Policy.load(options(model_folder, target_modules=both, init_lora_weights="pissa"))
+
+
+def test_a_split_adapter_that_is_damaged_or_of_other_options_is_named(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    chosen = options(model_folder, target_modules=["q_proj"], init_lora_weights="olora")
+    Policy.load(chosen).save(tmp_path / "policy")
+    for lora, sentence in (
+        ({"target_modules": ["q_proj", "k_proj"]}, r"has none at .*k_proj; load it with its own"),
+        ({"target_modules": ["q_proj"], "r": 8}, r"has rank 8 at .*q_proj"),
+    ):
+        with pytest.raises(ModelError, match=sentence):
+            wrong = options(model_folder, init_lora_weights="olora", **lora)
+            Policy.load(wrong, tmp_path / "policy")
+    weights = tmp_path / "policy/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"policy does not fit .*file not fully covered"):
+        Policy.load(chosen, tmp_path / "policy")
+
+
 def test_weights_that_lie_transposed_are_split_by_pissa_and_refused_for_olora(
     tmp_path: Path,
 ) -> None:
