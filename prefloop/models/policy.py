@@ -248,10 +248,10 @@ class Policy:
             yield
             return
         kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-        for weight, added in self._adapted():
-            kept.append((weight, weight.data))
-            weight.data = added
         try:
+            for weight, added in self._adapted():
+                kept.append((weight, weight.data))
+                weight.data = added
             # The merged weights are the policy; its adapter must not be added a second time.
             with self._without_adapter():
                 self._unmerged = kept
