@@ -158,9 +158,9 @@ def test_a_split_adapter_that_is_damaged_or_of_other_options_is_named(
         ({"target_modules": ["q_proj", "k_proj"]}, r"has none at .*k_proj; load it with its own"),
         ({"target_modules": ["q_proj"], "r": 8}, r"has rank 8 at .*q_proj"),
     ):
+        other = options(model_folder, init_lora_weights="olora", **lora)
         with pytest.raises(ModelError, match=sentence):
-            wrong = options(model_folder, init_lora_weights="olora", **lora)
-            Policy.load(wrong, tmp_path / "policy")
+            Policy.load(other, tmp_path / "policy")
     weights = tmp_path / "policy/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"policy does not fit .*file not fully covered"):
