@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prefloop.errors import ModelError
+from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
@@ -98,6 +99,34 @@ def test_the_initial_policy_is_the_one_that_training_began_with_to_the_bit(
         torch.testing.assert_close(logps(policy.model), trained, rtol=0, atol=2e-5)
     assert torch.equal(logps(policy.model), trained)
     assert all(map(torch.equal, policy.model.parameters(), weights))
+
+
+@every_kind
+def test_an_engine_that_was_kept_scores_as_a_new_one_whatever_the_adapter_is_doing(
+    model_folder: Path, kind: str
+) -> None:
+    """Keys and reordered weights of the policy as it was a moment ago must not be used."""
+    policy = Policy.load(options(model_folder, **KINDS[kind]))
+    rows, starts = [list(range(5, 60))], [20]
+    kept = HFEngine(policy.model, policy.tokenizer)
+
+    def scores() -> list[float]:
+        found = kept.score_tokens(rows, starts)
+        assert found == HFEngine(policy.model, policy.tokenizer).score_tokens(rows, starts)
+        return found[0].logprobs
+
+    before = scores()
+    train_a_little(policy)
+    trained = scores()
+    assert trained != pytest.approx(before, abs=1e-3)
+    with policy.at_start():
+        assert scores() == before
+    with policy.merged():
+        assert scores() == pytest.approx(trained, abs=1e-4)
+        with policy.at_start():
+            assert scores() == pytest.approx(before, abs=1e-4)
+        assert scores() == pytest.approx(trained, abs=1e-4)
+    assert scores() == trained
 
 
 @every_kind
