@@ -65,6 +65,8 @@ _FUNCTION = _words(
     "being am do does did have has had having will would shall should can must get gets got going go also too very "
     "just only even still again once such own same some any each every both all more most much many other another ahead"
 )
+_EMPTY = _FUNCTION | _HEDGES | _TONE
+"""Words that say nothing of the matter."""
 
 RULES = sha256(
     repr(
@@ -117,13 +119,13 @@ def _kind_of_words(removed: tuple[str, ...], added: tuple[str, ...]) -> Kind:
         return "over-qualified"
     if _any(added, _TONE) or (_any(removed, _TONE) and not gained):
         return "tone"
-    if any(not _same_stem(word, lost) for word in gained):
+    if set(map(_stem, gained)) - set(map(_stem, lost)):
         return "factual"
     return "other"
 
 
 def _content(words: Iterable[str]) -> list[str]:
-    return [word for word in words if word not in _FUNCTION | _HEDGES | _TONE]
+    return [word for word in words if word not in _EMPTY]
 
 
 def _plain(text: str) -> list[str]:
@@ -147,7 +149,6 @@ def _any(words: Iterable[str], listed: frozenset[str]) -> bool:
     return any(word in listed for word in words)
 
 
-def _same_stem(word: str, others: Iterable[str]) -> bool:
-    """Whether a word is another form of one of the others: "gases" of "gas", "linked" of "linking"."""
-    endings = re.compile(r"(?:'s|ies|es|s|ed|ing|ly|y|e|d)$")
-    return endings.sub("", word) in {endings.sub("", other) for other in others}
+def _stem(word: str) -> str:
+    """What forms of a word have in common: "gases" and "gas", "linked" and "linking"."""
+    return re.sub(r"(?:'s|ies|es|s|ed|ing|ly|y|e|d)$", "", word)

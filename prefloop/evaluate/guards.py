@@ -24,7 +24,7 @@ class _Guard(NamedTuple):
     """Ends in the value's name; the bound follows."""
     unit: str = ".1%"
     relative: bool = False
-    """Whether the option is a share of the start's value; without a start it then says nothing."""
+    """Whether the option is a share of the start's value; without a start only NaN then trips it."""
 
 
 _GUARDS = (
@@ -71,19 +71,17 @@ def check_guards(measures: Measures, start: Measures, options: GuardOptions) -> 
         before = start.get(guard.measure)
         before = None if before is None or math.isnan(before) else before
         bound = _bound(guard, getattr(options, guard.option), before, options.slack)
-        if bound is None:
-            continue
         if not _holds(guard, value, bound):
             tripped.append(_in_words(guard, value, bound, before, options))
     return tripped
 
 
 def start_values(results: Sequence[RoundResult]) -> dict[str, float]:
-    """The first value of each measure: the start's own, or that of round 0, whose pairs the start has made."""
+    """The first number of each measure: the start's own, or that of round 0, whose pairs the start has made."""
     first: dict[str, float] = {}
     for result in results:
         for name, value in result.measures.items():
-            if value is not None:
+            if value is not None and not math.isnan(value):
                 first.setdefault(name, value)
     return first
 
@@ -93,10 +91,10 @@ def _holds(guard: _Guard, value: float, bound: float) -> bool:
     return value <= bound if guard.worst else value >= bound
 
 
-def _bound(guard: _Guard, limit: float, start: float | None, slack: float) -> float | None:
+def _bound(guard: _Guard, limit: float, start: float | None, slack: float) -> float:
     """What the measure must not pass: the limit or, where the start is past that, a little more than the start."""
     if guard.relative:
-        return None if start is None else limit * start
+        return -math.inf if start is None else limit * start
     if start is None or math.isinf(guard.worst) or _holds(guard, start, limit):
         return limit
     # Of the start's distance from the worst value all but `slack` must be left.
@@ -110,7 +108,8 @@ def _in_words(
     unit = guard.unit
     named = f"{guard.option} = {limit:{'.3g' if guard.relative else unit}}"
     if guard.relative:
-        named = f"{guard.option}'s share of the start: {bound:{unit}}"
+        named = f"{guard.option}'s share of the start"
+        named += "" if start is None else f": {bound:{unit}}"
     elif bound != limit:
         named = f"what a start past {guard.option} allows: {bound:{unit}}"
     beside = "" if start is None or math.isinf(guard.worst) else f" (the start: {start:{unit}})"

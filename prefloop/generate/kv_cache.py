@@ -82,10 +82,10 @@ class Slots:
         slot = max(free, key=lambda number: (available[number], -self._computed[number], -number))
         if available[slot] == available[source]:
             source = slot
-        busy = np.ones(self.count, dtype=bool)
-        busy[list(free)] = False
-        # Of a conversation that has ended nothing more is coming.
-        coming = int(np.minimum(common, self._lengths)[busy].max(initial=0))
+        # Of a conversation that has ended nothing more is coming, whether its slot may be taken or not.
+        running = self._lengths > self._computed
+        running[list(free)] = False
+        coming = int(np.minimum(common, self._lengths)[running].max(initial=0))
         return SlotMatch(slot, source, int(available[source]), coming)
 
     def begin(self, match: SlotMatch, ids: Sequence[int]) -> None:

@@ -183,9 +183,7 @@ class AROP(Method):
                 before, final, answer = response.text.rpartition(_FINAL)
                 critique = before if final else answer
                 responses["critique"] = response.model_copy(update={"text": critique.strip()})
-                responses["refined"] = Response(
-                    text=answer.strip() if final else "", finish=response.finish
-                )
+                responses["refined"] = _as_text(response, answer.strip() if final else "")
         return list(zip(refine_asks, refined, strict=True))
 
     def _flaw(

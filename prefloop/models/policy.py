@@ -248,10 +248,10 @@ class Policy:
             yield
             return
         kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-        for weight, added in self._adapted():
-            kept.append((weight, weight.data))
-            weight.data = added
         try:
+            for weight, added in self._adapted():
+                kept.append((weight, weight.data))
+                weight.data = added
             # The merged weights are the policy; its adapter must not be added a second time.
             with self._without_adapter():
                 self._unmerged = kept
@@ -399,7 +399,8 @@ def _with_adapter(
         folder = _adapter_folder(adapter, options)
         plain = {"lora": options.lora.model_copy(update={"init_lora_weights": True})}
         adapted = _new_adapter(model, options.model_copy(update=plain), trainable)
-        split = saved_split(adapted, folder)
+        with _fitting(adapter, options):
+            split = saved_split(adapted, folder)
     else:
         adapted = _saved_adapter(model, options, adapter, trainable)
     check_adapter(adapted)
@@ -445,15 +446,21 @@ def _saved_adapter(
     model: PreTrainedModel, options: ModelOptions, adapter: Path, trainable: bool
 ) -> PeftModel:
     folder = _adapter_folder(adapter, options)
+    with _fitting(adapter, options), _quiet_peft():
+        return PeftModel.from_pretrained(
+            model,
+            str(folder),
+            is_trainable=trainable,
+            torch_device="cpu",
+            local_files_only=True,
+        )
+
+
+@contextlib.contextmanager
+def _fitting(adapter: Path, options: ModelOptions) -> Iterator[None]:
+    """An adapter that is damaged or another model's, in words."""
     try:
-        with _quiet_peft():
-            return PeftModel.from_pretrained(
-                model,
-                str(folder),
-                is_trainable=trainable,
-                torch_device="cpu",
-                local_files_only=True,
-            )
+        yield
     except (ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"the adapter in {adapter} does not fit {options.source}: {reason(error)}; "

@@ -45,6 +45,11 @@ def split_of(model: PeftModel, lora: LoraOptions) -> Split:
     """The factors of a fresh adapter that PEFT has just split off. Raises ModelError where it cannot."""
     split = {}
     for name, layer in _layers(model):
+        if "default" not in layer.lora_A:
+            raise ModelError(
+                f"model.lora.init_lora_weights {lora.init_lora_weights} splits linear layers only, and {name} is "
+                "none; leave it out of model.lora.target_modules"
+            )
         a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         rank, smallest = layer.r["default"], min(layer.in_features, layer.out_features)
         if rank > smallest:
@@ -66,12 +71,19 @@ def split_of(model: PeftModel, lora: LoraOptions) -> Split:
 def saved_split(model: PeftModel, folder: Path) -> Split:
     """Open what `save_split` wrote over a model with a fresh plain adapter, and split the weights again.
 
+    Raises ModelError for an adapter of other options, what safetensors and torch raise for one that is damaged or
+    another model's.
+
     The factors are the saved ones, not computed anew, so that a resumed run has the very weights of an unbroken one.
     """
     tensors, split = load_file(folder / ADAPTER), {}
     with torch.no_grad():
         for name, layer in _layers(model):
             a, b, rank = f"{name}.lora_A.weight", f"{name}.lora_B.weight", layer.r["default"]
+            if a not in tensors or b not in tensors:
+                raise ModelError(
+                    f"the adapter in {folder} has none at {name}; load it with its own recipe"
+                )
             if tensors[a].shape[0] != 2 * rank or tensors[b].shape[1] != 2 * rank:
                 raise ModelError(
                     f"the adapter in {folder} has rank {tensors[a].shape[0]} at {name}, and one that began as a "

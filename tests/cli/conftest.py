@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -38,6 +37,16 @@ def recipe(model_folder: Path) -> str:
     return yaml.safe_dump(sections)
 
 
+def called(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of the entry point, called in this process."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.argv", ["prefloop", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
 class Shell:
     """The entry point, called in this process in a folder with a recipe and data that are good."""
 
@@ -50,13 +59,7 @@ class Shell:
 
     def __call__(self, *words: str) -> tuple[int, str]:
         """Exit code and what stands on standard error, notes left out."""
-        with self.monkeypatch.context() as patch:
-            patch.setattr("sys.argv", ["prefloop", *words])
-            code: Any = 0
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = end.code or 0
+        code = called(self.monkeypatch, *words)
         lines = self.capsys.readouterr().err.splitlines()
         return code, "\n".join(line for line in lines if not line.startswith("note: "))
 

@@ -14,6 +14,7 @@ import prefloop.methods
 from prefloop import cli, recipe
 from prefloop.config import plugin_names
 from prefloop.recipe import load_recipe
+from tests.cli.conftest import called
 
 RECIPE = "# A recipe for tests.\nmethod: {name: ial}\njudge: {name: similarity}\n"
 
@@ -31,12 +32,9 @@ class Shell:
         Path("recipes/mine.yaml").write_text(RECIPE)
 
     def __call__(self, *words: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr("sys.argv", ["prefloop", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        code = called(self.monkeypatch, *words)
         out, err = self.capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code, out, err
+        return code, out, err
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from peft import AutoPeftModelForCausalLM
 
 from prefloop.records import Pair, write_jsonl
 from prefloop.run_folder import RunDir
-from tests.cli.conftest import Shell
+from tests.cli.conftest import Shell, called
 from tests.fake_hub import TOKEN, Hub
 
 # huggingface_hub's own, of the way in which it gives httpx2 a file.
@@ -57,13 +57,7 @@ def with_token(monkeypatch: pytest.MonkeyPatch, hub: Hub, token: str | None) -> 
 
 def printed(shell: Shell, *words: str) -> dict[str, Any]:
     """What the command prints as JSON."""
-    with shell.monkeypatch.context() as patch:
-        patch.setattr("sys.argv", ["prefloop", *words, "--json"])
-        from prefloop import cli
-
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
+    assert called(shell.monkeypatch, *words, "--json") == 0
     found: dict[str, Any] = json.loads(shell.capsys.readouterr().out)
     return found
 

@@ -17,7 +17,6 @@ import typer.main
 from rich.console import Console
 
 from prefloop import cli, recipe
-from prefloop.cli.switches import Verbosity
 from prefloop.machine import Bar
 from prefloop.records import Message, Pair
 from prefloop.report.console import show_pair
@@ -29,9 +28,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def shell(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Shell]:
-    yield Shell(monkeypatch, capsys, tmp_path)
-    Verbosity.reset()
+) -> Shell:
+    return Shell(monkeypatch, capsys, tmp_path)
 
 
 def verbs() -> Iterator[tuple[list[str], Any]]:

@@ -103,6 +103,9 @@ def test_a_nan_measure_trips_its_guard_and_a_start_of_nan_excuses_nothing():
     nan = float("nan")
     assert len(check_guards(dict.fromkeys(AT_BOUND, nan), START, OPTIONS)) == 7
     assert len(check_guards(dict.fromkeys(SHARES, nan), dict.fromkeys(SHARES, nan), OPTIONS)) == 4
+    for start in ({}, {"M": nan}):
+        [sentence] = check_guards({"M": nan}, start, OPTIONS)
+        assert sentence == "AROP's margin M is nan, below min_margin's share of the start"
 
 
 def test_missing_measures_trip_nothing():
@@ -119,3 +122,11 @@ def test_what_only_rounds_have_is_compared_with_the_first_of_them():
     ]
     assert start_values(results) == {"stop_rate": 0.3, "train_M": 0.4, "identical_rate": 0.1}
     assert start_values([]) == {}
+
+
+def test_a_first_value_of_nan_is_no_start():
+    results = [
+        RoundResult(round=number, measures={"distinct_2": value})
+        for number, value in ((-1, float("nan")), (0, 0.8), (1, 0.7))
+    ]
+    assert start_values(results) == {"distinct_2": 0.8}

@@ -82,6 +82,21 @@ def test_scores_start_from_prompts_that_are_there_and_no_bit_tells(
     assert found == HFEngine(model, tokenizer).score(ASKS, answers, top=3)
 
 
+def test_no_row_waits_for_an_answer_that_was_sampled_in_more_slots_than_scoring_takes(
+    model: Any, tokenizer: Any
+) -> None:
+    """Its sampled tokens are not shared with scores, and nobody computes them again."""
+    engine = HFEngine(model, tokenizer, batch_size=2)
+    prompts = [[5, 6, 7, 8, 9, 10], [15, 6, 7, 8, 9, 10]]
+    longer = SAMPLING.model_copy(update={"max_new_tokens": 40})
+    answers = engine.continue_tokens(prompts, longer, seed=1)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer) > 2 * decode.WORTH_WAITING
+        row = [*prompt, *answer, 20, 21, 22, 23]
+        found = engine.score_tokens([row], [len(row) - 2])
+        assert found == HFEngine(model, tokenizer).score_tokens([row], [len(row) - 2])
+
+
 def test_an_infilled_copy_starts_from_its_scored_answer(
     model: Any, tokenizer: Any, fed: list[int]
 ) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from prefloop.errors import ModelError
+from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
@@ -101,6 +102,34 @@ def test_the_initial_policy_is_the_one_that_training_began_with_to_the_bit(
 
 
 @every_kind
+def test_an_engine_that_was_kept_scores_as_a_new_one_whatever_the_adapter_is_doing(
+    model_folder: Path, kind: str
+) -> None:
+    """Keys and reordered weights of the policy as it was a moment ago must not be used."""
+    policy = Policy.load(options(model_folder, **KINDS[kind]))
+    rows, starts = [list(range(5, 60))], [20]
+    kept = HFEngine(policy.model, policy.tokenizer)
+
+    def scores() -> list[float]:
+        found = kept.score_tokens(rows, starts)
+        assert found == HFEngine(policy.model, policy.tokenizer).score_tokens(rows, starts)
+        return found[0].logprobs
+
+    before = scores()
+    train_a_little(policy)
+    trained = scores()
+    assert trained != pytest.approx(before, abs=1e-3)
+    with policy.at_start():
+        assert scores() == before
+    with policy.merged():
+        assert scores() == pytest.approx(trained, abs=1e-4)
+        with policy.at_start():
+            assert scores() == pytest.approx(before, abs=1e-4)
+        assert scores() == pytest.approx(trained, abs=1e-4)
+    assert scores() == trained
+
+
+@every_kind
 def test_a_reopened_policy_has_every_bit_and_trains_on_alike(
     model_folder: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -141,6 +170,30 @@ def test_parts_of_weights_that_cannot_be_taken_exactly_are_refused(model_folder:
         Policy.load(options(model_folder, r=40, init_lora_weights="olora"))
     with pytest.raises(ValidationError, match="what is left would be rounded to bfloat16"):
         ModelOptions(dtype="bfloat16", lora=LoraOptions(init_lora_weights="pissa"))
+
+
+def test_only_linear_layers_can_be_split(model_folder: Path) -> None:
+    both = ["embed_tokens", "q_proj"]
+    with pytest.raises(ModelError, match=r"splits linear layers only, and .*embed_tokens is none"):
+        Policy.load(options(model_folder, target_modules=both, init_lora_weights="pissa"))
+
+
+def test_a_split_adapter_that_is_damaged_or_of_other_options_is_named(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    chosen = options(model_folder, target_modules=["q_proj"], init_lora_weights="olora")
+    Policy.load(chosen).save(tmp_path / "policy")
+    for lora, sentence in (
+        ({"target_modules": ["q_proj", "k_proj"]}, r"has none at .*k_proj; load it with its own"),
+        ({"target_modules": ["q_proj"], "r": 8}, r"has rank 8 at .*q_proj"),
+    ):
+        other = options(model_folder, init_lora_weights="olora", **lora)
+        with pytest.raises(ModelError, match=sentence):
+            Policy.load(other, tmp_path / "policy")
+    weights = tmp_path / "policy/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"policy does not fit .*file not fully covered"):
+        Policy.load(chosen, tmp_path / "policy")
 
 
 def test_weights_that_lie_transposed_are_split_by_pissa_and_refused_for_olora(

@@ -414,3 +414,23 @@ def test_merged_is_the_same_policy_and_leaves_every_weight_as_it_was(model_folde
     for name, weight in policy.model.named_parameters():
         assert torch.equal(weight, before[name]), name
         assert weight.requires_grad == ("lora_" in name)
+
+
+def test_merging_that_fails_half_way_leaves_every_weight_as_it_was(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(ModelOptions(source=str(model_folder), dtype="float32", device="cpu"))
+    before = {name: weight.clone() for name, weight in policy.model.named_parameters()}
+    memory = iter([torch.zeros(()), torch.zeros(())])
+
+    def scarce(layer: object, adapter: str) -> torch.Tensor:
+        try:
+            return next(memory)
+        except StopIteration:
+            raise torch.OutOfMemoryError from None
+
+    monkeypatch.setattr("prefloop.models.policy.weight_with_adapter", scarce)
+    with pytest.raises(torch.OutOfMemoryError), policy.merged():
+        pass
+    for name, weight in policy.model.named_parameters():
+        assert torch.equal(weight, before[name]), name

@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import PeftModel
 from pydantic import ValidationError
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prefloop.errors import ModelError, RecipeError
@@ -18,10 +17,9 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_recipe
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
-from tests.conftest import trainable_weights
+from tests.models.test_lora_variants import logps, train_a_little
 
 INT8 = {"quant_type": "Int8WeightOnlyConfig"}
-IDS = torch.tensor([[5, 9, 33, 70, 12, 1], [8, 8, 41, 2, 90, 17]])
 
 
 def options(folder: Path, quantization: dict[str, Any], **more: Any) -> ModelOptions:
@@ -84,12 +82,6 @@ def test_check_refuses_what_would_round_once_more(
         check_recipe(recipe)
 
 
-def logps(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS).logits.log_softmax(-1)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_eight_bits_of_torchao_are_one_model_in_all_ways(
@@ -97,7 +89,7 @@ def test_eight_bits_of_torchao_are_one_model_in_all_ways(
 ) -> None:
     quantization = pytest.importorskip(
         "torchao.quantization",
-        reason="torchao is optional: pip install torchao",
+        reason="needs torchao, which make setup does not install",
         exc_type=ImportError,
     )
     from transformers import TorchAoConfig
@@ -114,12 +106,7 @@ def test_eight_bits_of_torchao_are_one_model_in_all_ways(
     found = check_policy(policy, TrainOptions(), tmp_path)
     del found["moved"]
     assert max(found.values()) <= TOLERANCE
-    optimizer = torch.optim.SGD(trainable_weights(policy), lr=0.5)
-    for _ in range(3):
-        optimizer.zero_grad()
-        policy.model(input_ids=IDS, labels=IDS).loss.backward()
-        assert all(weight.grad is not None for weight in trainable_weights(policy))
-        optimizer.step()
+    train_a_little(policy)
     trained = logps(policy.model)
     with policy.merged():
         assert torch.equal(logps(policy.model), trained)

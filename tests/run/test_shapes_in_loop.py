@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -12,18 +11,11 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks import shapes as bench
 from prefloop.models.chat_template import set_template_date
 from prefloop.records import Candidates, Pair, Response
 from prefloop.run_folder import RoundDir, read_run
 from prefloop.train.packing import TokenGroup
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "shapes.py"
-spec = importlib.util.spec_from_file_location("benchmark_shapes", SCRIPT)
-assert spec is not None
-assert spec.loader is not None
-bench: Any = importlib.util.module_from_spec(spec)
-sys.modules["benchmark_shapes"] = bench
-spec.loader.exec_module(bench)
 
 R1_END = "<｜end▁of▁sentence｜>"
 AROUND = {

@@ -219,7 +219,7 @@ class Flaws(Measure):
             from prefloop.generate.hf_engine import open_engine
 
             asked = ask_kinds(open_engine(self.classifier), every)
-            rules = [self._kind(row) for row in rows]
+            rules = [item.texts["kind"] for item in items]
             facts["classifier"] = self.classifier
             facts["classifier_and_rules"] = agreement_of_kinds(
                 rules, asked[: len(rows)], subject.seed
