@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prefloop.data.prompts import read_prompts
-from prefloop.errors import RecipeError, counted
+from prefloop.errors import RecipeError, RunFolderError, counted
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
@@ -292,6 +292,11 @@ def _some_prompts(recipe: Recipe) -> list[Prompt]:
 # Rates.
 
 
+def rates_for(recipe: Recipe, gpus: str | None) -> Callable[[Shape], Rates]:
+    """Rates of the named GPUs, or of this machine where none are named. Raises RecipeError."""
+    return rates_here(recipe) if gpus is None else rates_of(gpus, recipe)
+
+
 def rates_here(recipe: Recipe, limit: float = 20.0) -> Callable[[Shape], Rates]:
     """Time products of the model's own shapes on this machine's CPU for `limit` seconds at most; the rates are those of
     a machine that does nothing else."""
@@ -427,6 +432,10 @@ def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) ->
     from prefloop.run_folder import read_run
 
     run = read_run(folder)
+    if run.published.read() is None:
+        raise RunFolderError(
+            f"{folder} has not ended, and a part is no measure of the whole; finish it with prefloop run"
+        )
     recipe = load_recipe(str(folder / "recipe.yaml"))
     found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]
     at = rates(recipe)
