@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -169,26 +169,30 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
         raise RecipeError(
             f"model.chat_template: no file {template} (paths are relative to the working directory)"
         )
-    sources = {
-        "model.source": recipe.model.source,
-        **recipe.judge_sources,
-    }
+    place = Path(recipe.model.source).expanduser()
+    if place.is_dir():
+        local_folder(str(place), recipe.model)
+    yield from check_sources({"model.source": recipe.model.source}, [*EMBEDDED_MODELS])
+    yield from check_sources(recipe.judge_sources, reward_is_made=recipe.reward is not None)
+
+
+def check_sources(
+    sources: Mapping[str, str],
+    embedded_names: Sequence[str] = (*EMBEDDED_MODELS, *EMBEDDED_EMBEDDERS),
+    *,
+    reward_is_made: bool = False,
+) -> Iterator[str]:
+    """Option -> the model that it names, a folder or a hub id; yields notes. Raises RecipeError for what is neither."""
     for key, source in sources.items():
         place = Path(source).expanduser()
         if place.is_dir():
-            if key == "model.source":
-                local_folder(str(place), recipe.model)
-        elif place.exists():
+            continue
+        if place.exists():
             raise RecipeError(f"{key}: {source} is a file; name the folder that holds the model")
         elif source.startswith("embedded:"):
             embedded = source.removeprefix("embedded:")
-            known = (
-                [*EMBEDDED_MODELS, *EMBEDDED_EMBEDDERS]
-                if key != "model.source"
-                else [*EMBEDDED_MODELS]
-            )
-            if embedded not in known:
-                hint = nearest(embedded, known)
+            if embedded not in embedded_names:
+                hint = nearest(embedded, list(embedded_names))
                 raise RecipeError(f"{key}: no embedded model {embedded!r}; {hint}")
         elif source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise RecipeError(
@@ -196,7 +200,7 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             )
         elif source.startswith("rewards/"):
             remedy = (
-                "the run makes it first" if recipe.reward else "make it with prefloop reward train"
+                "the run makes it first" if reward_is_made else "make it with prefloop reward train"
             )
             yield f"{key} {source} is not there yet: {remedy}"
         else:
