@@ -108,7 +108,10 @@ def _read_result(cell: Cell, judges: FurtherJudges) -> _Result:
         {**result.measures, **judged},
         {**prompt_values(answers, before), **judged_by_prompt},
         spent(run, cell.recipe),
-        {one.round: {**one.measures, **round_seconds(run, one.round)} for one in run.results()},
+        {
+            one.round: {**one.measures, **round_seconds(run.round(one.round))}
+            for one in run.results()
+        },
     )
 
 

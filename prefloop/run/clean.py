@@ -47,9 +47,9 @@ def disposable(run: RunDir) -> list[Disposable]:
 
 def clean_run(folder: Path, *, apply: bool = False) -> list[Disposable]:
     """What a finished run no longer needs; deleted with `apply`. RunFolderError as above, or where it is in use."""
-    if not apply:
-        return disposable(read_run(folder))
     run = read_run(folder)
+    if not apply:
+        return disposable(run)
     with alone_in(folder, "process"):
         found = disposable(run)
         for part in found:
