@@ -282,6 +282,9 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     for option in ("mix_previous", "carry_optimizer"):
         if loop.rounds == 1 and getattr(loop, option):
             yield f"loop.{option} has no effect in a single round"
+    stopping = recipe.evaluate
+    if stopping.early_stopping_threshold and stopping.early_stopping_patience is None:
+        yield "evaluate.early_stopping_threshold has no effect without evaluate.early_stopping_patience"
     if loop.prompts_per_round < train.batch_size:
         yield (
             f"loop.prompts_per_round ({loop.prompts_per_round}) is less than "
