@@ -90,7 +90,7 @@ def round_seconds(round_dir: RoundDir) -> dict[str, float | None]:
 
 
 def _manifests(run: RunDir) -> Iterator[tuple[str, dict[str, Any]]]:
-    for round_dir in [RoundDir(run.path / "rounds" / "start", -1), *run.rounds()]:
+    for round_dir in [run.start, *run.rounds()]:
         for stage in (*_COSTS, *_MEASURING):
             if manifest := round_dir.manifest(stage):
                 yield stage, manifest
