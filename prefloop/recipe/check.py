@@ -109,6 +109,17 @@ def _check_reward(recipe: Recipe) -> list[str]:
             f"reward.drafts: {recipe.reward.drafts} makes a reward model of its own first; name a recipe that "
             "needs none"
         )
+    if "rejected" not in drafts.method.roles:
+        method = plugin_name(prefloop.methods, drafts.method)
+        raise RecipeError(
+            f"reward.drafts: method {method!r} of {recipe.reward.drafts} makes single answers; name a recipe whose "
+            "method makes pairs"
+        )
+    if drafts.name == recipe.name:
+        raise RecipeError(
+            f"reward.drafts: {recipe.reward.drafts} is called {drafts.name} as the run itself is, and they lie side by "
+            "side; give one of them another name"
+        )
     return [f"{drafts.name}: {note}" for note in check_recipe(drafts)]
 
 
