@@ -1,4 +1,6 @@
-"""What a finished run no longer needs: weights that no report, resume, evaluation or export of its policy reads."""
+"""What a finished run no longer needs: weights that no resume, evaluation or export of its policy reads.
+
+New log-ratios do (`prefloop report --logratios`); those that lie in the run's folder stay."""
 
 from __future__ import annotations
 
