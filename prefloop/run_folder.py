@@ -397,7 +397,7 @@ def alone_in(folder: Path, who: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"{folder} is in use by another {who}; wait for it or choose another --out"
+                f"{folder} is in use by another {who}; wait for it, or name another folder"
             ) from error
         with disk_in_words(folder):
             yield

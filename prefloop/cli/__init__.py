@@ -33,7 +33,14 @@ from prefloop.cli.switches import (
     progress_console,
     results_console,
 )
-from prefloop.errors import DataError, PrefloopError, counted, out_of_memory, system_failure
+from prefloop.errors import (
+    DataError,
+    PrefloopError,
+    RecipeError,
+    counted,
+    out_of_memory,
+    system_failure,
+)
 
 _TERMINATED = 128 + signal.SIGTERM
 EXIT_CODES = {
@@ -331,7 +338,13 @@ def check(
     from prefloop.recipe import load_recipe
     from prefloop.recipe.check import check_recipe
 
+    if gpus is not None and not estimate:
+        raise RecipeError("--gpus says for which GPUs to estimate; add --estimate, or leave it out")
     if estimate and (Path(recipe) / "recipe.yaml").is_file():
+        if overrides or dump:
+            raise RecipeError(
+                f"{recipe} is a run, and its recipe stays as it was played; leave out --set and --dump"
+            )
         _estimate_beside(Path(recipe), gpus)
         return
     loaded = load_recipe(recipe, overrides or ())
@@ -344,17 +357,16 @@ def check(
     if estimate:
         from prefloop.run import estimate as estimating
 
-        rates = estimating.rates_of(gpus, loaded) if gpus else estimating.rates_here(loaded)
-        for line in estimating.estimate(loaded, rates).lines():
+        for line in estimating.estimate(loaded, estimating.rates_for(loaded, gpus)).lines():
             typer.echo(line, err=dump)
     if not dump:
         typer.echo(f"{loaded.name}: ok")
 
 
 def _estimate_beside(run_folder: Path, gpus: str | None) -> None:
-    from prefloop.run.estimate import beside, rates_here, rates_of
+    from prefloop.run.estimate import beside, rates_for
 
-    for line in beside(run_folder, lambda r: rates_of(gpus, r) if gpus else rates_here(r)):
+    for line in beside(run_folder, lambda recipe: rates_for(recipe, gpus)):
         typer.echo(line)
 
 

@@ -47,7 +47,7 @@ def compare(
 
     The same command goes on where it stopped. Exits with 1 where a cell failed; the others are played.
     """
-    from prefloop.compare.file import cells, load_comparison
+    from prefloop.compare.file import cells, check_judges, load_comparison
     from prefloop.compare.run import describe_reuse
     from prefloop.recipe.check import check_recipe
     from prefloop.run_folder import alone_in
@@ -56,6 +56,7 @@ def compare(
     folder = out or Path("runs") / comparison.stem
     all_cells, notes = cells(loaded, folder)
     selected = _selected(all_cells, loaded, only or ())
+    notes += [] if table else check_judges(loaded)
     for cell in () if table else selected:
         notes += [f"variant {cell.variant}: {text}" for text in check_recipe(cell.recipe)]
     for text in dict.fromkeys(notes):

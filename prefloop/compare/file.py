@@ -37,6 +37,7 @@ from prefloop.errors import RecipeError, nearest
 from prefloop.judges import Judge
 from prefloop.methods import Method
 from prefloop.recipe import Recipe, load_recipe, shipped_recipes
+from prefloop.recipe.check import check_sources
 from prefloop.recipe.options import Budget
 
 _PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
@@ -117,6 +118,10 @@ class Comparison(Options):
                 raise ValueError(
                     f"measures: {measure} is of a judge {name!r} that is not there; {hint}"
                 )
+        for measure in filter(judge_of, self.by_round):
+            raise ValueError(
+                f"by_round: {measure} is of a further judge, and those score the last round alone; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -170,8 +175,8 @@ def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
         raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), files)}" if files else ""))
     try:
         values = read_yaml(path, needs="variants")
-        if overrides:
-            base = _base_values(values.get("base"))
+        if overrides and "base" in values:
+            base = _base_values(values["base"])
             for override in overrides:
                 base = overridden(base, override)
             values = {**values, "base": base}
@@ -200,6 +205,15 @@ def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
         for seed in comparison.seeds
         for variant in comparison.variants
     ], notes
+
+
+def check_judges(comparison: Comparison) -> list[str]:
+    """Look for what would stop the further judges after all cells are played; notes. Raises PrefloopError."""
+    sources: dict[str, str] = {}
+    for name, judge in comparison.judges.items():
+        judge.check()
+        sources |= {f"judges.{name}.{option}": model for option, model in judge.sources.items()}
+    return list(check_sources(sources))
 
 
 def _base_values(base: object) -> dict[str, Any]:

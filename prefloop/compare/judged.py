@@ -9,6 +9,7 @@ from prefloop.evaluate.answers import ANSWER, answer_measures, prompt_values
 from prefloop.evaluate.cache import cached_records, digest
 from prefloop.generate.templates import PromptSet
 from prefloop.judges import Judge, OpenJudge, score_responses
+from prefloop.models.sources import quiet
 from prefloop.records import Candidates
 
 _COLUMNS = ("score", "win_rate", "win_rate_low", "win_rate_high")
@@ -45,7 +46,8 @@ class FurtherJudges:
 
         def work(part: Sequence[Candidates], number: int) -> list[Candidates]:
             if name not in self._open:
-                self._open[name] = self._judges[name].open(None, PromptSet("compact"))
+                with quiet():
+                    self._open[name] = self._judges[name].open(None, PromptSet("compact"))
             verdicts = score_responses(
                 self._open[name],
                 [group.prompt for group in part],

@@ -28,7 +28,7 @@ from prefloop.evaluate.stats import Estimate
 from prefloop.recipe import load_recipe
 from prefloop.records import Candidates
 from prefloop.run.cost import SECONDS, Spent, round_seconds, spent
-from prefloop.run_folder import RoundDir, RunDir, differences
+from prefloop.run_folder import RunDir, differences
 
 LEVEL = 0.05
 # With a smaller fraction of prompts in common, cells are not paired by prompt.
@@ -99,8 +99,7 @@ def _read_result(cell: Cell, judges: FurtherJudges) -> _Result:
     run = RunDir(cell.folder)
     result = run.results()[-1]
     last = next(round_dir for round_dir in run.rounds() if round_dir.number == result.round)
-    start = RoundDir(cell.folder / "rounds" / "start", -1)
-    answers, before = (part.records("answers", Candidates) for part in (last, start))
+    answers, before = (part.records("answers", Candidates) for part in (last, run.start))
     judged, judged_by_prompt = judges.measures(answers, before, seed=cell.seed)
     return _Result(
         cell,
@@ -108,7 +107,10 @@ def _read_result(cell: Cell, judges: FurtherJudges) -> _Result:
         {**result.measures, **judged},
         {**prompt_values(answers, before), **judged_by_prompt},
         spent(run, cell.recipe),
-        {one.round: {**one.measures, **round_seconds(run, one.round)} for one in run.results()},
+        {
+            one.round: {**one.measures, **round_seconds(run.round(one.round))}
+            for one in run.results()
+        },
     )
 
 

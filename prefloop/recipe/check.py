@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -109,6 +109,17 @@ def _check_reward(recipe: Recipe) -> list[str]:
             f"reward.drafts: {recipe.reward.drafts} makes a reward model of its own first; name a recipe that "
             "needs none"
         )
+    if "rejected" not in drafts.method.roles:
+        method = plugin_name(prefloop.methods, drafts.method)
+        raise RecipeError(
+            f"reward.drafts: method {method!r} of {recipe.reward.drafts} makes single answers; name a recipe whose "
+            "method makes pairs"
+        )
+    if drafts.name == recipe.name:
+        raise RecipeError(
+            f"reward.drafts: {recipe.reward.drafts} is called {drafts.name} as the run itself is, and they lie side by "
+            "side; give one of them another name"
+        )
     return [f"{drafts.name}: {note}" for note in check_recipe(drafts)]
 
 
@@ -169,26 +180,30 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
         raise RecipeError(
             f"model.chat_template: no file {template} (paths are relative to the working directory)"
         )
-    sources = {
-        "model.source": recipe.model.source,
-        **recipe.judge_sources,
-    }
+    place = Path(recipe.model.source).expanduser()
+    if place.is_dir():
+        local_folder(str(place), recipe.model)
+    yield from check_sources({"model.source": recipe.model.source}, [*EMBEDDED_MODELS])
+    yield from check_sources(recipe.judge_sources, reward_is_made=recipe.reward is not None)
+
+
+def check_sources(
+    sources: Mapping[str, str],
+    embedded_names: Sequence[str] = (*EMBEDDED_MODELS, *EMBEDDED_EMBEDDERS),
+    *,
+    reward_is_made: bool = False,
+) -> Iterator[str]:
+    """Option -> the model that it names, a folder or a hub id; yields notes. Raises RecipeError for what is neither."""
     for key, source in sources.items():
         place = Path(source).expanduser()
         if place.is_dir():
-            if key == "model.source":
-                local_folder(str(place), recipe.model)
-        elif place.exists():
+            continue
+        if place.exists():
             raise RecipeError(f"{key}: {source} is a file; name the folder that holds the model")
         elif source.startswith("embedded:"):
             embedded = source.removeprefix("embedded:")
-            known = (
-                [*EMBEDDED_MODELS, *EMBEDDED_EMBEDDERS]
-                if key != "model.source"
-                else [*EMBEDDED_MODELS]
-            )
-            if embedded not in known:
-                hint = nearest(embedded, known)
+            if embedded not in embedded_names:
+                hint = nearest(embedded, list(embedded_names))
                 raise RecipeError(f"{key}: no embedded model {embedded!r}; {hint}")
         elif source.startswith((".", "/", "~")) or source.count("/") > 1:
             raise RecipeError(
@@ -196,7 +211,7 @@ def _check_models(recipe: Recipe) -> Iterator[str]:
             )
         elif source.startswith("rewards/"):
             remedy = (
-                "the run makes it first" if recipe.reward else "make it with prefloop reward train"
+                "the run makes it first" if reward_is_made else "make it with prefloop reward train"
             )
             yield f"{key} {source} is not there yet: {remedy}"
         else:
@@ -278,6 +293,9 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
     for option in ("mix_previous", "carry_optimizer"):
         if loop.rounds == 1 and getattr(loop, option):
             yield f"loop.{option} has no effect in a single round"
+    stopping = recipe.evaluate
+    if stopping.early_stopping_threshold and stopping.early_stopping_patience is None:
+        yield "evaluate.early_stopping_threshold has no effect without evaluate.early_stopping_patience"
     if loop.prompts_per_round < train.batch_size:
         yield (
             f"loop.prompts_per_round ({loop.prompts_per_round}) is less than "

@@ -1,4 +1,6 @@
-"""What a finished run no longer needs: weights that no report, resume, evaluation or export of its policy reads."""
+"""What a finished run no longer needs: weights that no resume, evaluation or export of its policy reads.
+
+New log-ratios do (`prefloop report --logratios`); those that lie in the run's folder stay."""
 
 from __future__ import annotations
 
@@ -47,9 +49,9 @@ def disposable(run: RunDir) -> list[Disposable]:
 
 def clean_run(folder: Path, *, apply: bool = False) -> list[Disposable]:
     """What a finished run no longer needs; deleted with `apply`. RunFolderError as above, or where it is in use."""
-    if not apply:
-        return disposable(read_run(folder))
     run = read_run(folder)
+    if not apply:
+        return disposable(run)
     with alone_in(folder, "process"):
         found = disposable(run)
         for part in found:

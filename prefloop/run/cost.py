@@ -79,19 +79,18 @@ SECONDS = ("generate_seconds", "train_seconds")
 """A round's wall time of making pairs (generation, ranking, building) and of training (IAL, Table 5)."""
 
 
-def round_seconds(run: RunDir, number: int) -> dict[str, float | None]:
+def round_seconds(round_dir: RoundDir) -> dict[str, float | None]:
     """The round's seconds by `SECONDS`; None where it has no such stage, as the start has none."""
     seconds: dict[str, float | None] = dict.fromkeys(SECONDS)
-    for round_dir in run.rounds() if number >= 0 else ():
-        for stage, kind in _COSTS.items() if round_dir.number == number else ():
-            if manifest := round_dir.manifest(stage):
-                name = SECONDS[kind == "train"]
-                seconds[name] = (seconds[name] or 0.0) + float(manifest["seconds"])
+    for stage, kind in _COSTS.items() if round_dir.number >= 0 else ():
+        if manifest := round_dir.manifest(stage):
+            name = SECONDS[kind == "train"]
+            seconds[name] = (seconds[name] or 0.0) + float(manifest["seconds"])
     return seconds
 
 
 def _manifests(run: RunDir) -> Iterator[tuple[str, dict[str, Any]]]:
-    for round_dir in [RoundDir(run.path / "rounds" / "start", -1), *run.rounds()]:
+    for round_dir in [run.start, *run.rounds()]:
         for stage in (*_COSTS, *_MEASURING):
             if manifest := round_dir.manifest(stage):
                 yield stage, manifest

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prefloop.data.prompts import read_prompts
-from prefloop.errors import RecipeError
+from prefloop.errors import RecipeError, RunFolderError, counted
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
@@ -47,6 +47,8 @@ _SAMPLE = 16
 """Prompts that the method is played on."""
 _PROGRAM_MB = 700.0
 """Python, torch and transformers without a model."""
+_OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4}
+"""Of an optimiser's state, for each trained weight."""
 
 
 class Gpu(NamedTuple):
@@ -56,19 +58,17 @@ class Gpu(NamedTuple):
     """bfloat16 products, TFLOP/s."""
     bandwidth: float
     """GB/s."""
-    memory: float
-    """GB."""
 
 
 GPUS: Mapping[str, Gpu] = {
-    "4090": Gpu(165, 1008, 24),
-    "A100": Gpu(312, 2039, 80),
-    "A10G": Gpu(70, 600, 24),
-    "H100": Gpu(989, 3350, 80),
-    "H200": Gpu(989, 4800, 141),
-    "L20": Gpu(119.5, 864, 48),
-    "L4": Gpu(121, 300, 24),
-    "L40S": Gpu(362, 864, 48),
+    "4090": Gpu(165, 1008),
+    "A100": Gpu(312, 2039),
+    "A10G": Gpu(70, 600),
+    "H100": Gpu(989, 3350),
+    "H200": Gpu(989, 4800),
+    "L20": Gpu(119.5, 864),
+    "L4": Gpu(121, 300),
+    "L40S": Gpu(362, 864),
 }
 
 
@@ -81,8 +81,6 @@ class Rates(NamedTuple):
     """While prompts and given answers are read."""
     train: float
     where: str
-    memory_gb: float | None = None
-    """Of one device, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,6 @@ class Shape:
     hidden: int
     key_values: int
     """Numbers that a token leaves in the cache."""
-    vocabulary: int
     bytes: int
     """Of a frozen weight."""
 
@@ -207,7 +204,6 @@ def model_shape(recipe: Recipe) -> Shape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         key_values=2 * text.num_hidden_layers * heads * width,
-        vocabulary=text.vocab_size,
         bytes=1 if bits is not None else dtype.itemsize,
     )
 
@@ -296,6 +292,11 @@ def _some_prompts(recipe: Recipe) -> list[Prompt]:
 # Rates.
 
 
+def rates_for(recipe: Recipe, gpus: str | None) -> Callable[[Shape], Rates]:
+    """Rates of the named GPUs, or of this machine where none are named. Raises RecipeError."""
+    return rates_here(recipe) if gpus is None else rates_of(gpus, recipe)
+
+
 def rates_here(recipe: Recipe, limit: float = 20.0) -> Callable[[Shape], Rates]:
     """Time products of the model's own shapes on this machine's CPU for `limit` seconds at most; the rates are those of
     a machine that does nothing else."""
@@ -311,7 +312,7 @@ def rates_here(recipe: Recipe, limit: float = 20.0) -> Callable[[Shape], Rates]:
             few * threads * DECODES,
             many * threads * READS,
             many * threads * TRAINS,
-            f"this machine with nothing else to do, {threads} threads",
+            f"this machine with nothing else to do, {counted(threads, 'thread')}",
         )
 
     return measure
@@ -369,7 +370,7 @@ def rates_of(gpus: str, recipe: Recipe) -> Callable[[Shape], Rates]:
             GPU_TRAINS * peak, count * steps * recipe.generate.batch_size * 2.0 * shape.multiplying
         )
         where = f"{count} x {name}, {GPU_TRAINS:.0%} of its peak, decoding at {GPU_DECODES:.0%} of its bandwidth"
-        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where, gpu.memory)
+        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where)
 
     return rates
 
@@ -379,7 +380,7 @@ def rates_of(gpus: str, recipe: Recipe) -> Callable[[Shape], Rates]:
 
 def memory(recipe: Recipe, shape: Shape) -> dict[str, float]:
     """Peak MB of one process: weights, and what generation (merged copies, cache) or training (gradients, optimiser,
-    activations, log-probs over the vocabulary) adds."""
+    activations) adds."""
     sampling, train = recipe.method.sampling, recipe.train
     weights = shape.weights * shape.bytes + 4.0 * shape.trained
     full = recipe.model.tuning == "full"
@@ -388,11 +389,10 @@ def memory(recipe: Recipe, shape: Shape) -> dict[str, float]:
         copies *= 2  # and once more in the order that products on CPUs read
     slots = recipe.generate.batch_size * (recipe.data.max_prompt_tokens + sampling.max_new_tokens)
     cache = slots * shape.key_values * shape.bytes
-    states = {"adamw": 8, "rmsprop": 4}[train.optimizer] + 4
-    row = max(train.token_budget, 1)
+    states = _OPTIMIZER_BYTES[train.optimizer] + 4
     # About 16 numbers of the hidden size are kept for a token and layer; one where they are computed again.
     kept = shape.layers * (1 if recipe.model.gradient_checkpointing else 16)
-    activations = row * shape.hidden * kept * max(2, shape.bytes)
+    activations = train.token_budget * shape.hidden * kept * max(2, shape.bytes)
     generate, training = weights + copies + cache, weights + states * shape.trained + activations
     return {
         "generate": _PROGRAM_MB + generate / 1e6,
@@ -404,7 +404,7 @@ def disk(recipe: Recipe, shape: Shape, work: Work) -> float:
     """MB of all rounds' policies and carried optimisers, the recommended policy once more, and texts with their tokens."""
     rounds = recipe.loop.rounds
     kept = rounds if recipe.train.keep_last is None else min(rounds, recipe.train.keep_last)
-    states = {"adamw": 8, "rmsprop": 4}[recipe.train.optimizer] * recipe.loop.carry_optimizer
+    states = _OPTIMIZER_BYTES[recipe.train.optimizer] * recipe.loop.carry_optimizer
     policies = ((kept + 1) * 4.0 + kept * states) * shape.trained
     records = 60.0 * (work.generated + work.measured_generated)
     return (policies + records) / 1e6
@@ -432,6 +432,10 @@ def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) ->
     from prefloop.run_folder import read_run
 
     run = read_run(folder)
+    if run.published.read() is None:
+        raise RunFolderError(
+            f"{folder} has not ended, and a part is no measure of the whole; finish it with prefloop run"
+        )
     recipe = load_recipe(str(folder / "recipe.yaml"))
     found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]
     at = rates(recipe)

@@ -82,7 +82,7 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
                 trackers.open()
             results = loop.play()
             policy = loop.finish(results)
-            if trackers.told:
+            if trackers.any_open:
                 # It draws: matplotlib is not waited for before the first round.
                 from prefloop.report.html import write_report
 
@@ -161,7 +161,7 @@ class _Loop:
 
     def _tell(self, round_dir: RoundDir, results: Sequence[RoundResult]) -> None:
         """Tell trackers of a round, an earlier one too: what they have already, they keep."""
-        if not self.session.trackers.told:
+        if not self.session.trackers.any_open:
             return
         step = self.session.steps_before(round_dir) + (
             round_dir.steps() if results[-1].round >= 0 else 0

@@ -70,7 +70,8 @@ def merge_policy(
 ) -> Path:
     """Write the run's published policy, adapter merged in, to `out`, in the dtype it was trained in.
 
-    With `gguf` the folder gets the same model as a file for llama.cpp too, NAME-KIND.gguf. Code that comes with the model is run only where the caller says so, whatever the run's recipe says.
+    With `gguf` the folder gets the same model as a file for llama.cpp too, NAME-KIND.gguf. Code that comes
+    with the model is run only where the caller says so, whatever the run's recipe says.
     Raises RunFolderError if the run has published none, it has changed, or `out` holds something or cannot be
     written; ModelError if the model cannot be loaded.
     """

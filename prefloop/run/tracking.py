@@ -44,8 +44,8 @@ class Trackers:
         self._without_tables: set[str] = set()
 
     @property
-    def told(self) -> bool:
-        """Whether any tracker is open."""
+    def any_open(self) -> bool:
+        """Whether there is a tracker to tell."""
         return bool(self._open)
 
     def open(self) -> None:
@@ -106,7 +106,7 @@ class Trackers:
     def round(self, results: Sequence[RoundResult], pairs: Sequence[Pair], step: int) -> None:
         """The last result's measures as eval/..., a table of all rounds until then, and the round's pairs."""
         number = results[-1].round
-        if number <= self._known.get("told", -2):  # before the run was stopped
+        if number <= self._known.get("told", -2):  # told before the run was stopped
             return
         measures = {k: v for k, v in results[-1].measures.items() if not k.startswith("train_")}
         values = {"round": number, **measures}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from prefloop.compare.file import Comparison, cells, load_comparison
+from prefloop.compare.file import Comparison, cells, check_judges, load_comparison
 from prefloop.errors import RecipeError
 from prefloop.methods.arop import AROP
 from prefloop.methods.ial import IAL
@@ -144,6 +144,7 @@ def refused(**values: Any) -> str:
             "score_by_brif is of a judge 'brif' that is not there; did you mean 'brief'?",
         ),
         ({"measures": ["score", "win_rate_by_x"]}, "judges names none"),
+        ({"judges": SHORT, "by_round": ["score_by_brief"]}, "score the last round alone"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(values, says):
@@ -155,6 +156,19 @@ def test_other_judges_may_be_compared_by_what_no_judge_decides():
     variants = {"a": {}, "b": {"judge": {"name": "rules", "max_words": 9}}}
     found, _ = cells(comparison(variants=variants, measures=["kl"], rank_by="kl"), Path("x"))
     assert found[0].recipe.judge != found[1].recipe.judge
+
+
+def test_a_further_judges_model_is_looked_for_before_the_cells_are_played():
+    def judged(model: str) -> list[str]:
+        return check_judges(comparison(judges={"x": {"name": "similarity", "model": model}}))
+
+    with pytest.raises(RecipeError, match=r"judges\.x\.model: no folder /nowhere"):
+        judged("/nowhere")
+    with pytest.raises(RecipeError, match=r"judges\.x\.model: no embedded model 'minilmm'"):
+        judged("embedded:minilmm")
+    assert judged("embedded:minilm") == []
+    assert "looked up on the Hugging Face Hub" in judged("owner/name")[0]
+    assert check_judges(comparison(judges=SHORT)) == []
 
 
 def test_a_file_is_read_and_its_mistakes_are_named(tmp_path):
@@ -186,3 +200,6 @@ def test_options_set_on_the_command_line_change_every_variant(tmp_path):
     assert {cell.recipe.method.gamma for cell in found} == {5.0, 1.0}
     with pytest.raises(RecipeError, match=r"mine.yaml: --set evaluate is not of the form"):
         load_comparison(path, ["evaluate"])
+    path.write_text("variants: {ial: {}}\n")
+    with pytest.raises(RecipeError, match=r"mine.yaml: base is missing"):
+        load_comparison(path, ["evaluate.prompts=7"])

@@ -537,6 +537,10 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
             "loop.carry_optimizer has no effect in a single round",
         ),
         (
+            IAL_RECIPE + "evaluate: {early_stopping_threshold: 0.1}\n",
+            "evaluate.early_stopping_threshold has no effect without evaluate.early_stopping_patience",
+        ),
+        (
             IAL_RECIPE + "loop: {prompts_per_round: 16}\n",
             "loop.prompts_per_round (16) is less than train.batch_size (32): "
             "each epoch is one smaller step",

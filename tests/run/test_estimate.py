@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prefloop.cli import app
-from prefloop.errors import RecipeError
+from prefloop.errors import PrefloopError, RecipeError
 from prefloop.models.policy import Policy
 from prefloop.recipe import Recipe
 from prefloop.run.cost import spent
@@ -85,7 +85,7 @@ def test_named_gpus_are_as_many_times_faster_and_unknown_ones_named(model_folder
     one, eight = rates_of("H100", chosen)(shape), rates_of("8xh100", chosen)(shape)
     assert eight.train == 8 * one.train == 8 * 0.35 * 989e12
     assert eight.decode == pytest.approx(8 * one.decode)
-    for wrong in ("8xH1000", "0xH100", "many"):
+    for wrong in ("8xH1000", "0xH100", "many", ""):
         with pytest.raises(RecipeError, match="write 8xH100, with one of 4090"):
             rates_of(wrong, chosen)
 
@@ -121,3 +121,18 @@ def test_the_command_prints_all_of_it(model_folder: Path, tmp_path: Path) -> Non
     assert told.exit_code == 0, told.output
     for word in ("tokens ", "FLOPs ", "hours ", "8 x L20", "memory ", "disk "):
         assert word in told.output
+
+
+def test_what_an_estimate_cannot_use_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    path, run_folder = tmp_path / "clean.yaml", tmp_path / "stopped"
+    run_folder.mkdir()
+    for place in (path, run_folder / "recipe.yaml"):
+        place.write_text(recipe(model_folder).dump(), encoding="utf-8")
+    for words, says in {
+        (str(path), "--gpus", "8xL20"): "add --estimate",
+        (str(run_folder), "--estimate", "--set", "seed=1"): "leave out --set and --dump",
+        (str(run_folder), "--estimate", "--gpus", "8xL20"): "has not ended",
+    }.items():
+        told = CliRunner().invoke(app, ["check", *words])
+        assert isinstance(told.exception, PrefloopError)
+        assert says in str(told.exception)

@@ -120,3 +120,21 @@ def test_drafts_that_need_a_reward_model_themselves_are_refused(
     again = chain.model_copy(update={"reward": chain.reward.model_copy(update={"drafts": own})})
     with pytest.raises(RecipeError, match="a reward model of its own"):
         check_recipe(again)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "says"),
+    [
+        ({"name": "rlaif"}, "is called rlaif as the run itself is"),
+        ({"method": {"name": "sft"}}, "method 'sft' of .* makes single answers"),
+    ],
+)
+def test_drafts_that_make_no_pairs_or_share_the_runs_folder_are_refused(
+    model_folder: Path, tmp_path: Path, drafts: dict[str, Any], says: str
+) -> None:
+    chain = recipe(model_folder, "x", tmp_path)
+    assert chain.reward is not None
+    path = Path(chain.reward.drafts)
+    write(path, yaml.safe_load(path.read_text(encoding="utf-8")) | drafts)
+    with pytest.raises(RecipeError, match=says):
+        check_recipe(chain)
