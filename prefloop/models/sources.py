@@ -293,6 +293,8 @@ EMBEDDED: Mapping[str, Embedded] = {
 _EMBEDDED_PREFIX = "embedded:"
 # SmolLM2's context; the 4-bit file's tokenizer has lost it.
 _EMBEDDED_CONTEXT = 8192
+# Counts the ways an embedded model has been unpacked: a folder of an earlier way is not taken for one of this.
+_FORM = 2
 
 
 def resolve_source(source: str) -> str:
@@ -443,7 +445,7 @@ def _packed(embedded: Embedded) -> Path:
 
 def _unpacked_folder(name: str, weights: Path) -> Path:
     size = weights.stat().st_size
-    return _cache() / f"{name}-{_sha256(weights, size)[:12]}-{size}"
+    return _cache() / f"{name}-{_sha256(weights, size)[:12]}-{size}-{_FORM}"
 
 
 @lru_cache
@@ -481,6 +483,7 @@ def _unpack(weights: Path, folder: Path) -> None:
 def _convert(weights: Path, folder: Path) -> None:
     import torch
     import transformers
+    from tokenizers import pre_tokenizers
 
     extra: dict[str, Any] = {}
     # Newer versions keep the weights packed, and untrainable, unless told otherwise.
@@ -501,4 +504,12 @@ def _convert(weights: Path, folder: Path) -> None:
         weights.parent, gguf_file=weights.name, trust_remote_code=False
     )
     tokenizer.model_max_length = _EMBEDDED_CONTEXT
+    # The file says "smollm": digits one by one, then GPT-2's pattern. The reader knows the pattern alone, and takes the
+    # last of several spaces before a digit to the number (findings/gguf_digits.sh).
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.save_pretrained(folder)

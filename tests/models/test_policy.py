@@ -379,6 +379,10 @@ def test_the_embedded_model_knows_the_capital_of_france(
     tokenizer = policy.tokenizer
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     assert tokenizer.model_max_length == 8192
+    # As the original's tokenizer.json cuts: the reader of the file would leave a space to the number.
+    assert tokenizer.tokenize("x = 5\n  12, version  2") == [
+        *("x", "Ġ=", "Ġ", "5", "ĊĠĠ", "1", "2", ",", "Ġversion", "ĠĠ", "2"),
+    ]
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
