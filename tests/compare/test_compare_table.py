@@ -174,6 +174,8 @@ def test_the_command_writes_tables_for_people_papers_and_programs(table):
         "Measures after the last round",
         "* : differs from plain (5 %, paired by seed and prompt, seeds only where",
         "good         3",
+        "Differences from plain",
+        "detectable : the true difference that so many seeds and prompts would show",
         "Ranking by score",
         "missing: late seed 0: not played",
         "No common budget: each variant played all its rounds",
@@ -185,11 +187,12 @@ def test_the_command_writes_tables_for_people_papers_and_programs(table):
     page = (table / "out/comparison.md").read_text()
     heads = [line for line in page.splitlines() if line.startswith("| variant")]
     assert len(heads) == 3
+    assert "| measure | variant | difference | 95 % | p (Holm) | detectable |" in page
     for block in page.split("\n\n"):
         if block.startswith("| "):
             assert len({line.count("|") for line in block.splitlines()}) == 1
     paper = (table / "out/comparison.tex").read_text()
-    assert paper.count(r"\begin{tabular}") == paper.count(r"\end{tabular}") == 3
+    assert paper.count(r"\begin{tabular}") == paper.count(r"\end{tabular}") == 4
     assert r"5 \%" in paper
     assert not [line for line in paper.splitlines() if line.startswith("%")][1:]
 

@@ -47,6 +47,7 @@ def test_without_any_variation_the_signs_decide():
     assert same.p == 1.0
     assert shifted is not None
     assert shifted.p == 0.25
+    assert shifted.detectable == 0.0
 
 
 def test_the_crossed_contrast_by_hand():
@@ -96,6 +97,17 @@ def test_looking_at_prompts_alone_would_call_the_luck_of_seeds_a_difference():
         for _ in range(300)
     ]
     assert np.mean(np.array(naive) < 0.05) > 0.4
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_a_difference_of_the_detectable_size_is_found_four_times_in_five(seeds):
+    generator = np.random.default_rng(8)
+    noise = [generator.normal(size=seeds) for _ in range(4000)]
+    plain = seed_contrast(list(noise[0]), [0.0] * seeds)
+    assert plain is not None
+    size = plain.detectable / float(noise[0].std(ddof=1))  # in standard deviations of a difference
+    found = [seed_contrast(list(size + one), [0.0] * seeds) for one in noise]
+    assert np.mean([one.p < 0.05 for one in found if one]) == pytest.approx(0.8, abs=0.02)
 
 
 def test_a_large_difference_is_found():
