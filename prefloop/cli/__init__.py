@@ -239,6 +239,11 @@ def run(
     log_to_stderr()
     console = progress_console(quiet=as_json)
     folder = out or Path("runs") / loaded.name
+    if not folder.exists():
+        from prefloop.run.estimate import first_line
+
+        if line := first_line(loaded):
+            console.print(line, highlight=False, soft_wrap=True)
     outcome = play(loaded, folder, console, accept_changes=accept_changes)
     # It draws: matplotlib is not waited for before the first round.
     from prefloop.report.html import write_report

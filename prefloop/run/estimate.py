@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from prefloop.data.prompts import read_prompts
-from prefloop.errors import RecipeError, RunFolderError, counted
+from prefloop.errors import PrefloopError, RecipeError, RunFolderError, counted
 from prefloop.generate.engines.fake import FakeEngine
+from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
 from prefloop.models.adapter import lora_config, matches
@@ -30,6 +31,7 @@ from prefloop.models.chat import Chat
 from prefloop.models.policy import initial_dtype, load_tokenizer
 from prefloop.models.sources import local_folder, quiet, resolve_source
 from prefloop.recipe import Recipe
+from prefloop.recipe.options import Budget
 from prefloop.records import GENERATED, READ, Prompt, Request, Response, Sampling
 from prefloop.run.cost import Spent
 from prefloop.run.engine import Metered
@@ -150,7 +152,50 @@ def _duration(seconds: float) -> str:
 def estimate(recipe: Recipe, rates: Callable[[Shape], Rates], work: Work | None = None) -> Estimate:
     """What the recipe will take at these rates; `work` where its tokens are known. Raises ModelError, DataError."""
     shape = model_shape(recipe)
-    known, work = rates(shape), work or count_work(recipe)
+    known = rates(shape)
+    if work is not None:
+        return _at(recipe, shape, known, work)
+    counts = _counts(recipe)
+    for rounds in range(1, recipe.loop.rounds + 1):
+        found = _at(recipe, shape, known, _work(recipe, counts, rounds))
+        if recipe.loop.budget is not None and _spends(found, recipe.loop.budget):
+            break
+    return found
+
+
+def first_line(recipe: Recipe) -> str | None:
+    """What a run of the recipe will take, in one line, from half a second of timing; None where that cannot be told here.
+
+    Hours are left out where a GPU does the work: its rate is not known.
+    """
+    here = isinstance(recipe.engine, InProcess) and not torch.cuda.is_available()
+    try:
+        with quiet():
+            found = estimate(recipe, rates_here(recipe, limit=0.5))
+    except PrefloopError:
+        return None
+    work, hours = found.work, _duration(sum(found.seconds.values()))
+    parts = [
+        f"{work.generated + work.measured_generated:,} tokens drawn",
+        f"{work.trained:,} trained",
+        *([hours] if here else []),
+        f"{found.disk_mb / 1000:.2g} GB of disk",
+    ]
+    return f"about {', '.join(parts)}, if every prompt gives a pair"
+
+
+def _spends(found: Estimate, budget: Budget) -> bool:
+    """Whether a round that ends here is the last, by the budget."""
+    spent = {
+        "generated_tokens": found.work.generated,
+        "trained_tokens": found.work.trained,
+        "seconds": found.seconds["generate"] + found.seconds["train"],
+        "flops": found.flops,
+    }
+    return any(spent[name] >= limit for name, limit in budget.limits.items())
+
+
+def _at(recipe: Recipe, shape: Shape, known: Rates, work: Work) -> Estimate:
     n = 2.0 * shape.multiplying
     passes = 2 + (recipe.model.tuning == "full") + recipe.model.gradient_checkpointing
     training = n * (work.trained * passes + work.reference)
@@ -244,30 +289,55 @@ class _Counting(FakeEngine):
         ]
 
 
+class _Counts(NamedTuple):
+    """Tokens a prompt, and of supervised training before the first round."""
+
+    asked: float
+    answer: float
+    drawn: float
+    read: float
+    sft: int
+
+
 def count_work(recipe: Recipe, fill: float = FILL) -> Work:
-    """Tokens of the whole run, by playing the method on a few prompts of local data without a model."""
+    """Tokens of all rounds, whatever a budget says, by playing the method on a few prompts of local data without a model."""
+    return _work(recipe, _counts(recipe, fill), recipe.loop.rounds)
+
+
+def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
     folder = local_folder(resolve_source(recipe.model.source), recipe.model)
     chat = Chat(
         load_tokenizer(folder, recipe.model), template_kwargs=recipe.model.chat_template_kwargs
     )
-    prompts = _some_prompts(recipe)
+    prompts = list(islice(_prompts(recipe), _SAMPLE))
     asked = sum(len(chat.prompt_ids(prompt.messages)) for prompt in prompts) / len(prompts)
     counts: Counter[str] = Counter()
     engine = Metered(_Counting(fill), chat, counts)
     actors = Actors(engine, None, PromptSet(recipe.method.prompt_set), 0, recipe.seed)
     list(recipe.method.generate(prompts, actors))
+    answer = fill * recipe.method.sampling.max_new_tokens
+    sft = 0
+    if recipe.sft is not None:
+        targets = [len(chat.text_ids(p.target)) + 1 for p in prompts if p.target]
+        target = sum(targets) / len(targets) if targets else answer
+        sft = round(sum(1 for _ in _prompts(recipe)) * (asked + target) * recipe.sft.epochs)
     drawn, read = counts[GENERATED] / len(prompts), counts[READ] / len(prompts)
-    loop, answer = recipe.loop, fill * recipe.method.sampling.max_new_tokens
-    played = loop.rounds * loop.prompts_per_round
+    return _Counts(asked, answer, drawn, read, sft)
+
+
+def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
+    asked, answer, drawn, read, sft = counts
+    loop = recipe.loop
+    played = rounds * loop.prompts_per_round
     # Under mix_previous each round but the last one's pairs are trained on twice.
-    pairs = played + (loop.mix_previous * (loop.rounds - 1) * loop.prompts_per_round)
+    pairs = played + (loop.mix_previous * (rounds - 1) * loop.prompts_per_round)
     pair = asked + len(recipe.method.roles) * answer
-    measured = recipe.evaluate.prompts * (1 + (loop.rounds if recipe.evaluate.every_round else 1))
+    measured = recipe.evaluate.prompts * (1 + (rounds if recipe.evaluate.every_round else 1))
     own = recipe.evaluate.introspection
     return Work(
         generated=round(played * drawn),
         read=round(played * read),
-        trained=round(pairs * pair * recipe.train.epochs),
+        trained=sft + round(pairs * pair * recipe.train.epochs),
         reference=round(pairs * pair) if recipe.method.needs_reference else 0,
         measured_generated=round(measured * (answer + own * drawn)),
         # Each answer is read by the policy and by the initial one.
@@ -275,18 +345,15 @@ def count_work(recipe: Recipe, fill: float = FILL) -> Work:
     )
 
 
-def _some_prompts(recipe: Recipe) -> list[Prompt]:
-    found: list[Prompt] = []
+def _prompts(recipe: Recipe) -> Iterator[Prompt]:
     for source in recipe.data.sources("train"):
-        rows = read_prompts(
+        yield from read_prompts(
             source,
             recipe.data,
             part="train",
             needs_target=recipe.needs_target,
             needs_pairs=recipe.method.needs_pairs,
         )
-        found += list(islice(rows, _SAMPLE))
-    return found[:_SAMPLE]
 
 
 # Rates.
@@ -328,7 +395,7 @@ def _product_rate(shape: Shape, rows: int, dtype: torch.dtype, seconds: float) -
     try:
         for (out, inner), count in shape.linears.items():
             product = _product(
-                torch.randn(rows, inner).to(dtype), torch.randn(out, inner).to(dtype)
+                torch.ones(rows, inner, dtype=dtype), torch.ones(out, inner, dtype=dtype)
             )
             product()
             best, end = float("inf"), time.perf_counter() + seconds

@@ -40,7 +40,7 @@ def recipe(model_folder: Path, **changes: Any) -> Recipe:
         "guard": {"min_stop_rate": 0.0, "max_kl": 1e9},
     }
     for section, options in changes.items():
-        sections[section] = {**sections[section], **options}
+        sections[section] = {**sections.get(section, {}), **options}
     return Recipe.model_validate(sections)
 
 

@@ -21,6 +21,7 @@ from prefloop.run.estimate import (
     beside,
     count_work,
     estimate,
+    first_line,
     model_shape,
     rates_here,
     rates_of,
@@ -62,6 +63,47 @@ def test_tokens_are_those_that_the_method_asks_for(model_folder: Path) -> None:
     assert work.trained == pytest.approx(2 * work.reference, abs=1)
     longer = spin.model_copy(update={"loop": spin.loop.model_copy(update={"rounds": 6})})
     assert count_work(longer).generated == 2 * work.generated
+
+
+def test_a_budget_ends_the_rounds_and_supervision_counts(model_folder: Path) -> None:
+    loop = {"rounds": 5, "prompts_per_round": 4, "mix_previous": False, "carry_optimizer": False}
+    whole = estimate(recipe(model_folder, loop=loop), even).work
+    one = round(whole.generated / 5)
+    part = estimate(
+        recipe(model_folder, loop={**loop, "budget": {"generated_tokens": one + 1}}), even
+    )
+    assert part.work.generated == pytest.approx(2 * one, abs=2)
+    late = recipe(model_folder, loop={**loop, "budget": {"generated_tokens": 10**9}})
+    assert estimate(late, even).work == whole
+    quick = recipe(model_folder, loop={**loop, "budget": {"seconds": 1e-9}})
+    assert estimate(quick, even).work.generated == pytest.approx(one, abs=1)
+    taught = estimate(recipe(model_folder, loop=loop, sft={"epochs": 3}), even).work
+    once = estimate(recipe(model_folder, loop=loop, sft={"epochs": 1}), even).work
+    assert taught.trained - whole.trained == pytest.approx(
+        3 * (once.trained - whole.trained), abs=3
+    )
+    assert once.trained > whole.trained
+
+
+def test_a_run_begins_with_its_estimate_and_goes_on_without(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(model_folder)
+    path = tmp_path / "told.yaml"
+    path.write_text(chosen.dump(), encoding="utf-8")
+    words = ["run", str(path), "--out", str(tmp_path / "run")]
+    first, again = (CliRunner().invoke(app, words) for _ in range(2))
+    assert first.exit_code == again.exit_code == 0, first.output
+    work = estimate(chosen, even).work
+    drawn = work.generated + work.measured_generated
+    assert f"about {drawn:,} tokens drawn, {work.trained:,} trained, " in first.output
+    assert "tokens drawn" not in again.output
+    assert first_line(chosen.model_copy(update={"model": gone(chosen)})) is None
+
+
+def gone(chosen: Recipe) -> Any:
+    """Model options of a folder that is not there."""
+    return chosen.model.model_copy(update={"source": "/nowhere/model"})
 
 
 def test_hours_follow_from_operations_and_rates(model_folder: Path) -> None:
