@@ -202,11 +202,42 @@ def test_no_right_to_write_there(shell: Shell, run_folder: Path, hub: Hub) -> No
     )
 
 
-def test_a_hub_that_is_broken(shell: Shell, run_folder: Path, hub: Hub) -> None:
-    hub.broken = 503
-    shell.refuses(
-        "push", str(run_folder), "me/mine", "--yes", saying=("being mended", "same command goes on")
-    )
+COMMIT, UPLOAD, CREATE = "/commit/", "/content/", "/repos/create"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "saying"),
+    [
+        (COMMIT, 401, ("does not know the token", "hf auth login")),
+        (COMMIT, 403, ("may not write to me", "the role write")),
+        (UPLOAD, 403, ("storage does not take the upload", "same command goes on")),
+        (COMMIT, 404, ("has no me/mine, or hides it", "HF_ENDPOINT")),
+        (COMMIT, 409, ("changed by someone else", "same command goes on")),
+        (COMMIT, 412, ("changed by someone else", "same command goes on")),
+        ("/preupload/", 429, ("no more requests", "wait 30 s")),
+        (CREATE, 503, ("fails at the moment", "being mended", "same command goes on")),
+        (UPLOAD, 500, ("fails at the moment", "same command goes on")),
+        (COMMIT, 413, ("refuses me/mine", "being mended", "correct that")),
+    ],
+)
+def test_each_refusal_has_a_remedy_of_its_own(
+    shell: Shell, run_folder: Path, hub: Hub, path: str, status: int, saying: tuple[str, ...]
+) -> None:
+    hub.refuses, hub.headers = {path: status}, {"Retry-After": "30"} if status == 429 else {}
+    push = ("push", str(run_folder), "me/mine", "--yes", "-q")
+    code, err = shell(*push)
+    assert code == 2
+    assert "connection" not in err
+    for words in saying:
+        assert words in err
+    # What was begun is finished by the same command, once the Hub lets it.
+    hub.refuses = {}
+    assert shell(*push) == (0, "")
+
+
+def test_offline_mode_is_no_lost_connection(shell: Shell, run_folder: Path, hub: Hub) -> None:
+    shell.monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    shell.refuses("push", str(run_folder), "me/mine", "--yes", saying=("HF_HUB_OFFLINE", "unset"))
 
 
 def test_a_hub_that_is_not_there(shell: Shell, run_folder: Path, hub: Hub) -> None:
