@@ -23,6 +23,7 @@ from prefloop.records import Pair, read_json
 from prefloop.report.dataset_card import dataset_card
 from prefloop.report.model_card import without_paths
 from prefloop.run.hub_refusals import NO_TOKEN, in_words
+from prefloop.run.publish import verify_merged
 from prefloop.run_folder import RunDir, read_run
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def prepare(
     """Put together what would go: the model first, then, where `pairs`, the data set owner/name-pairs.
 
     `merged` is a folder that `prefloop merge` wrote, to go in place of the adapter. Sends nothing. Raises
-    RunFolderError where the run has not ended or its policy would be of no use alone; HubError for a name that
-    cannot be a repository's.
+    RunFolderError where the run has not ended, its policy would be of no use alone, or `merged` is not of that
+    policy; HubError for a name that cannot be a repository's.
     """
     _check_name(repo_id)
     run = read_run(run_folder)
@@ -74,10 +75,8 @@ def prepare(
             f"the adapter of {run.path} is for the fine-tuned model of its round 0, which others do not have; "
             f"run prefloop merge {run.path} FOLDER, then push with --merged FOLDER"
         )
-    if merged is not None and not (merged / "config.json").is_file():
-        raise RunFolderError(
-            f"{merged} holds no model; make it with prefloop merge {run.path} {merged}"
-        )
+    if merged is not None:
+        verify_merged(run, merged)
     staged = run.path / STAGED
     shutil.rmtree(staged, ignore_errors=True)
     shown = without_paths(recipe)

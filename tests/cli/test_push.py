@@ -16,6 +16,7 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM
 
 from prefloop.records import Pair, write_jsonl
+from prefloop.run.publish import MERGED
 from prefloop.run_folder import RunDir
 from tests.cli.conftest import Shell, called
 from tests.fake_hub import TOKEN, Hub
@@ -248,6 +249,47 @@ def test_a_hub_that_is_not_there(shell: Shell, run_folder: Path, hub: Hub) -> No
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "me/a--b", "me/.x"])
 def test_a_name_that_no_repository_can_have(shell: Shell, run_folder: Path, name: str) -> None:
     shell.refuses("push", str(run_folder), name, saying=("not of the form owner/name",))
+
+
+@pytest.fixture
+def merged(shell: Shell, run_folder: Path) -> Path:
+    """The run's policy as one model."""
+    assert shell("merge", str(run_folder), "merged")[0] == 0
+    return Path("merged")
+
+
+def test_a_merged_model_goes_as_it_was_written_with_a_card_that_may_be_edited(
+    shell: Shell, run_folder: Path, hub: Hub, merged: Path
+) -> None:
+    with (merged / "README.md").open("a") as card:
+        card.write("\nA word more.\n")
+    push = ("push", str(run_folder), "me/mine", "--merged", "merged", "--no-pairs", "--yes", "-q")
+    assert shell(*push) == (0, "")
+    there = hub.files("me/mine")
+    assert {"config.json", "model.safetensors", "README.md"} <= set(there)
+    assert MERGED not in there
+    assert there["README.md"].endswith(b"A word more.\n")
+
+
+def test_a_folder_that_is_no_merged_model_of_this_policy_is_refused(
+    shell: Shell, run_folder: Path, merged: Path
+) -> None:
+    def refused(folder: Path | str, saying: str) -> None:
+        words = ("push", str(run_folder), "me/mine", "--merged", str(folder))
+        shell.refuses(*words, saying=(saying, "run prefloop merge runs/r FOLDER"))
+
+    # The base model itself has the right architecture and vocabulary.
+    refused(shell.model, "was not written by prefloop merge")
+    config = (merged / "config.json").read_text()
+    (merged / "config.json").write_text(config.replace("vocab_size", "vocab_sizf"))
+    refused(merged, "config.json is not as it was written")
+    (merged / "config.json").write_text(config)
+    # The run recommends another policy now.
+    manifest = RunDir(run_folder).published
+    with (run_folder / "policy/adapter_config.json").open("a") as file:
+        file.write(" ")
+    manifest.write({"round": 0}, sorted((run_folder / "policy").glob("adapter*")))
+    refused(merged, "was merged from another policy than the one that runs/r recommends")
 
 
 def test_a_run_without_a_policy_and_a_folder_without_a_model(
