@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,14 +25,17 @@ class Repository:
 
 
 class Hub:
-    """The server and what it holds; `cut_off` uploads break in their middle."""
+    """The server and what it holds; `cut_off` uploads break in their middle, and requests are refused by `refuses`."""
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.puts: list[str] = []
         self.cut_off = 0
-        self.broken: int | None = None
+        self.refuses: dict[str, int] = {}
+        """A part of a request's path -> the status that it gets."""
+        self.headers: dict[str, str] = {}
+        """Of refusals."""
         hub = self
 
         class Handler(_Handler):
@@ -63,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._body()
+        if self._refused():
+            return
         _, kind, name = self.path.strip("/").removesuffix("/revision/main").split("/", 2)
         there = self.hub.repositories.get((kind, name))
         if there is None:
@@ -74,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         oid = self.path.rpartition("/")[2]
         self.hub.puts.append(oid)
+        if self._refused():
+            return
         if self.hub.cut_off:
             self.hub.cut_off -= 1
             self.close_connection = True
@@ -85,8 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._body()
-        if self.hub.broken is not None:
-            return self._answer(self.hub.broken, {"error": "the Hub is being mended"})
+        if self._refused():
+            return
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._answer(401, {"error": "Invalid username or password."})
         if self.path == "/api/validate-yaml":
@@ -102,6 +110,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._preupload(there, json.loads(body))
         assert verb == "commit"
         return self._commit(there, name, [json.loads(line) for line in body.splitlines()])
+
+    def _refused(self) -> bool:
+        for part, status in self.hub.refuses.items():
+            if part in self.path:
+                self._answer(status, {"error": "the Hub is being mended"}, self.hub.headers)
+                return True
+        return False
 
     def _create(self, asked: dict[str, Any]) -> None:
         owner = asked["organization"] or USER
@@ -160,9 +175,13 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _answer(self, status: int, value: dict[str, Any]) -> None:
+    def _answer(
+        self, status: int, value: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Connection", "close")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefloop.errors import RunFolderError
+from prefloop.manifest import Manifest
 from prefloop.models.gguf_file import Kind, write_gguf
 from prefloop.models.policy import Policy
 from prefloop.models.sources import EMBEDDED, Embedded, quiet, without_code
@@ -31,6 +32,8 @@ OLDEST_PEFT_EXPERTS = "0.20"
 """The same for an adapter on the stacked experts of a mixture."""
 OLDEST_TRANSFORMERS = "5.0"
 """The oldest transformers that read `rope_parameters` of a config.json."""
+MERGED = "merged.done.json"
+"""In a merged model's folder: what merge wrote there, and from which policy."""
 _TUNED = "rounds/start/policy"
 """Where the fine-tuned model of round 0 lies in a run's folder."""
 _NEEDS_TUNED = (
@@ -97,11 +100,43 @@ def merge_policy(
             number = (run.published.read() or {}).get("round")
             facts = _card_facts(recipe, run, run.results(), part, number, merged=True)
             write_model_card(part, facts)
+            _seal_merged(run, part)
             give_usual_modes(part)
             replace_folder(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return out
+
+
+def _seal_merged(run: RunDir, folder: Path) -> None:
+    # The card is the user's to write on.
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"]
+    _merged_manifest(run, folder).write({"of": _policy_files(run)}, sorted(files))
+
+
+def verify_merged(run: RunDir, folder: Path) -> None:
+    """Raise RunFolderError where the folder is not what `merge_policy` wrote from the run's published policy."""
+    manifest = _merged_manifest(run, folder)
+    if not (folder / "config.json").is_file():
+        raise RunFolderError(f"{folder} holds no model; {manifest.remedy}")
+    facts = manifest.verify()
+    if facts is None:
+        raise RunFolderError(f"{folder} was not written by prefloop merge; {manifest.remedy}")
+    if facts["of"] != _policy_files(run):
+        raise RunFolderError(
+            f"{folder} was merged from another policy than the one that {run.path} recommends; {manifest.remedy}"
+        )
+
+
+def _merged_manifest(run: RunDir, folder: Path) -> Manifest:
+    return Manifest(
+        folder / MERGED, f"run prefloop merge {run.path} FOLDER, and push that with --merged FOLDER"
+    )
+
+
+def _policy_files(run: RunDir) -> object:
+    """Sizes and hashes of the published policy's files, by name."""
+    return (run.published.read() or {}).get("files")
 
 
 def _card_facts(

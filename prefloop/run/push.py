@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefloop.config import dump_yaml
 from prefloop.data.export import export_pairs
-from prefloop.errors import HubError, PrefloopError, RunFolderError
+from prefloop.errors import HubError, RunFolderError
 from prefloop.manifest import write_atomically
 from prefloop.recipe import load_recipe
 from prefloop.records import Pair, read_json
 from prefloop.report.dataset_card import dataset_card
 from prefloop.report.model_card import without_paths
+from prefloop.run.hub_refusals import NO_TOKEN, in_words
+from prefloop.run.publish import verify_merged
 from prefloop.run_folder import RunDir, read_run
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ def prepare(
     """Put together what would go: the model first, then, where `pairs`, the data set owner/name-pairs.
 
     `merged` is a folder that `prefloop merge` wrote, to go in place of the adapter. Sends nothing. Raises
-    RunFolderError where the run has not ended or its policy would be of no use alone; HubError for a name that
-    cannot be a repository's.
+    RunFolderError where the run has not ended, its policy would be of no use alone, or `merged` is not of that
+    policy; HubError for a name that cannot be a repository's.
     """
     _check_name(repo_id)
     run = read_run(run_folder)
@@ -74,10 +75,8 @@ def prepare(
             f"the adapter of {run.path} is for the fine-tuned model of its round 0, which others do not have; "
             f"run prefloop merge {run.path} FOLDER, then push with --merged FOLDER"
         )
-    if merged is not None and not (merged / "config.json").is_file():
-        raise RunFolderError(
-            f"{merged} holds no model; make it with prefloop merge {run.path} {merged}"
-        )
+    if merged is not None:
+        verify_merged(run, merged)
     staged = run.path / STAGED
     shutil.rmtree(staged, ignore_errors=True)
     shown = without_paths(recipe)
@@ -114,9 +113,9 @@ def send(
     made: dict[str, Any] = dict(read_json(note)) if note.exists() else {}
     addresses = []
     for shipment in shipments:
-        with _in_words(shipment):
+        with in_words(shipment.repo_id):
             if api.token is None and not _has_token():
-                raise HubError("there is no token of the Hub here; hf auth login, or set HF_TOKEN")
+                raise HubError(NO_TOKEN)
             address = _repository(
                 api, shipment, public=public, known=update or shipment.repo_id in made
             )
@@ -258,72 +257,3 @@ def _commit(api: HfApi, shipment: Shipment) -> None:
             commit_message="Add what a run of prefloop made",
             repo_type=shipment.kind,
         )
-
-
-@contextmanager
-def _in_words(shipment: Shipment) -> Iterator[None]:
-    """What the Hub or the way there refuses, as a HubError with a remedy."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        yield
-    except PrefloopError:
-        raise
-    except LocalTokenNotFoundError as error:
-        raise HubError(
-            "there is no token of the Hub here; hf auth login, or set HF_TOKEN"
-        ) from error
-    except Exception as error:
-        refused = _first(error, HfHubHTTPError)
-        if isinstance(refused, HfHubHTTPError) and refused.response is not None:
-            raise HubError(_refusal(shipment, refused)) from error
-        if isinstance(error, ValueError) and "metadata" in str(error):
-            raise HubError(
-                f"the Hub does not accept the header of {shipment.repo_id}'s card ({_one_line(error)}); correct "
-                "README.md in the run's folder policy"
-            ) from error
-        if _is_of_the_network(error):
-            cause = error.__cause__ or error
-            raise HubError(
-                f"the connection to the Hub was lost while {shipment.repo_id} was sent ({_one_line(cause)}); the "
-                "same command goes on where it stopped"
-            ) from error
-        raise
-
-
-_NETWORK = {"httpx", "httpcore", "httpx2", "httpcore2", "hf_xet"}
-
-
-def _is_of_the_network(error: BaseException) -> bool:
-    """Uploads wrap what their connections raise in a RuntimeError, and say it as its cause."""
-    at_home = isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError)
-    return not at_home and (
-        isinstance(error, ConnectionError | TimeoutError | RuntimeError | ValueError)
-        or type(error).__module__.partition(".")[0] in _NETWORK
-    )
-
-
-def _first(error: BaseException | None, kind: type[BaseException]) -> BaseException | None:
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__
-    return error
-
-
-def _refusal(shipment: Shipment, error: Any) -> str:
-    status = error.response.status_code
-    if status == 401:
-        return "the Hub does not know the token; hf auth login with a valid one, or set HF_TOKEN"
-    if status == 403:
-        owner = shipment.repo_id.partition("/")[0]
-        return f"the token may not write to {owner} on the Hub; take one with the role write, or a name of your own"
-    said = error.server_message or f"status {status}"
-    again = (
-        "the same command goes on where it stopped"
-        if status >= 500
-        else "correct that, then push again"
-    )
-    return f"the Hub refuses {shipment.repo_id} ({' '.join(str(said).split())}); {again}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -16,6 +16,7 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard
 from peft import AutoPeftModelForCausalLM
 
 from prefloop.records import Pair, write_jsonl
+from prefloop.run.publish import MERGED
 from prefloop.run_folder import RunDir
 from tests.cli.conftest import Shell, called
 from tests.fake_hub import TOKEN, Hub
@@ -202,11 +203,42 @@ def test_no_right_to_write_there(shell: Shell, run_folder: Path, hub: Hub) -> No
     )
 
 
-def test_a_hub_that_is_broken(shell: Shell, run_folder: Path, hub: Hub) -> None:
-    hub.broken = 503
-    shell.refuses(
-        "push", str(run_folder), "me/mine", "--yes", saying=("being mended", "same command goes on")
-    )
+COMMIT, UPLOAD, CREATE = "/commit/", "/content/", "/repos/create"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "saying"),
+    [
+        (COMMIT, 401, ("does not know the token", "hf auth login")),
+        (COMMIT, 403, ("may not write to me", "the role write")),
+        (UPLOAD, 403, ("storage does not take the upload", "same command goes on")),
+        (COMMIT, 404, ("has no me/mine, or hides it", "HF_ENDPOINT")),
+        (COMMIT, 409, ("changed by someone else", "same command goes on")),
+        (COMMIT, 412, ("changed by someone else", "same command goes on")),
+        ("/preupload/", 429, ("no more requests", "wait 30 s")),
+        (CREATE, 503, ("fails at the moment", "being mended", "same command goes on")),
+        (UPLOAD, 500, ("fails at the moment", "same command goes on")),
+        (COMMIT, 413, ("refuses me/mine", "being mended", "correct that")),
+    ],
+)
+def test_each_refusal_has_a_remedy_of_its_own(
+    shell: Shell, run_folder: Path, hub: Hub, path: str, status: int, saying: tuple[str, ...]
+) -> None:
+    hub.refuses, hub.headers = {path: status}, {"Retry-After": "30"} if status == 429 else {}
+    push = ("push", str(run_folder), "me/mine", "--yes", "-q")
+    code, err = shell(*push)
+    assert code == 2
+    assert "connection" not in err
+    for words in saying:
+        assert words in err
+    # What was begun is finished by the same command, once the Hub lets it.
+    hub.refuses = {}
+    assert shell(*push) == (0, "")
+
+
+def test_offline_mode_is_no_lost_connection(shell: Shell, run_folder: Path, hub: Hub) -> None:
+    shell.monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: True)
+    shell.refuses("push", str(run_folder), "me/mine", "--yes", saying=("HF_HUB_OFFLINE", "unset"))
 
 
 def test_a_hub_that_is_not_there(shell: Shell, run_folder: Path, hub: Hub) -> None:
@@ -217,6 +249,47 @@ def test_a_hub_that_is_not_there(shell: Shell, run_folder: Path, hub: Hub) -> No
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "me/a--b", "me/.x"])
 def test_a_name_that_no_repository_can_have(shell: Shell, run_folder: Path, name: str) -> None:
     shell.refuses("push", str(run_folder), name, saying=("not of the form owner/name",))
+
+
+@pytest.fixture
+def merged(shell: Shell, run_folder: Path) -> Path:
+    """The run's policy as one model."""
+    assert shell("merge", str(run_folder), "merged")[0] == 0
+    return Path("merged")
+
+
+def test_a_merged_model_goes_as_it_was_written_with_a_card_that_may_be_edited(
+    shell: Shell, run_folder: Path, hub: Hub, merged: Path
+) -> None:
+    with (merged / "README.md").open("a") as card:
+        card.write("\nA word more.\n")
+    push = ("push", str(run_folder), "me/mine", "--merged", "merged", "--no-pairs", "--yes", "-q")
+    assert shell(*push) == (0, "")
+    there = hub.files("me/mine")
+    assert {"config.json", "model.safetensors", "README.md"} <= set(there)
+    assert MERGED not in there
+    assert there["README.md"].endswith(b"A word more.\n")
+
+
+def test_a_folder_that_is_no_merged_model_of_this_policy_is_refused(
+    shell: Shell, run_folder: Path, merged: Path
+) -> None:
+    def refused(folder: Path | str, saying: str) -> None:
+        words = ("push", str(run_folder), "me/mine", "--merged", str(folder))
+        shell.refuses(*words, saying=(saying, "run prefloop merge runs/r FOLDER"))
+
+    # The base model itself has the right architecture and vocabulary.
+    refused(shell.model, "was not written by prefloop merge")
+    config = (merged / "config.json").read_text()
+    (merged / "config.json").write_text(config.replace("vocab_size", "vocab_sizf"))
+    refused(merged, "config.json is not as it was written")
+    (merged / "config.json").write_text(config)
+    # The run recommends another policy now.
+    manifest = RunDir(run_folder).published
+    with (run_folder / "policy/adapter_config.json").open("a") as file:
+        file.write(" ")
+    manifest.write({"round": 0}, sorted((run_folder / "policy").glob("adapter*")))
+    refused(merged, "was merged from another policy than the one that runs/r recommends")
 
 
 def test_a_run_without_a_policy_and_a_folder_without_a_model(
