@@ -1,103 +1,207 @@
-"""Claim: prompts stream through a round; ten times as many take hardly more memory.
+"""Claim: prompts stream through a round; ten times as many take hardly more memory, and ten times the time.
 
-Generates, ranks and pairs one round of AROP with the fake engine, for each number of prompts in a process
-of its own, and reports its peak memory. Training is not part of it: it holds the pairs that it trains on.
+Plays one round of AROP with the fake engine, for each number of prompts in a process of its own: data, generating,
+ranking and pairing, and with `--train-steps` also the reference pass over all pairs on a tiny model, so many optimiser
+steps, measuring and publishing. Then the report, the pairs as a data set, and the same command again, which finds all of
+it done. For each stage its seconds, the largest memory during it, and the bytes that it left.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+_WORDS = "a river carries what the mountain gives it and the town takes what it needs from it "
+_GATES = {"cut_off": False, "max_edit_share": None, "max_length_ratio": None}
 
 
-def prompts(path: Path, count: int) -> None:
-    """Prompts of about 400 characters, with targets as long."""
-    words = "a river carries what the mountain gives it and the town takes what it needs from it "
+def prompts(path: Path, count: int, repeats: int) -> None:
+    """Prompts of about `repeats` x 80 characters, with targets as long."""
     with path.open("w") as file:
         for number in range(count):
-            row = {"prompt": f"Question {number}: {words * 5}?", "response": words * 5}
+            row = {
+                "prompt": f"Question {number}: {_WORDS * repeats}?",
+                "response": _WORDS * repeats,
+            }
             file.write(json.dumps(row) + "\n")
 
 
-def round_of(count: int, model: str, holdout: int) -> dict[str, Any]:
-    """Peak memory before and after the first three stages of a round of `count` prompts."""
-    from rich.console import Console
+class Stages:
+    """What each stage took: seconds, peak MiB, and megabytes left in the run's folder."""
 
+    def __init__(self, folder: Path) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+        self._folder = folder
+        self._bytes = 0
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Measure what is done inside."""
+        # Forgets the peak so far (Linux), so that each stage has one of its own.
+        Path("/proc/self/clear_refs").write_text("5")
+        wall, thread = time.perf_counter(), time.process_time()
+        yield
+        size = sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
+        self.found[name] = {
+            "seconds": round(time.perf_counter() - wall, 1),
+            "cpu_seconds": round(time.process_time() - thread, 1),
+            "peak_mib": _status("VmHWM"),
+            "mb": round((size - self._bytes) / 1e6, 1),
+        }
+        self._bytes = size
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024, 1)
+
+
+def round_of(count: int, job: dict[str, Any]) -> dict[str, Any]:
+    """One round of `count` prompts, stage by stage."""
     from prefloop.recipe import Recipe
-    from prefloop.run.loop import _Loop
-    from prefloop.run_folder import open_run
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "prompts.jsonl"
-        prompts(path, count + 2 * holdout)
-        gates = {"cut_off": False, "max_edit_share": None, "max_length_ratio": None}
+    with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
+        data, out = Path(folder) / "prompts.jsonl", Path(folder) / "run"
+        prompts(data, count + 2 * job["holdout"], job["repeats"])
         recipe = Recipe.model_validate(
             {
                 "name": "memory",
-                "model": {"source": model, "device": "cpu"},
-                "data": {"train": str(path), "holdout": holdout, "max_prompt_tokens": 4096},
-                "method": {"name": "arop", "margin": {"kind": "fixed"}, "gates": gates},
+                "model": {"source": job["model"], "device": "cpu"},
+                "data": {
+                    "train": str(data),
+                    "holdout": job["holdout"],
+                    "max_prompt_tokens": 4096,
+                    "max_response_tokens": 4096,
+                },
+                "method": {"name": "arop", "margin": {"kind": "fixed"}, "gates": _GATES},
                 "engine": {"name": "fake"},
                 "loop": {"rounds": 1, "prompts_per_round": count},
                 "generate": {"chunk_size": 256},
+                "train": {"batch_size": 32, "micro_batch_size": 32, "token_budget": 8192},
+                "guard": {"min_distinct2": 0.0},
             }
         )
-        with open_run(Path(folder) / "run", recipe.dump()) as rundir:
-            loop = _Loop(recipe, rundir, Console(file=StringIO()))
+        stages = Stages(out)
+        pairs = _play(recipe, out, stages, job["train_steps"])
+        _read(recipe, out, stages, job["train_steps"])
+        found = stages.found
+        making = [found[name] for name in ("candidates", "ranked", "pairs")]
+        return {
+            "prompts": count,
+            "pairs": pairs,
+            "prompts_mb": round(data.stat().st_size / 1e6, 1),
+            "start_mib": found["model"]["peak_mib"],
+            "peak_mib": max(stage["peak_mib"] for stage in found.values()),
+            "seconds": round(sum(stage["seconds"] for stage in making), 1),
+            "stages": found,
+        }
+
+
+def _play(recipe: Any, out: Path, stages: Stages, train_steps: int) -> int:
+    """The round; the number of its pairs."""
+    from rich.console import Console
+
+    from prefloop.run.loop import _Loop
+    from prefloop.run_folder import open_run
+    from prefloop.train import trainer
+
+    whole = trainer.schedule
+
+    def few_steps(count: int, **options: int) -> list[list[int]]:
+        return whole(count, **options)[:train_steps]
+
+    with open_run(out, recipe.dump()) as rundir:
+        loop = _Loop(recipe, rundir, Console(file=StringIO()))
+        with stages.measured("model"):
             loop.session.policy_at(None)
-            before, since = peak(), time.perf_counter()
-            round_dir = rundir.round(0)
-            loop._generate(round_dir)
-            loop._rank(round_dir)
-            loop._pair(round_dir)
-            return {
-                "prompts": count,
-                "pairs": round_dir.count("pairs"),
-                "start_mib": before,
-                "peak_mib": peak(),
-                "seconds": round(time.perf_counter() - since, 1),
-            }
+        with stages.measured("data"):
+            assert loop.session.data
+        first = rundir.round(0)
+        parts: dict[str, Callable[[Any], object]] = {
+            "candidates": loop._generate, "ranked": loop._rank, "pairs": loop._pair
+        }  # fmt: skip
+        if train_steps:
+            with stages.measured("start"):
+                results = [loop._evaluate(rundir.round(-1))]
+            parts |= {"train": loop._train, "evaluate": lambda r: results.append(loop._evaluate(r))}
+        for name, stage in parts.items():
+            with stages.measured(name), mock.patch.object(trainer, "schedule", few_steps):
+                stage(first)
+        if train_steps:
+            with stages.measured("publish"):
+                loop.finish(results)
+        return first.count("pairs")
 
 
-def peak() -> float:
-    """The process's largest memory so far, in MiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
+def _read(recipe: Any, out: Path, stages: Stages, train_steps: int) -> None:
+    """What is done with a run that is there."""
+    from rich.console import Console
+
+    from prefloop.data.export import export_pairs
+    from prefloop.report.html import write_report
+    from prefloop.report.summary import show_outcome, show_run
+    from prefloop.run.loop import run
+    from prefloop.run.verify import verify_run
+    from prefloop.run_folder import read_run
+
+    quiet = Console(file=StringIO())
+    if train_steps:
+        with stages.measured("again"):
+            outcome = run(recipe, out, quiet)
+            show_outcome(outcome, quiet)
+    with stages.measured("report"):
+        write_report([out], out / "report.html")
+    with stages.measured("show"):
+        show_run(out, quiet, pair=None, count=3)
+    with stages.measured("export"):
+        pairs = (pair for _, made in read_run(out).pairs() for pair in made)
+        export_pairs(pairs, out / "pairs.jsonl")
+    with stages.measured("verify"):
+        verify_run(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--holdout", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5, help="80 characters each, of a prompt")
+    parser.add_argument(
+        "--train-steps", type=int, default=0, help="optimiser steps; 0: end with the pairs"
+    )
     parser.add_argument("--model", default="tiny", help="tiny, or a model's folder")
+    parser.add_argument("--folder", type=Path, help="where the runs lie while they are measured")
     parser.add_argument("--allowed", type=float, default=64.0, help="MiB more for the last number")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    if options.model == "tiny":
-        sys.path.insert(0, str(Path(__file__).parent))
-        from kill_resume import tiny_model
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        model = options.model
+        if model == "tiny":
+            sys.path.insert(0, str(Path(__file__).parent))
+            from kill_resume import tiny_model
 
-        with tempfile.TemporaryDirectory() as folder:
-            tiny_model(Path(folder))
-            found = measure(options, folder)
-    else:
-        found = measure(options, options.model)
-    print(json.dumps(found) if options.json else "\n".join(map(str, found["sizes"])))
+            model = f"{folder}/model"
+            tiny_model(Path(model))
+        job = {**vars(options), "model": model, "folder": folder}
+        found = measure(options.prompts, job)
+    print(json.dumps(found) if options.json else table(found))
     sys.exit(0 if found["grew_mib"] <= options.allowed else 1)
 
 
-def measure(options: argparse.Namespace, model: str) -> dict[str, Any]:
-    """Each number in a process of its own, because a peak never falls."""
+def measure(counts: list[int], job: dict[str, Any]) -> dict[str, Any]:
+    """Each number in a process of its own."""
     sizes = []
-    for count in options.prompts:
-        code = f"import json; from prompt_memory import *; print(json.dumps(round_of({count}, {model!r}, {options.holdout})))"
+    for count in counts:
+        code = f"import json; from prompt_memory import *; print(json.dumps(round_of({count}, {job!r})))"
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
@@ -107,8 +211,20 @@ def measure(options: argparse.Namespace, model: str) -> dict[str, Any]:
         )
         if done.returncode:
             raise SystemExit(done.stderr[-2000:])
-        sizes.append(json.loads(done.stdout))
+        sizes.append(json.loads(done.stdout.splitlines()[-1]))
     return {"sizes": sizes, "grew_mib": round(sizes[-1]["peak_mib"] - sizes[0]["peak_mib"], 1)}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A line a stage and number of prompts."""
+    lines = [f"{'prompts':>9} {'stage':12} {'seconds':>9} {'cpu s':>9} {'peak MiB':>9} {'MB':>9}"]
+    for size in found["sizes"]:
+        for name, of in size["stages"].items():
+            numbers = (of[key] for key in ("seconds", "cpu_seconds", "peak_mib", "mb"))
+            lines.append(
+                f"{size['prompts']:9,} {name:12} " + " ".join(f"{n:9,.1f}" for n in numbers)
+            )
+    return "\n".join([*lines, f"the last number's peak is {found['grew_mib']} MiB higher"])
 
 
 if __name__ == "__main__":

@@ -257,8 +257,8 @@ class RunDir:
         folders = sorted((self.path / "rounds").glob("[0-9]*"))
         return [RoundDir(folder, int(folder.name)) for folder in folders]
 
-    def pairs(self, rounds: Iterable[int] | None = None) -> list[tuple[RoundDir, list[Pair]]]:
-        """Pairs of the rounds that have made theirs; `rounds` picks some. Raises RunFolderError."""
+    def pairs(self, rounds: Iterable[int] | None = None) -> list[tuple[RoundDir, Iterator[Pair]]]:
+        """Pairs, one by one, of the rounds that have made theirs; `rounds` picks some. Raises RunFolderError."""
         made = [round_dir for round_dir in self.rounds() if round_dir.manifest("pairs")]
         missing = sorted(set(rounds or ()) - {round_dir.number for round_dir in made})
         if missing:
@@ -266,7 +266,7 @@ class RunDir:
                 f"{self.path} has no pairs of round {missing[0]}; it has {counted(len(made), 'round')} with pairs"
             )
         return [
-            (round_dir, round_dir.records("pairs", Pair))
+            (round_dir, round_dir.stream("pairs", Pair))
             for round_dir in made
             if rounds is None or round_dir.number in rounds
         ]

@@ -343,7 +343,7 @@ def test_pairs_and_results_come_from_finished_stages_only(tmp_path):
         Journal(round_dir.path, "result").append([result])
     for stage in ("pairs", "result"):
         run.round(0).finish(stage)
-    assert [(round_dir.number, found) for round_dir, found in run.pairs()] == [(0, [pair(0)])]
+    assert [(round_dir.number, list(found)) for round_dir, found in run.pairs()] == [(0, [pair(0)])]
     assert [result.round for result in run.results()] == [0]
     with pytest.raises(RunFolderError, match="no pairs of round 1"):
         run.pairs([0, 1])

@@ -7,11 +7,12 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -41,6 +42,9 @@ from prefloop.errors import (
     out_of_memory,
     system_failure,
 )
+
+if TYPE_CHECKING:
+    from prefloop.records import Pair
 
 _TERMINATED = 128 + signal.SIGTERM
 EXIT_CODES = {
@@ -278,16 +282,24 @@ def export(
     from prefloop.data.export import export_pairs
     from prefloop.run_folder import read_run
 
-    pairs = [pair for _, round_pairs in read_run(run_folder).pairs(rounds) for pair in round_pairs]
-    # TRL adds an end of turn to every answer, which would be wrong for a cut-off one.
-    finished = [pair for pair in pairs if not pair.unfinished]
-    if pairs and not finished:
-        raise DataError(
-            f"every pair of {run_folder} has a cut-off answer; begin a run with a higher "
-            "method.sampling.max_new_tokens"
-        )
-    exported = export_pairs(finished, out, kind.value)
-    left_out = len(pairs) - len(finished)
+    by_round, left_out = read_run(run_folder).pairs(rounds), 0
+
+    def finished() -> Iterator[Pair]:
+        """TRL adds an end of turn to every answer, which would be wrong for a cut-off one."""
+        nonlocal left_out
+        count = 0
+        for pair in chain.from_iterable(pairs for _, pairs in by_round):
+            count += not pair.unfinished
+            left_out += bool(pair.unfinished)
+            if not pair.unfinished:
+                yield pair
+        if left_out and not count:
+            raise DataError(
+                f"every pair of {run_folder} has a cut-off answer; begin a run with a higher "
+                "method.sampling.max_new_tokens"
+            )
+
+    exported = export_pairs(finished(), out, kind.value)
     typer.echo(
         f"{counted(exported.pairs, 'pair')} in {exported.path}"
         + (f"; {counted(left_out, 'cut-off one')} left out" * bool(left_out))

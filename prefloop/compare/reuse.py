@@ -61,7 +61,8 @@ def stage_keys(recipe: Recipe) -> dict[str, str]:
     values_by_stage = {
         "sft": initial_policy,
         "answers": {**initial_policy, **held_out, **answers, "judge": answers_judge},
-        "introspection": {**ranked, **held_out},
+        # The method is played with the answers that are known.
+        "introspection": {**ranked, **held_out, **answers},
         "candidates": {**generation, **size},
         "ranked": {**ranked, **size},
     }

@@ -302,28 +302,35 @@ def read_prompts(
             f"{EMBEDDED} has no labelled pairs, which this method trains on; name a file with prompt, "
             "chosen and rejected in data.train"
         )
-    entries = read_entries(
-        source.source,
-        source,
-        part=part,
-        subset=source.subset,
-        split=source.split or {"train": "train", "eval": "test"}[part],
-        pairs=needs_pairs,
-        tally=tally,
-    )
-    first_use: dict[str, str] = {}
+
+    def read(tally: Tally) -> Iterator[Placed]:
+        return read_entries(
+            source.source,
+            source,
+            part=part,
+            subset=source.subset,
+            split=source.split or {"train": "train", "eval": "test"}[part],
+            pairs=needs_pairs,
+            tally=tally,
+        )
+
+    entries = read(tally)
+    seen = set[int]()
     for placed in entries if needs_pairs else _without_repeats(entries):
         wants_pair = needs_pairs and (part == "train" or placed.entry.chosen is not None)
         prompt = _prompt(placed, needs_target=needs_target, wants_pair=wants_pair)
         if isinstance(prompt, str):
             tally.drop(prompt, placed.where)
             continue
-        if prompt.id in first_use:
-            raise DataError(
-                f"{placed.where} repeats the id {prompt.id!r} of {first_use[prompt.id]}; name a column of "
-                "unique ids in data.id_field, or set it to null to number the rows"
-            )
-        first_use[prompt.id] = placed.where
+        if (identity := hash(prompt.id)) in seen:
+            # Two ids may have one hash, so the rows are read again to see which was first.
+            first = next(one.where for one in read(Tally()) if one.id == prompt.id)
+            if first != placed.where:
+                raise DataError(
+                    f"{placed.where} repeats the id {prompt.id!r} of {first}; name a column of "
+                    "unique ids in data.id_field, or set it to null to number the rows"
+                )
+        seen.add(identity)
         yield prompt
 
 
@@ -416,9 +423,13 @@ def _too_long(
 
 def _hold_out(prompts: PromptStore, count: int, seed: int) -> tuple[PromptStore, PromptStore]:
     """Draw `count` prompts by seed; the others, without copies of the drawn, and the drawn."""
-    distinct = len({hash(prompt.messages) for prompt in prompts})
-    if count >= distinct:
-        raise DataError(f"data.holdout is {count} of {distinct} different prompts; lower it")
+    distinct = set[int]()
+    for prompt in prompts:
+        distinct.add(hash(prompt.messages))
+        if len(distinct) > count:
+            break
+    else:
+        raise DataError(f"data.holdout is {count} of {len(distinct)} different prompts; lower it")
     drawn = set(Random(derive_seed(seed, "holdout")).sample(range(len(prompts)), count))
     held_out = prompts.picked(sorted(drawn))
     known = {prompt.messages for prompt in held_out}

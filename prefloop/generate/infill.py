@@ -24,6 +24,8 @@ _FUNCTION_WORDS = frozenset(
 _MIN_LOGPROB = -7.0
 _ALTERNATIVES = 16
 _MAX_WORD_TOKENS = 5
+_WORD_ENDS = (" ", ".", ",", "\n")
+"""Texts after which the rest of a continuation is not read: most words end at their first token, not at their fifth."""
 _TRIES = 3
 
 
@@ -108,6 +110,8 @@ def infill_flaws(
         random_generator = random.Random(derive_seed(seed, "word", number))
         attempts_by_answer.append(_draw_attempts(_replacements(answer, score), random_generator))
     flaws: list[Infill | None] = [None] * len(answers)
+    ends = {"max_new_tokens": _MAX_WORD_TOKENS, "stop": (*sampling.stop, *_WORD_ENDS)}
+    word_sampling = sampling.model_copy(update=ends)
     for attempt in range(_TRIES):
         unfinished = [
             n
@@ -124,7 +128,7 @@ def infill_flaws(
                 )
                 for n, replacement in zip(unfinished, replacements, strict=True)
             ],
-            sampling.model_copy(update={"max_new_tokens": _MAX_WORD_TOKENS}),
+            word_sampling,
             seed=derive_seed(seed, "finish", attempt),
             label="infill",
         )
@@ -153,7 +157,9 @@ def _splice(answer: str, choice: _Replacement, continuation: Response) -> Infill
     rest = re.match(r"[^\W_]*", continuation.text)
     assert rest is not None
     original, replacement = answer[choice.start : choice.end], choice.first_token + rest.group()
-    unfinished = continuation.finish == "length" and rest.end() == len(continuation.text)
+    # Without a text the word had ended, whatever came after.
+    cut_off = continuation.finish == "length" and continuation.text != ""
+    unfinished = cut_off and rest.end() == len(continuation.text)
     if (
         unfinished
         or replacement.lower() in (original.lower(), *_FUNCTION_WORDS)

@@ -5,7 +5,7 @@ A pair, a reject or a held-out prompt becomes one `Chain`, which both the page a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -204,36 +204,42 @@ def _turns(messages: tuple[Message, ...]) -> tuple[tuple[str, str], ...]:
 
 def round_chains(round_dir: RoundDir, ratios: Mapping[str, PairRatios]) -> Iterator[Chain]:
     """All chains of a round: its pairs in order, then its rejects; records are streamed."""
-    waiting: dict[str, Candidates] = {}
+    rejected = {reject.prompt_id: reject.stage for reject in round_dir.rejects()}
     if round_dir.manifest("pairs"):
-        groups = (
-            round_dir.stream("ranked", Candidates) if round_dir.manifest("ranked") else iter(())
-        )
+        groups = _Groups(round_dir, "ranked", lambda name: name not in rejected)
         for pair in round_dir.stream("pairs", Pair):
-            yield pair_chain(pair, _group_of(groups, pair.prompt_id, waiting), ratios.get(pair.id))
-        waiting |= {group.prompt.id: group for group in groups}
-    rejects = list(round_dir.rejects())
-    missing = {reject.prompt_id for reject in rejects} - waiting.keys()
-    if missing and round_dir.manifest("candidates"):
-        # Prompts without a verdict are among the candidates only, not among the ranked.
-        for group in round_dir.stream("candidates", Candidates):
-            if group.prompt.id in missing:
-                waiting[group.prompt.id] = group
-    for reject in rejects:
-        yield reject_chain(reject, waiting.get(reject.prompt_id), round_dir.number)
+            yield pair_chain(pair, groups.take(pair.prompt_id), ratios.get(pair.id))
+    by_stage: dict[str, _Groups | None] = {"generate": None}
+    for reject in round_dir.rejects():
+        name, stage = reject.prompt_id, reject.stage
+        if stage not in by_stage:
+            # Prompts without a verdict are among the candidates only, not among the ranked.
+            file = "candidates" if stage == "rank" else "ranked"
+            by_stage[stage] = _Groups(round_dir, file, lambda n, s=stage: rejected.get(n) == s)
+        found = by_stage[stage]
+        yield reject_chain(reject, found.take(name) if found else None, round_dir.number)
 
 
-def _group_of(
-    groups: Iterator[Candidates], prompt_id: str, waiting: dict[str, Candidates]
-) -> Candidates | None:
-    """The candidates of one prompt; groups read on the way go to `waiting` (few: pairs mostly keep the order)."""
-    if prompt_id in waiting:
-        return waiting.pop(prompt_id)
-    for group in groups:
-        if group.prompt.id == prompt_id:
-            return group
-        waiting[group.prompt.id] = group
-    return None
+class _Groups:
+    """A stage's groups by their prompts, read along with what was made of them in mostly the same order."""
+
+    def __init__(self, round_dir: RoundDir, stage: str, wanted: Callable[[str], bool]) -> None:
+        """`wanted` says whether a prompt's group, read on the way to another's, will be asked for."""
+        made = round_dir.manifest(stage) is not None
+        self._groups = round_dir.stream(stage, Candidates) if made else iter(())
+        self._wanted = wanted
+        self._waiting: dict[str, Candidates] = {}
+
+    def take(self, name: str) -> Candidates | None:
+        """The group of a prompt; None where there is none."""
+        if name in self._waiting:
+            return self._waiting.pop(name)
+        for group in self._groups:
+            if group.prompt.id == name:
+                return group
+            if self._wanted(group.prompt.id):
+                self._waiting[group.prompt.id] = group
+        return None
 
 
 def held_out_chains(run: RunDir) -> Iterator[Chain]:

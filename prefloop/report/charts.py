@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
 from prefloop.report.facts import RunFacts
 from prefloop.report.meanings import round_meaning, step_meaning
@@ -228,8 +229,10 @@ def distribution_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     for title, what in (("Margin M of the pairs", "margins"), ("Score gap of the pairs", "gaps")):
         values_by_run = [(n, [getattr(r, what) for r in run.rounds]) for n, run in enumerate(runs)]
         values_by_run = [(n, [v for v in rounds if v]) for n, rounds in values_by_run]
-        all_values = [value for _, rounds in values_by_run for values in rounds for value in values]
-        if any(all_values):
+        all_values = np.concatenate(
+            [[], *(values for _, rounds in values_by_run for values in rounds)]
+        )
+        if all_values.any():
             text = note if what == "margins" else f"Judge's score of chosen minus rejected. {note}"
             charts.append(_histogram(title, text, values_by_run, all_values))
     return charts
@@ -238,8 +241,8 @@ def distribution_charts(runs: Sequence[RunFacts]) -> list[Chart]:
 def _histogram(
     title: str,
     note: str,
-    values_by_run: list[tuple[int, list[list[float]]]],
-    all_values: list[float],
+    values_by_run: list[tuple[int, list[Sequence[float]]]],
+    all_values: NDArray[np.float64],
 ) -> Chart:
     edges = np.histogram_bin_edges(all_values, bins=24)
 

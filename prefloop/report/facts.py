@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -45,9 +46,9 @@ class RoundFacts:
     pairs: int
     reasons: Counter[str]
     """Rejects by reason."""
-    margins: list[float]
+    margins: Sequence[float]
     """AROP's M of every pair."""
-    gaps: list[float]
+    gaps: Sequence[float]
     """The judge's score of chosen minus rejected, of every pair that has both."""
     generated_tokens: int
     trained_tokens: int
@@ -162,7 +163,7 @@ def read_facts(folder: Path) -> RunFacts:
 
 
 def _round(round_dir: RoundDir) -> RoundFacts:
-    margins, gaps, pairs = [], [], 0
+    margins, gaps, pairs = array("d"), array("d"), 0
     if round_dir.manifest("pairs"):
         for pair in round_dir.stream("pairs", Pair):
             pairs += 1

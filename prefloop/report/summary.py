@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +78,7 @@ def show_run(folder: Path, console: Console, *, pair: str | None, count: int) ->
         return
     _show_results(run.results(), console)
     show_curve(win_rate_curve(run), console)
-    _show_pairs(list(islice(_differing(_newest(run)), count)), console)
+    _show_pairs(_newest([_differing(pairs) for _, pairs in run.pairs()], count), console)
 
 
 def run_json(folder: Path, *, pair: str | None, count: int) -> str:
@@ -87,19 +88,25 @@ def run_json(folder: Path, *, pair: str | None, count: int) -> str:
         return json.dumps(
             {"chains": [chain.to_json() for chain in _chains_of(run, pair)]}, indent=1
         )
+    newest = _newest([pairs for _, pairs in run.pairs()], count)
     values = {
         "folder": str(folder),
         "results": [result.model_dump() for result in run.results()],
         "win_rate_curve": [point.model_dump() for point in win_rate_curve(run)],
         "rejects": {round_dir.number: dict(round_dir.reasons()) for round_dir in run.rounds()},
-        "pairs": [{"id": one.id, **one.model_dump(mode="json")} for one in _newest(run)[:count]],
+        "pairs": [{"id": one.id, **one.model_dump(mode="json")} for one in newest],
     }
     return json.dumps(values, indent=1)
 
 
-def _newest(run: RunDir) -> list[Pair]:
-    """All pairs, newest first."""
-    return [pair for _, round_pairs in run.pairs() for pair in round_pairs][::-1]
+def _newest(pairs: Sequence[Iterable[Pair]], count: int) -> list[Pair]:
+    """The last `count` pairs of all rounds, newest first; the rounds are read from the last one back."""
+    found: list[Pair] = []
+    for of_round in reversed(pairs):
+        if len(found) >= count:
+            break
+        found += reversed(deque(of_round, maxlen=count - len(found)))
+    return found
 
 
 def _differing(pairs: Iterable[Pair]) -> Iterator[Pair]:

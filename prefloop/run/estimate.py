@@ -332,7 +332,8 @@ def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
     # Under mix_previous each round but the last one's pairs are trained on twice.
     pairs = played + (loop.mix_previous * (rounds - 1) * loop.prompts_per_round)
     pair = asked + len(recipe.method.roles) * answer
-    measured = recipe.evaluate.prompts * (1 + (rounds if recipe.evaluate.every_round else 1))
+    later = recipe.evaluate.prompts * (rounds if recipe.evaluate.every_round else 1)
+    measured = recipe.evaluate.prompts + later
     own = recipe.evaluate.introspection
     return Work(
         generated=round(played * drawn),
@@ -340,8 +341,8 @@ def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
         trained=sft + round(pairs * pair * recipe.train.epochs),
         reference=round(pairs * pair) if recipe.method.needs_reference else 0,
         measured_generated=round(measured * (answer + own * drawn)),
-        # Each answer is read by the policy and by the initial one.
-        measured_read=round(measured * (asked + 2 * (asked + answer) + own * read)),
+        # Sampling tells the policy's own log-probs; the initial one reads what later policies answer.
+        measured_read=round(measured * (asked + own * read) + later * (asked + answer)),
     )
 
 

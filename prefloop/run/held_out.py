@@ -12,10 +12,21 @@ from statistics import fmean
 from prefloop.evaluate.answers import ANSWER
 from prefloop.evaluate.curves import CURVE, has_ended_early
 from prefloop.evaluate.win_rates import win_rate
+from prefloop.generate.engine import Engine
 from prefloop.judges import NoVerdict, Verdict
 from prefloop.manifest import write_atomically
 from prefloop.recipe import Recipe
-from prefloop.records import Candidates, CurvePoint, Prompt, Request, Response, derive_seed
+from prefloop.records import (
+    Candidates,
+    CurvePoint,
+    Message,
+    Prompt,
+    Request,
+    Response,
+    Sampling,
+    Scored,
+    derive_seed,
+)
 from prefloop.run_folder import RoundDir
 from prefloop.train.checkpoint import random_state, set_random_state
 
@@ -40,6 +51,47 @@ def answer_and_score(
         scores = {} if isinstance(verdict, NoVerdict) else {ANSWER: verdict[0]}
         groups.append(Candidates(prompt=prompt, responses={ANSWER: answer}, scores=scores))
     return groups, failures
+
+
+class KnownAnswers:
+    """An Engine that gives each answer that is known once, and has the policy sample what else it is asked for."""
+
+    def __init__(
+        self,
+        policy: Engine,
+        sampling: Sampling,
+        known: Iterable[tuple[tuple[Message, ...], Response]],
+    ) -> None:
+        """`known`: conversations with the policy's answers to them, drawn with `sampling`."""
+        self._policy = policy
+        self._sampling = sampling
+        self._left: dict[tuple[Message, ...], list[Response]] = {}
+        for messages, answer in known:
+            self._left.setdefault(messages, []).append(answer)
+
+    def sample(
+        self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
+    ) -> list[Response]:
+        """Known answers where they were drawn with the same `sampling`, the others as the policy gives them."""
+        found: list[Response | None] = [None] * len(requests)
+        for place, request in enumerate(requests if sampling == self._sampling else ()):
+            if not request.prefix and (left := self._left.get(request.messages)):
+                found[place] = left.pop(0)
+        asks = [ask for ask, known in zip(requests, found, strict=True) if known is None]
+        new = iter(self._policy.sample(asks, sampling, seed=seed, label=label) if asks else ())
+        return [next(new) if known is None else known for known in found]
+
+    def score(
+        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+    ) -> list[Scored]:
+        """As the policy does."""
+        return self._policy.score(requests, answers, top=top)
+
+    def choose(
+        self, requests: Sequence[Request], options: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """As the policy does."""
+        return self._policy.choose(requests, options)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from prefloop.records import (
 from prefloop.report.console import glance, stage_line
 from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
-from prefloop.run.held_out import HELD_OUT, answer_and_score
+from prefloop.run.held_out import HELD_OUT, KnownAnswers, answer_and_score
 from prefloop.run.inputs import inputs, surroundings
 from prefloop.run.publish import publish
 from prefloop.run.rlaif import make_reward_model
@@ -166,7 +167,7 @@ class _Loop:
         step = self.session.steps_before(round_dir) + (
             round_dir.steps() if results[-1].round >= 0 else 0
         )
-        pairs = [] if round_dir.number < 0 else round_dir.records("pairs", Pair)
+        pairs = iter(()) if round_dir.number < 0 else round_dir.stream("pairs", Pair)
         self.session.trackers.round(results, pairs, step)
 
     def _has_spent_its_budget(self, round_dir: RoundDir) -> bool:
@@ -315,13 +316,18 @@ class _Loop:
             self._count_failures(failures)
             asks = [Request(messages=prompt.messages) for prompt in prompts]
             answers = [group.responses[ANSWER] for group in groups]
-            # Divergence compares two models: both are scored in process.
-            with self.session.policy_after(round_dir).merged():
-                now = engine.score(asks, answers)
-            with self.session.initial_policy():
-                initial = engine.score(asks, answers)
+            # Divergence compares two models in process; what sampling there has told is not computed again.
+            if self.session.plays_in_process and not sampling.stop:
+                now = [answer.mean_logprob for answer in answers]
+            else:
+                with self.session.policy_after(round_dir).merged():
+                    now = [scored.mean_logprob for scored in engine.score(asks, answers)]
+            initial = now
+            if round_dir.number >= 0:
+                with self.session.initial_policy():
+                    initial = [scored.mean_logprob for scored in engine.score(asks, answers)]
             for group, current, start in zip(groups, now, initial, strict=True):
-                ratings = {"logprob": current.mean_logprob, "logprob_initial": start.mean_logprob}
+                ratings = {"logprob": current, "logprob_initial": start}
                 yield group.model_copy(update={"ratings": ratings})
 
         self._chunked(round_dir, "answers", self.session.held_out, work)
@@ -329,10 +335,16 @@ class _Loop:
     def _play_held_out(self, round_dir: RoundDir) -> None:
         """The whole method on held-out prompts, for its own measures (R_i, identical rate ...)."""
         method = self.recipe.method
+        sampling = self.recipe.evaluate.sampling or method.sampling
+        answered = round_dir.stream("answers", Candidates)
+        answers = {group.prompt.id: group.responses[ANSWER] for group in answered}
 
         def work(prompts: Sequence[Prompt], seed: int) -> Iterable[Record]:
             with self.session.measured(round_dir) as actors_for:
                 actors = actors_for(seed)
+                known = [(prompt.messages, answers[prompt.id]) for prompt in prompts]
+                policy = KnownAnswers(actors.policy, sampling, known)
+                actors = replace(actors, policy=policy)
                 drafted = list(method.generate(prompts, actors))
                 groups = [group for group in drafted if isinstance(group, Candidates)]
                 ranked = list(method.rank(groups, actors))

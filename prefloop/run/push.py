@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,8 @@ def prepare(
     shutil.rmtree(staged, ignore_errors=True)
     shown = without_paths(recipe)
     shipments = [_model(merged or policy, staged / "model", repo_id, shown)]
-    if pairs and (made := _finished_pairs(run)):
-        shipments.append(_pairs(made, staged / "dataset", f"{repo_id}-pairs", shown))
+    if pairs and any(True for _ in _finished_pairs(run)):
+        shipments.append(_pairs(run, staged / "dataset", f"{repo_id}-pairs", shown))
     elif pairs:
         reason = "no pairs go: the run has none whose answers both ended by themselves"
         shipments[0] = replace(shipments[0], notes=(*shipments[0].notes, reason))
@@ -172,18 +173,22 @@ def _without_own_paths(config: Path) -> dict[str, str]:
     return changed
 
 
-def _finished_pairs(run: RunDir) -> list[Pair]:
-    """Pairs with both answers whole; none for a method of single answers."""
-    pairs = [pair for _, round_pairs in run.pairs() for pair in round_pairs]
-    return [pair for pair in pairs if pair.rejected and not pair.unfinished]
+def _finished_pairs(run: RunDir) -> Iterator[Pair]:
+    """Pairs with both answers whole, one by one; none for a method of single answers."""
+    for _, pairs in run.pairs():
+        yield from (pair for pair in pairs if pair.rejected and not pair.unfinished)
 
 
-def _pairs(pairs: list[Pair], folder: Path, repo_id: str, recipe: Mapping[str, Any]) -> Shipment:
+def _pairs(run: RunDir, folder: Path, repo_id: str, recipe: Mapping[str, Any]) -> Shipment:
     folder.mkdir(parents=True)
-    export_pairs(pairs, folder / PAIRS)
-    by_round: dict[int, int] = {}
-    for pair in pairs:
-        by_round[pair.round] = by_round.get(pair.round, 0) + 1
+    by_round = Counter[int]()
+
+    def counting() -> Iterator[Pair]:
+        for pair in _finished_pairs(run):
+            by_round[pair.round] += 1
+            yield pair
+
+    export_pairs(counting(), folder / PAIRS)
     card = dataset_card(recipe, by_round, PAIRS)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return Shipment(repo_id, "dataset", folder)

@@ -54,6 +54,7 @@ from prefloop.run.tracking import Trackers
 from prefloop.run_folder import RoundDir, RunDir, replace_folder
 from prefloop.train import checkpoint, losses
 from prefloop.train.batches import encode_pairs
+from prefloop.train.example_store import ExampleStore
 from prefloop.train.losses import GroupLogps, LossOutput
 from prefloop.train.options import TrainOptions
 from prefloop.train.ppo import TokenMethod
@@ -224,11 +225,16 @@ class Session:
 
     # Engines and judges.
 
+    @property
+    def plays_in_process(self) -> bool:
+        """Whether the policy's own answers are sampled here, whatever the engine that generates."""
+        outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
+        return outside is None or not self.recipe.engine.plays_policy
+
     @contextmanager
     def player(self, *, initial: bool = False) -> Iterator[Engine]:
         """Inside, the engine that plays the policy in memory, or the initial policy."""
-        outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
-        if outside is None or not self.recipe.engine.plays_policy:
+        if self.plays_in_process:
             with self.initial_policy() if initial else self.policy_at(self._policy_dir).merged():
                 yield self.engine_at(self._policy_dir)
             return
@@ -238,6 +244,8 @@ class Session:
                 return probe(self.engine_at(self._policy_dir))
 
         self.outside.load_weights(None if initial else self._policy_dir, trainer)
+        outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
+        assert outside is not None
         yield outside
 
     @cached_property
@@ -344,11 +352,17 @@ class Session:
         """Optimiser steps of the rounds before; the fine-tuning of round 0 counts from 0 on its own."""
         return sum(r.steps() for r in self.rundir.rounds() if r.number < round_dir.number)
 
-    def training_pairs(self, round_dir: RoundDir) -> list[Pair]:
-        """What the round trains on: its own pairs, after the previous round's where they are mixed."""
+    def training_pairs(self, round_dir: RoundDir) -> Iterator[Pair]:
+        """What the round trains on, one by one: its own pairs, after the previous round's where they are mixed."""
         mixed = self.recipe.loop.mix_previous and round_dir.number > 0
         numbers = [round_dir.number - 1, round_dir.number] if mixed else [round_dir.number]
-        return [pair for n in numbers for pair in self.rundir.round(n).records("pairs", Pair)]
+        return chain.from_iterable(self.rundir.round(n).stream("pairs", Pair) for n in numbers)
+
+    def _picked(self, round_dir: RoundDir, places: Sequence[int]) -> list[Pair]:
+        """The training pairs of some places, in their order; asked for once a round, so they are read again."""
+        wanted = set(places)
+        found = {n: p for n, p in enumerate(self.training_pairs(round_dir)) if n in wanted}
+        return [found[place] for place in places]
 
     def train(self, round_dir: RoundDir) -> dict[str, Any]:
         """Train the round's policy on its pairs and save it."""
@@ -357,7 +371,6 @@ class Session:
         self.outside.offload()
         policy, loop = self.policy_before(round_dir), self.recipe.loop
         method = self.recipe.method.in_round(round_dir.number)
-        pairs = self.training_pairs(round_dir)
         if self._engine is not None:
             self._engine.release()
         trainer = self.trainer(self.recipe.train, method.trains)
@@ -369,7 +382,10 @@ class Session:
             trainer.load_optimizer(before.train / OPTIMIZER)
         first_step = self.steps_before(round_dir)
         equal_to_reference = method.reference == "round_start" or round_dir.number == 0
-        examples = encode_pairs(self._chat, pairs, method.roles, self._window(policy))
+        encoded = encode_pairs(
+            self._chat, self.training_pairs(round_dir), method.roles, self._window(policy)
+        )
+        examples = ExampleStore(encoded, round_dir.path)
         earlier = [p for p in win_rate_curve(self.rundir) if p.round < round_dir.number]
         # From here on the weights in memory are those that will be saved there, and the curve measures them.
         self._policy_dir = round_dir.policy
@@ -387,7 +403,7 @@ class Session:
                 span=(round_dir.number / loop.rounds, (round_dir.number + 1) / loop.rounds)
                 if loop.carry_optimizer
                 else (0.0, 1.0),
-                loss_at_start=(lambda chosen: method.loss_at_start([pairs[i] for i in chosen]))
+                loss_at_start=(lambda chosen: method.loss_at_start(self._picked(round_dir, chosen)))
                 if equal_to_reference
                 else (lambda chosen: None),
                 tokens=cast(TokenMethod, method) if method.trains == "tokens" else None,
@@ -443,15 +459,16 @@ class Session:
         options = self.recipe.sft_train
         assert options is not None
         policy = self.policy_at(None)
-        pairs = [
+        pairs = (
             Pair(prompt_id=p.id, round=-1, prompt=p.messages, chosen=p.target, rejected="")
             for p in self.data.train
             if p.target
-        ]
+        )
+        encoded = encode_pairs(self._chat, pairs, ("chosen",), self._window(policy))
         trainer = self.trainer(options)
         facts = trainer.run(
             Job(
-                examples=encode_pairs(self._chat, pairs, ("chosen",), self._window(policy)),
+                examples=ExampleStore(encoded, round_dir.path),
                 roles=("chosen",),
                 loss=_sft_loss,
                 folder=round_dir.train,

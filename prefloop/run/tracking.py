@@ -10,8 +10,9 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ class Trackers:
         """One optimiser step's metrics, as train/loss and so on."""
         self._tell(lambda tracker: tracker.log(_numbers("train", row), step=step))
 
-    def round(self, results: Sequence[RoundResult], pairs: Sequence[Pair], step: int) -> None:
+    def round(self, results: Sequence[RoundResult], pairs: Iterable[Pair], step: int) -> None:
         """The last result's measures as eval/..., a table of all rounds until then, and the round's pairs."""
         number = results[-1].round
         if number <= self._known.get("told", -2):  # told before the run was stopped
@@ -113,7 +114,7 @@ class Trackers:
         self._tell(lambda tracker: tracker.log(_numbers("eval", values), step=step))
         head, rows = _round_table(results)
         self._table("rounds", head, rows, step)
-        shown = pairs[: self._recipe.track.pairs]
+        shown = list(islice(pairs, self._recipe.track.pairs))
         if shown:
             self._table(f"pairs/round_{number}", list(_COLUMNS), list(_rows(shown)), step)
         self._known["told"] = number

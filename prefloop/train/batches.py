@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -82,13 +82,12 @@ class Pass(NamedTuple):
 
 
 def encode_pairs(
-    chat: Chat, pairs: Sequence[Pair], roles: Sequence[str], window: int | None
-) -> list[Example]:
-    """Pairs as tokens: the sampled ones where a policy wrote the answer, else the text's and its end of turn.
+    chat: Chat, pairs: Iterable[Pair], roles: Sequence[str], window: int | None
+) -> Iterator[Example]:
+    """Pairs as tokens, one by one: the sampled ones where a policy wrote the answer, else the text's and its end of turn.
 
     Raises TrainingError for a pair longer than `window`, the model's context length in tokens.
     """
-    examples = []
     for pair in pairs:
         group = TokenGroup(
             prompt=tuple(chat.prompt_ids(pair.prompt)),
@@ -100,8 +99,7 @@ def encode_pairs(
                 "lower data.max_prompt_tokens or method.sampling.max_new_tokens"
             )
         score = pair.scores.get(roles[0], 0.0)
-        examples.append(Example(pair.id, group, pair.margin, score, pair.smoothing))
-    return examples
+        yield Example(pair.id, group, pair.margin, score, pair.smoothing)
 
 
 def _completion(chat: Chat, pair: Pair, role: str) -> tuple[int, ...]:

@@ -159,7 +159,7 @@ ALL = {"sft", "answers", "introspection", "candidates", "ranked"}
         ({"guard__max_kl": 1.0}, ALL),
         ({"loop__prompts_per_round": 2}, {"sft", "answers", "introspection"}),
         ({"evaluate__prompts": 1}, {"sft", "candidates", "ranked"}),
-        ({"evaluate__sampling": {"max_new_tokens": 5}}, ALL - {"answers"}),
+        ({"evaluate__sampling": {"max_new_tokens": 5}}, ALL - {"answers", "introspection"}),
         ({"method__sampling": {"max_new_tokens": 5}}, {"sft", "answers"}),
         ({"method__generator": "frozen"}, {"sft", "answers"}),
         ({"method__prompt_set": "paper"}, {"sft"}),

@@ -285,7 +285,7 @@ def test_a_round_on_a_real_model_ends_in_a_gradient(name: str, model: Any, token
     assert played == play(method, engine, PROMPTS)
     _, pairs, rejects = played
     assert pairs, f"only rejects: {rejects}"
-    examples = encode_pairs(Chat(tokenizer), pairs, method.roles, None)
+    examples = list(encode_pairs(Chat(tokenizer), pairs, method.roles, None))
     if method.trains == "tokens":
         return  # tests/train/test_ppo_trainer.py goes on from here.
     tokens = group_logprobs(model, [e.group for e in examples], packing=True, token_budget=1024)

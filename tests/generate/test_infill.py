@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import prefloop.generate.infill
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.infill import _FUNCTION_WORDS, Infill, infill_flaws
@@ -200,6 +201,34 @@ def test_on_a_real_model_the_replacement_is_less_likely(model: Any, tokenizer: A
         before, after = engine.score([ASK, ASK], said([answer, flaw.text]))
         place = len(answer[: flaw.start].encode())  # a token is a byte
         assert after.logprobs[place] < before.logprobs[place]
+
+
+def test_sampling_ends_with_the_word_and_gives_the_same_flaws(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The random numbers are each answer's own, so tokens that nobody reads change nothing."""
+    answers = [f"{SENTENCE} Café {n} was open, I hear. " * 2 for n in range(6)]
+    sampled: list[int] = []
+
+    class Counting(HFEngine):
+        def sample(self, *given: Any, **options: Any) -> list[Response]:
+            found = super().sample(*given, **options)
+            sampled.append(sum(len(one.token_ids) for one in found))
+            return found
+
+    def flaws() -> tuple[list[Infill | None], int]:
+        sampled.clear()
+        engine = Counting(model, tokenizer)
+        return infill_flaws(engine, [ASK] * 6, said(answers), Sampling(), seed=3), sum(sampled)
+
+    # The tiny model's tokens are bytes, which seldom end a word; each of these may.
+    ends = tuple(chr(code) for code in range(128) if not chr(code).isalnum())
+    monkeypatch.setattr(prefloop.generate.infill, "_WORD_ENDS", ends)
+    few, few_tokens = flaws()
+    monkeypatch.setattr(prefloop.generate.infill, "_WORD_ENDS", ())
+    many, many_tokens = flaws()
+    assert few == many
+    assert few_tokens < many_tokens
 
 
 def sentencepiece_like(words: list[str]) -> PreTrainedTokenizerFast:

@@ -1,8 +1,17 @@
 """The chain of a prompt: nothing that was written for it is lost, each text knows what it was made from."""
 
+import gc
 from pathlib import Path
 
-from prefloop.records import Candidates, Message, Pair, Prompt, Response, write_jsonl
+from prefloop.records import (
+    Candidates,
+    Message,
+    Pair,
+    Prompt,
+    Reject,
+    Response,
+    write_jsonl,
+)
 from prefloop.report.chain import held_out_chains, pair_chain, round_chains
 from prefloop.run_folder import open_run, read_run
 from tests.report.conftest import group, make_run, plain_text, write_round
@@ -123,3 +132,31 @@ def test_a_held_out_prompt_shows_how_its_answer_changed(tmp_path: Path) -> None:
     assert [step.name for step in first.steps] == ["start", "after round 0", "after round 1"]
     assert [step.base for step in first.steps] == ["", "start", "after round 0"]
     assert first.gap == 2.0
+
+
+def test_of_a_rounds_groups_hardly_any_is_held(tmp_path: Path) -> None:
+    """Half of the prompts give pairs, a quarter is rejected in ranking, a quarter in pairing."""
+    names = [f"p{n}" for n in range(80)]
+    with open_run(tmp_path / "run", "name: run\n") as run:
+        round_dir = run.round(0)
+        write_round(round_dir, names, plain_text)
+        for stage, kept in (("ranked", lambda n: n % 4 != 1), ("pairs", lambda n: n % 2 == 0)):
+            kind = Candidates if stage == "ranked" else Pair
+            records = round_dir.records(stage, kind)
+            write_jsonl(
+                round_dir.path / f"{stage}.jsonl", [r for n, r in enumerate(records) if kept(n)]
+            )
+        rejects = [
+            Reject(prompt_id=names[n], stage=stage, reason="no")
+            for stage, first in (("rank", 1), ("pair", 3))
+            for n in range(first, 80, 4)
+        ]
+        write_jsonl(round_dir.path / "rejects.jsonl", rejects)
+        for stage in ("ranked", "pairs"):
+            round_dir.finish(stage)
+        most, found = 0, []
+        for chain in round_chains(round_dir, {}):
+            found.append((chain.kind, len(chain.steps)))
+            most = max(most, sum(type(one) is Candidates for one in gc.get_objects()))
+    assert found == [("pair", 5)] * 40 + [("reject", 5)] * 40
+    assert most < 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_a_run_is_told_by_steps_rounds_pairs_and_its_report(
     pairs = RunDir(tmp_path / "run").pairs()
     for number, (_, made) in enumerate(pairs):
         _, rows, _ = book.tables[f"pairs/round_{number}"]
-        assert [row[0] for row in rows] == [pair.id for pair in made[:2]]
+        assert [row[0] for row in rows] == [pair.id for pair in islice(made, 2)]
     assert book.reports == [tmp_path / "run/report.html"]
     assert book.reports[0].is_file()
 

@@ -47,7 +47,7 @@ ANSWERS = [
 
 def job(policy: Policy, folder: Path, method: PPO | None = None, **changes: Any) -> Job:
     method = method or PPO()
-    examples = encode_pairs(Chat(policy.tokenizer), ANSWERS, method.roles, window=2048)
+    examples = list(encode_pairs(Chat(policy.tokenizer), ANSWERS, method.roles, window=2048))
     plain = Job(
         examples, method.roles, method.loss, folder, seed=5, reference="initial", tokens=method
     )

@@ -78,7 +78,7 @@ def train(
         }
     )
     policy = Policy.load(model, seed=0)
-    examples = encode_pairs(Chat(policy.tokenizer), PAIRS, ROLES, window=2048)
+    examples = list(encode_pairs(Chat(policy.tokenizer), PAIRS, ROLES, window=2048))
     job = Job(examples, ROLES, dpo, folder, seed=5, reference=changes.pop("reference", "initial"))
     trainer = Trainer(policy, OPTIONS.model_copy(update=changes))
     original = Trainer._step

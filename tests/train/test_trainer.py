@@ -56,7 +56,7 @@ def policy(folder: Path, tuning: str = "lora", dropout: float = 0.0) -> Policy:
 
 
 def job(policy: Policy, folder: Path, pairs: Sequence[Pair] = PAIRS, **changes: Any) -> Job:
-    examples = encode_pairs(Chat(policy.tokenizer), pairs, ROLES, window=2048)
+    examples = list(encode_pairs(Chat(policy.tokenizer), pairs, ROLES, window=2048))
     plain = Job(examples, ROLES, dpo, folder, seed=5, reference="initial")
     return replace(plain, **changes)
 
@@ -399,7 +399,7 @@ def test_a_pair_longer_than_the_window_is_named(tokenizer):
     with pytest.raises(
         TrainingError, match=r"pair 0000/p0 has \d+ tokens and the model's window 9"
     ):
-        encode_pairs(Chat(tokenizer), PAIRS, ROLES, window=9)
+        list(encode_pairs(Chat(tokenizer), PAIRS, ROLES, window=9))
 
 
 # What a user can meet.

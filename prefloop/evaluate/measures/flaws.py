@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -125,7 +125,7 @@ class Flaws(Measure):
 
     # The pairs.
 
-    def _rounds(self) -> list[tuple[RoundDir, list[Pair]]]:
+    def _rounds(self) -> list[tuple[RoundDir, Iterator[Pair]]]:
         return [] if self.of is None else read_run(Path(self.of)).pairs()
 
     def _planted(self) -> list[_Row]:
@@ -274,7 +274,7 @@ def ask_kinds(engine: Engine, rows: Sequence[_Row]) -> list[Kind | None]:
     return [None if row is None else KINDS[row.index(max(row))] for row in found]
 
 
-def _planted(round_dir: RoundDir, pairs: Sequence[Pair]) -> Iterator[_Row]:
+def _planted(round_dir: RoundDir, pairs: Iterable[Pair]) -> Iterator[_Row]:
     flawed = [pair for pair in pairs if pair.origin.get("rejected") == "flawed"]
     if not flawed:
         return
