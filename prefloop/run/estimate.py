@@ -181,7 +181,7 @@ def first_line(recipe: Recipe) -> str | None:
         *([hours] if here else []),
         f"{found.disk_mb / 1000:.2g} GB of disk",
     ]
-    return f"about {', '.join(parts)}, if every prompt gives a pair"
+    return f"up to about {', '.join(parts)}, if every prompt gives a pair"
 
 
 def _spends(found: Estimate, budget: Budget) -> bool:

@@ -96,7 +96,7 @@ def test_a_run_begins_with_its_estimate_and_goes_on_without(
     assert first.exit_code == again.exit_code == 0, first.output
     work = estimate(chosen, even).work
     drawn = work.generated + work.measured_generated
-    assert f"about {drawn:,} tokens drawn, {work.trained:,} trained, " in first.output
+    assert f"up to about {drawn:,} tokens drawn, {work.trained:,} trained, " in first.output
     assert "tokens drawn" not in again.output
     assert first_line(chosen.model_copy(update={"model": gone(chosen)})) is None
 
