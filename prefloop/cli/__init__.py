@@ -243,7 +243,7 @@ def run(
     log_to_stderr()
     console = progress_console(quiet=as_json)
     folder = out or Path("runs") / loaded.name
-    if not folder.exists():
+    if _is_new(folder):
         from prefloop.run.estimate import first_line
 
         if line := first_line(loaded):
@@ -257,6 +257,13 @@ def run(
         typer.echo(outcome_json(outcome))
     else:
         show_outcome(outcome, results_console())
+
+
+def _is_new(folder: Path) -> bool:
+    try:
+        return not folder.exists()
+    except OSError:  # a name that no folder can have; the run says so
+        return False
 
 
 app.command()(data)

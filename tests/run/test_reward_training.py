@@ -201,7 +201,7 @@ def test_a_run_of_ial_is_judged_by_a_trained_head(
     assert math.isfinite(result.measures["score"])
     head = RewardModel(model=str(tmp_path / "r")).open(None, PromptSet("compact"))
     (_, pairs) = next(iter(read_run(tmp_path / "run").pairs(None)))
-    pair = pairs[0]
+    pair = next(pairs)
     (scores,) = head.score([Prompt(id="p", messages=pair.prompt)], [(pair.chosen, pair.rejected)])
     assert scores == pytest.approx((pair.scores["chosen"], pair.scores["rejected"]), abs=1e-5)
     assert scores[0] >= scores[1]
