@@ -243,7 +243,7 @@ def run(
     log_to_stderr()
     console = progress_console(quiet=as_json)
     folder = out or Path("runs") / loaded.name
-    if _is_new(folder):
+    if not console.quiet and _is_new(folder):
         from prefloop.run.estimate import first_line
 
         if line := first_line(loaded):

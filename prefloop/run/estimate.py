@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prefloop.data.prompts import read_prompts
-from prefloop.errors import PrefloopError, RecipeError, RunFolderError, counted
+from prefloop.errors import DataError, RecipeError, RunFolderError, counted
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
@@ -38,13 +38,15 @@ from prefloop.run.engine import Metered
 
 FILL = 0.6
 """Share of `max_new_tokens` that an answer is taken to fill where no finished run says better."""
-DECODES, READS, TRAINS = 0.2, 2.0, 0.4
-"""Operations as counted here, over those of bare products in the same time, fitted to two runs (docs/estimate.md). The
+DECODES, READS, TRAINS = 0.2, 2.0, 0.54
+"""Operations as counted here, over those of bare products in the same time, fitted to a few runs (docs/estimate.md). The
 timed weights lie in a cache, a model's do not; and tokens are counted that are not computed: prompts that begin alike
 are read once, answers that share a beginning are trained on once."""
 GPU_TRAINS, GPU_DECODES = 0.35, 0.5
 """On GPUs, of the peak of bfloat16 products, and of the memory's bandwidth while decoding: usual figures of other
 programs, not measured with this one."""
+_TIMED_WEIGHTS = 1_000_000_000
+"""Models up to this size are timed before a run; larger ones by `check --estimate`, when asked."""
 _SAMPLE = 16
 """Prompts that the method is played on."""
 _PROGRAM_MB = 700.0
@@ -164,24 +166,34 @@ def estimate(recipe: Recipe, rates: Callable[[Shape], Rates], work: Work | None 
 
 
 def first_line(recipe: Recipe) -> str | None:
-    """What a run of the recipe will take, in one line, from half a second of timing; None where that cannot be told here.
+    """What a run of the recipe will take, in one line, from a moment of timing; None where that cannot be told here.
 
-    Hours are left out where a GPU does the work: its rate is not known.
+    Hours are told of small models on a CPU alone: a GPU's rate is not known, and timing a large model's products takes long.
     """
-    here = isinstance(recipe.engine, InProcess) and not torch.cuda.is_available()
     try:
         with quiet():
-            found = estimate(recipe, rates_here(recipe, limit=0.5))
-    except PrefloopError:
+            weights = model_shape(recipe).weights
+            timed = (
+                isinstance(recipe.engine, InProcess)
+                and not torch.cuda.is_available()
+                and weights <= _TIMED_WEIGHTS
+            )
+            rates = rates_here(recipe, limit=0.5) if timed else _no_rates
+            found = estimate(recipe, rates)
+    except Exception:  # noqa: BLE001 - a run does not end for want of an estimate: what is wrong is said where it is used
         return None
     work, hours = found.work, _duration(sum(found.seconds.values()))
     parts = [
         f"{work.generated + work.measured_generated:,} tokens drawn",
         f"{work.trained:,} trained",
-        *([hours] if here else []),
+        *([hours] if timed else []),
         f"{found.disk_mb / 1000:.2g} GB of disk",
     ]
     return f"up to about {', '.join(parts)}, if every prompt gives a pair"
+
+
+def _no_rates(shape: Shape) -> Rates:
+    return Rates(float("inf"), float("inf"), float("inf"), "")
 
 
 def _spends(found: Estimate, budget: Budget) -> bool:
@@ -310,6 +322,10 @@ def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
         load_tokenizer(folder, recipe.model), template_kwargs=recipe.model.chat_template_kwargs
     )
     prompts = list(islice(_prompts(recipe), _SAMPLE))
+    if not prompts:
+        raise DataError(
+            "data.train has no prompt that this run can use, so nothing can be estimated"
+        )
     asked = sum(len(chat.prompt_ids(prompt.messages)) for prompt in prompts) / len(prompts)
     counts: Counter[str] = Counter()
     engine = Metered(_Counting(fill), chat, counts)

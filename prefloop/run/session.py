@@ -24,7 +24,7 @@ from prefloop.data.prompt_store import PromptStore
 from prefloop.data.prompts import LoadedData, load_data, round_subset
 from prefloop.errors import DataError
 from prefloop.evaluate.curves import win_rate_curve
-from prefloop.generate.engine import Engine
+from prefloop.generate.engine import Engine, OutsideEngine
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.templates import PromptSet
 from prefloop.generate.weight_check import probe
@@ -226,15 +226,25 @@ class Session:
     # Engines and judges.
 
     @property
-    def plays_in_process(self) -> bool:
-        """Whether the policy's own answers are sampled here, whatever the engine that generates."""
+    def _played_outside(self) -> OutsideEngine | None:
+        """The engine outside that plays the policy; None where this process does, whatever engine generates."""
         outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
-        return outside is None or not self.recipe.engine.plays_policy
+        return outside if self.recipe.engine.plays_policy else None
+
+    @property
+    def sampling_tells_logprobs(self) -> bool:
+        """Whether the policy's own answers come with the log-probs that scoring them would give: sampled here, in float32.
+
+        In half precision they depend on the shape of a step, so two policies are compared by two passes of one shape.
+        """
+        model: Any = self.policy_at(self._policy_dir).model
+        return self._played_outside is None and model.dtype == torch.float32
 
     @contextmanager
     def player(self, *, initial: bool = False) -> Iterator[Engine]:
         """Inside, the engine that plays the policy in memory, or the initial policy."""
-        if self.plays_in_process:
+        outside = self._played_outside
+        if outside is None:
             with self.initial_policy() if initial else self.policy_at(self._policy_dir).merged():
                 yield self.engine_at(self._policy_dir)
             return
@@ -244,8 +254,6 @@ class Session:
                 return probe(self.engine_at(self._policy_dir))
 
         self.outside.load_weights(None if initial else self._policy_dir, trainer)
-        outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
-        assert outside is not None
         yield outside
 
     @cached_property

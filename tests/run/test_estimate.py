@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prefloop.cli import app
-from prefloop.errors import PrefloopError, RecipeError
+from prefloop.errors import DataError, PrefloopError, RecipeError
 from prefloop.models.policy import Policy
 from prefloop.recipe import Recipe
 from prefloop.run.cost import spent
@@ -99,6 +99,35 @@ def test_a_run_begins_with_its_estimate_and_goes_on_without(
     assert f"up to about {drawn:,} tokens drawn, {work.trained:,} trained, " in first.output
     assert "tokens drawn" not in again.output
     assert first_line(chosen.model_copy(update={"model": gone(chosen)})) is None
+
+
+def test_the_first_line_waits_for_nothing_that_it_cannot_use(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe(model_folder)
+    hopeless = tmp_path / "no_answers.jsonl"
+    hopeless.write_text('{"prompt": "a", "response": "b", "label": false}\n')
+    empty = recipe(model_folder, data={"train": str(hopeless), "holdout": 1})
+    with pytest.raises(DataError):
+        count_work(empty)
+    assert first_line(empty) is None
+
+    def never(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("timed or estimated for nobody")
+
+    monkeypatch.setattr("prefloop.run.estimate.rates_here", never)
+    assert first_line(chosen) is None  # whatever is raised, a run goes on without its line
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    line = first_line(chosen)
+    assert line is not None
+    assert " GB of disk" in line
+    assert " s," not in line and " h," not in line  # noqa: PT018
+    monkeypatch.undo()
+    monkeypatch.setattr("prefloop.run.estimate.first_line", never)
+    path = tmp_path / "told.yaml"
+    path.write_text(chosen.dump(), encoding="utf-8")
+    told = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "run"), "--json"])
+    assert told.exit_code == 0, told.output
 
 
 def gone(chosen: Recipe) -> Any:

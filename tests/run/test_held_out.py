@@ -84,6 +84,28 @@ def test_log_probs_that_sampling_told_are_not_computed_again(model_folder, tmp_p
     assert outcome.results[1].measures["kl"] != 0.0
 
 
+def test_in_half_precision_both_policies_are_scored(model_folder, tmp_path, monkeypatch):
+    """There a log-prob depends on the shape of the step, and a decoding step has another than a pass."""
+    scored, score = [], HFEngine.score
+
+    def counting(self, requests, answers, **options):
+        scored.append(len(answers))
+        return score(self, requests, answers, **options)
+
+    monkeypatch.setattr(HFEngine, "score", counting)
+    values = recipe(
+        model_folder,
+        "ial",
+        model={"dtype": "bfloat16"},
+        loop={"rounds": 1, "prompts_per_round": 4},
+        evaluate={"prompts": 3, "introspection": False},
+    )
+    outcome = play(values, tmp_path / "run")
+    assert outcome.results[0].measures["kl"] == 0.0
+    # The start's answers once, a round's under both policies.
+    assert scored.count(3) == 3
+
+
 def test_what_sampling_told_is_what_scoring_would_say(model_folder, tmp_path):
     """A text that stops answers makes sampled log-probs those of more tokens, so there they are computed."""
     from prefloop.run.session import Session
