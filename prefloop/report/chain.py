@@ -215,9 +215,13 @@ def round_chains(round_dir: RoundDir, ratios: Mapping[str, PairRatios]) -> Itera
         if stage not in by_stage:
             # Prompts without a verdict are among the candidates only, not among the ranked.
             file = "candidates" if stage == "rank" else "ranked"
-            by_stage[stage] = _Groups(round_dir, file, lambda n, s=stage: rejected.get(n) == s)
+            by_stage[stage] = _Groups(round_dir, file, _rejected_at(stage, rejected))
         found = by_stage[stage]
         yield reject_chain(reject, found.take(name) if found else None, round_dir.number)
+
+
+def _rejected_at(stage: str, rejected: Mapping[str, str]) -> Callable[[str], bool]:
+    return lambda name: rejected.get(name) == stage
 
 
 class _Groups:
