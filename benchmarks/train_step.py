@@ -166,13 +166,15 @@ def compare(bench: Bench, case: str, others: dict[str, Step]) -> dict[str, Any]:
     for step in ways.values():
         step(a_little(batches[0]))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    # Sums of a hundred log-probs, each rounded by what other rows stand beside it.
+    tolerance = 1e-3 if bench.policy.model.dtype == torch.float32 else 5e-2
     for batch in batches:
         losses = {}
         for way, step in ways.items():
             took, losses[way] = timed(step, batch, bench.clock)
             seconds[way].append(took)
         for way, loss in losses.items():
-            assert abs(loss - losses["tree"]) < 1e-3 * max(1.0, abs(loss)), (way, losses)
+            assert abs(loss - losses["tree"]) < tolerance * max(1.0, abs(loss)), (way, losses)
     flops = []
     for groups, _ in batches:
         rows = pack(groups, bench.options.token_budget)

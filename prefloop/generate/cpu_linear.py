@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from prefloop.models.lora_linear import is_joined, joined_weights
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
@@ -37,36 +40,54 @@ def _bits(values: Tensor) -> int:
 
 
 class ReorderedLinears:
-    """Copies of a model's linear weights in oneDNN's layout, on CPUs: of float32, and of bfloat16 that they multiply."""
+    """Copies of a model's linear weights in oneDNN's layout, on CPUs: of float32, and of bfloat16 that they multiply.
+
+    Where an adapter is added within a layer's product, in bfloat16, its columns are part of the copy.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = [
-            (layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), None))
-            for layer in model.modules()
-            if type(layer) is nn.Linear and _can_reorder(layer)
-        ]
+        self._layers: list[tuple[nn.Module, _Reordered]] = []
+        covered: set[nn.Module] = set()
+        # A LoRA layer comes before the layers that it is made of.
+        for layer in model.modules():
+            if layer in covered:
+                continue
+            if is_joined(layer) and _can_reorder(layer.get_base_layer()):  # type: ignore[operator]
+                down, wide = joined_weights(layer)
+                base: Any = layer.get_base_layer()  # type: ignore[operator]
+                self._layers.append((layer, _Reordered(wide, base.bias, down)))
+                covered.update(layer.modules())
+            elif type(layer) is nn.Linear and _can_reorder(layer):
+                self._layers.append((layer, _Reordered(layer.weight.detach(), layer.bias)))
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """A context in which the layers compute with the copies."""
-        for layer, weight in self._layers:
-            layer.forward = _Reordered(weight, layer.bias)  # type: ignore[method-assign, assignment]
+        usual = [layer.__dict__.get("forward") for layer, _ in self._layers]
+        for layer, reordered in self._layers:
+            layer.forward = reordered
         try:
             yield
         finally:
-            for layer, _ in self._layers:
+            for (layer, _), forward in zip(self._layers, usual, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
 
 
 class _Reordered:
-    def __init__(self, weight: Any, bias: Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight: Tensor, bias: Tensor | None, down: Tensor | None = None) -> None:
+        """`down`: an adapter's A, whose product with the input stands beside the input."""
+        self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.bias, self.down = bias, down
 
     def __call__(self, values: Tensor) -> Tensor:
         single_row = values.numel() == values.shape[-1]
         if single_row:
             # With AVX-512 a single long row is summed in another order than several rows.
             values = torch.cat([values, values], dim=-2)
+        if self.down is not None:
+            values = torch.cat([values, linear(values, self.down)], dim=-1)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             values, self.weight, self.bias, "none", [], ""
         )

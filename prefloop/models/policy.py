@@ -72,8 +72,7 @@ def initial_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
     """The dtype that "auto" stands for: bfloat16 for LoRA on CUDA, else float32.
 
     Full fine-tuning needs float32 master weights: at preference-tuning learning rates most bfloat16 updates
-    round to nothing. So do most of what a young adapter adds to a layer's output, which a CPU need not put up
-    with (docs/decisions/0019).
+    round to nothing. On CPUs float32 gives the same bits for any batch (docs/decisions/0019, 0021).
     """
     if options.dtype != "auto":
         return torch.float32 if options.dtype == "float32" else torch.bfloat16
@@ -126,7 +125,6 @@ class Policy:
             split: Split = {}
             if options.tuning == "lora":
                 model, split = _with_adapter(plain, options, adapter, trainable)
-                lora_linear.fuse(model)
             if options.gradient_checkpointing and trainable:
                 enable: Callable[[dict[str, bool]], None] = plain.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
@@ -134,6 +132,8 @@ class Policy:
             model.requires_grad_(False)
         model.eval()
         nn.Module.to(model, "cpu" if on_cpu else device)
+        if isinstance(model, PeftModel):
+            lora_linear.fuse(model)
         return cls(model, tokenizer, options, split=split)
 
     @property
@@ -241,10 +241,18 @@ class Policy:
         """Inside, the same policy computes faster: LoRA is added into copies of the weights it adapts.
 
         Generation takes about half the time, and memory for those copies. The weights themselves are
-        put back as they were, bit for bit. Into quantised weights nothing can be added; there the adapter
-        stays beside them. Take no optimiser step inside.
+        put back as they were, bit for bit. Take no optimiser step inside.
+
+        Into quantised weights nothing can be added, and bfloat16 would round most of a young adapter away:
+        there it stays beside them.
         """
-        if not isinstance(self.model, PeftModel) or is_quantized(self.model.get_base_model()):
+        if (
+            not isinstance(self.model, PeftModel)
+            or is_quantized(self.model.get_base_model())
+            or all(
+                lora_linear.is_joined(m) for m in self.model.modules() if isinstance(m, LoraLayer)
+            )
+        ):
             yield
             return
         kept: list[tuple[nn.Parameter, torch.Tensor]] = []

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from prefloop.generate import cpu_linear, decode
 from prefloop.generate.cache_attention import ATTENTION, _group, slot_attention
 from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.kv_cache import Slots
+from prefloop.models import lora_linear
 from prefloop.records import Message, Request, Sampling
 
 
@@ -189,3 +191,29 @@ def test_bfloat16_layers_are_reordered_where_the_cpu_multiplies_it(
         monkeypatch.setattr(cpu_linear, "_has_bfloat16", lambda: False)
         with ReorderedLinears(layer).in_use():
             assert "forward" not in layer.__dict__, "oneDNN would refuse it"
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bfloat16"
+)
+def test_an_adapter_in_bfloat16_is_a_part_of_the_reordered_layer() -> None:
+    """Beside the weights, not merged into them, where most of it would be rounded away."""
+    base = torch.nn.Sequential(torch.nn.Linear(64, 96)).to(torch.bfloat16)
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    lora_linear.fuse(model)
+    rows = torch.randn(1, 5, 64, dtype=torch.bfloat16)
+    layer = model.base_model.model[0]
+    usual = layer.forward
+    with torch.inference_mode():
+        expected = model(rows)
+        reordered = ReorderedLinears(model)
+        with reordered.in_use():
+            assert layer.forward is not usual
+            for count in (1, 5):
+                found = model(rows[:, :count])
+                torch.testing.assert_close(found, expected[:, :count], atol=0.02, rtol=0.02)
+        assert torch.equal(model(rows), expected), "put back"
+        with model.disable_adapter(), ReorderedLinears(model).in_use():
+            torch.testing.assert_close(model(rows), layer.base_layer(rows), atol=0.02, rtol=0.02)

@@ -102,3 +102,103 @@ def test_autocast_is_left_to_peft(calls):
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(4, 6))
     assert not calls
+
+
+# In bfloat16 a layer and its adapter are one product.
+
+
+def half(inputs: int = 256, outputs: int = 192, size: float = 1e-4):
+    """A layer in bfloat16, its adapter in float32 with a B that adds about `size` of the output, and inputs."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(inputs, outputs)).to(torch.bfloat16)
+    model = get_peft_model(layer, LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+    with torch.no_grad():
+        b = model.base_model.model[0].lora_B["default"].weight
+        b.normal_(std=size)
+    return model, torch.randn(512, inputs).to(torch.bfloat16)
+
+
+def share_of_effect(model, x) -> float:
+    """How much of what the adapter adds, in exact numbers, arrives in the outputs."""
+    layer = model.base_model.model[0]
+    a, b = (w["default"].weight.double() for w in (layer.lora_A, layer.lora_B))
+    with torch.no_grad():
+        added = x.double() @ a.t() @ b.t() * layer.scaling["default"]
+        on = model(x).double()
+        with model.disable_adapter():
+            off = model(x).double()
+    return float((on - off).mul(added).sum() / added.square().sum())
+
+
+def test_what_a_young_adapter_adds_in_bfloat16_is_not_rounded_away():
+    """Each output is rounded once, so that a small addition moves as many of them over a digit as it should."""
+    model, x = half()
+    usual = share_of_effect(model, x)
+    lora_linear.fuse(model)
+    assert usual < 0.5, "PEFT rounds the layer's output before it adds"
+    assert share_of_effect(model, x) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_in_bfloat16_is_one_product_under_autocast_too(autocast, monkeypatch):
+    """A trainer's autocast changes nothing where all is bfloat16."""
+    model, x = half(size=0.02)
+    lora_linear.fuse(model)
+    calls = []
+    real = lora_linear._WideLoraLinear.apply
+    monkeypatch.setattr(
+        lora_linear,
+        "_WideLoraLinear",
+        types.SimpleNamespace(apply=lambda *a: calls.append(1) or real(*a)),
+    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        answer(model, x)
+    assert len(calls) == 1
+
+
+def test_a_fresh_adapter_in_bfloat16_changes_no_bit():
+    model, x = half(size=0)
+    lora_linear.fuse(model)
+    on = model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), on)
+
+
+def test_gradients_in_bfloat16_are_those_of_float32():
+    model, x = half(size=0.02)
+    exact = copy.deepcopy(model).float()
+    lora_linear.fuse(model)
+    x = x.requires_grad_()
+    first = model(x)
+    # Another pass between, with another B: the first one's backward pass still has its own.
+    b = model.base_model.model[0].lora_B["default"].weight
+    kept = b.detach().clone()
+    with torch.no_grad():
+        b.zero_()
+        model(x)
+        b.copy_(kept)
+    wanted = answer(exact, x.detach().float())
+    (first * torch.linspace(-1, 2, first.numel()).view(first.shape)).sum().backward()
+    pairs = [(x.grad, wanted[1])]
+    pairs += [(dict(model.named_parameters())[name].grad, g) for name, g in wanted[2].items()]
+    for got, want in pairs:
+        apart = (got.double() - want.double()).norm() / want.double().norm()
+        assert apart < 0.01
+    assert all(g.dtype == torch.float32 for _, g in pairs[1:])
+
+
+def test_weights_in_wide_rows_are_the_weights():
+    """Read, merged and moved away (as a trainer moves a model), they are what they were."""
+    model, x = half()
+    weight = model.base_model.model[0].base_layer.weight
+    before = weight.detach().clone()
+    lora_linear.fuse(model)
+    assert torch.equal(weight, before)
+    assert not weight.is_contiguous()
+    on = model(x)
+    weight.data = weight.data.clone()
+    assert torch.equal(model(x), on)
+    assert torch.equal(weight, before)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(x), on, atol=0.02, rtol=0.02)
+    assert torch.equal(model.unload()[0].weight, before)

@@ -233,7 +233,7 @@ def test_auto_dtype_is_float32_where_all_weights_train() -> None:
 def test_auto_dtype_on_a_cpu_is_float32_also_where_bfloat16_is_fast(
     monkeypatch: pytest.MonkeyPatch, fast: bool
 ) -> None:
-    """Most of a young adapter's effect is rounded away in bfloat16."""
+    """Runs give the same bits for any batch and on every CPU."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     assert initial_dtype(ModelOptions(), CPU) == torch.float32
     assert initial_dtype(ModelOptions(dtype="bfloat16"), CPU) == torch.bfloat16
