@@ -23,6 +23,7 @@ from pydantic import (
 
 import prefloop.judges
 import prefloop.methods
+from prefloop.compare.judged import COLUMNS
 from prefloop.config import (
     Options,
     build,
@@ -30,6 +31,7 @@ from prefloop.config import (
     find_plugin,
     here_or_shipped,
     overridden,
+    plugin_name,
     read_yaml,
     sentence,
 )
@@ -39,6 +41,8 @@ from prefloop.methods import Method
 from prefloop.recipe import Recipe, load_recipe, shipped_recipes
 from prefloop.recipe.check import check_sources
 from prefloop.recipe.options import Budget
+from prefloop.report.meanings import measure_names
+from prefloop.run.cost import SECONDS
 
 _PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
     "method": (prefloop.methods, Method),
@@ -146,7 +150,7 @@ class Comparison(Options):
 def judge_of(measure: str) -> str | None:
     """The further judge whose column this is: NAME of "score_by_NAME"; None where it is a run's own measure."""
     head, by, name = measure.partition("_by_")
-    return name if by and head in _JUDGED else None
+    return name if by and head in COLUMNS else None
 
 
 @dataclass(frozen=True)
@@ -198,6 +202,7 @@ def cells(comparison: Comparison, folder: Path) -> tuple[list[Cell], list[str]]:
         for seed in comparison.seeds:
             recipes[variant, seed] = _recipe(values, variant, seed, comparison.budget)
     _check_same_protocol(comparison, recipes)
+    notes += _check_measures(comparison, list(recipes.values()))
     if len(comparison.seeds) == 1:
         notes.append("one seed: no difference between variants can be told from luck")
     return [
@@ -277,6 +282,33 @@ def protocol(recipe: Recipe) -> dict[str, Any]:
             "sampling": sampling,
         },
     }
+
+
+def _check_measures(comparison: Comparison, recipes: Sequence[Recipe]) -> list[str]:
+    """RecipeError for a measure that no round has; only a note where a method of the user's own may report it."""
+    known = measure_names(title for recipe in recipes for title in recipe.data.eval_set_names())
+    methods = {plugin_name(prefloop.methods, recipe.method) for recipe in recipes}
+    own = sorted(name for name in methods if "." in name)
+    notes = []
+    for option in ("measures", "by_round"):
+        seconds = SECONDS if option == "by_round" else ()
+        for name in getattr(comparison, option):
+            if name in (*known, *seconds) or judge_of(name) is not None:
+                continue
+            if not own:
+                raise RecipeError(
+                    f"{option}: no round has a measure {name!r}; {_hint(name, known)}"
+                )
+            notes.append(f"{option}: {name} is empty unless {' or '.join(own)} reports it")
+    return notes
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """The nearest measure; else the first ones and where the others are described."""
+    hint = nearest(name, list(known))
+    if hint.startswith("did"):
+        return hint
+    return f"there are {', '.join(known[:5])} and others, all in docs/metrics.md"
 
 
 def _check_same_protocol(comparison: Comparison, recipes: Mapping[tuple[str, int], Recipe]) -> None:

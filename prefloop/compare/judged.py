@@ -12,7 +12,8 @@ from prefloop.judges import Judge, OpenJudge, score_responses
 from prefloop.models.sources import quiet
 from prefloop.records import Candidates
 
-_COLUMNS = ("score", "win_rate", "win_rate_low", "win_rate_high")
+COLUMNS = ("score", "win_rate", "win_rate_low", "win_rate_high")
+"""Measures of a further judge NAME, each with "_by_NAME" after it."""
 _CHUNK = 64
 
 
@@ -36,9 +37,9 @@ class FurtherJudges:
         for name in self._judges:
             judged, before = self._judged(name, answers), self._judged(name, start)
             found = answer_measures(judged, before, seed=seed)
-            means |= {f"{m}_by_{name}": found[m] for m in _COLUMNS if m in found}
+            means |= {f"{m}_by_{name}": found[m] for m in COLUMNS if m in found}
             values = prompt_values(judged, before)
-            by_prompt |= {f"{m}_by_{name}": values[m] for m in _COLUMNS if m in values}
+            by_prompt |= {f"{m}_by_{name}": values[m] for m in COLUMNS if m in values}
         return means, by_prompt
 
     def _judged(self, name: str, groups: Sequence[Candidates]) -> list[Candidates]:

@@ -140,6 +140,10 @@ class DataOptions(FieldOptions):
         """Whether the part is a list of sources, whose names then begin the ids."""
         return isinstance(self.train if part == "train" else self.eval, tuple)
 
+    def eval_set_names(self) -> list[str]:
+        """Names of the evaluation sets, where there are several to be measured apart."""
+        return [one.title for one in self.sources("eval")] if self.is_listed("eval") else []
+
 
 @dataclass(frozen=True)
 class LoadedData:

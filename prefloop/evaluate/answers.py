@@ -10,6 +10,9 @@ from prefloop.evaluate.win_rates import points, win_rate
 from prefloop.records import Candidates, Response
 
 ANSWER = "answer"
+_WINS = ("win_rate", "win_rate_low", "win_rate_high")
+ANSWER_MEASURES = ("distinct_2", "mean_length", "stop_rate", "kl", "score", *_WINS)
+"""What `answer_measures` may give."""
 
 
 def answer_measures(
@@ -38,7 +41,7 @@ def answer_measures(
     ).estimate
     measures["score"] = sum(scores.values()) / len(scores)
     if wins is not None:
-        measures |= {"win_rate": wins.value, "win_rate_low": wins.low, "win_rate_high": wins.high}
+        measures |= dict(zip(_WINS, (wins.value, wins.low, wins.high), strict=True))
     return measures
 
 

@@ -110,6 +110,32 @@ def check_adapter(model: PeftModel) -> None:
         )
 
 
+def check_patterns(model: PeftModel, lora: LoraOptions) -> None:
+    """Refuse a key of `rank_pattern` or `alpha_pattern` that decides for no layer: PEFT would go on without it."""
+    names = [
+        _layer_name(name, module)
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = list(getattr(lora, option))
+        # As PEFT's get_pattern_key reads them: of several keys for a layer the first one counts.
+        matching = {name: [key for key in patterns if _is_meant(key, name)] for name in names}
+        used = {keys[0] for keys in matching.values() if keys}
+        for key in patterns:
+            if key in used:
+                continue
+            if earlier := next((keys[0] for keys in matching.values() if key in keys), None):
+                raise ModelError(
+                    f"model.lora.{option} {key!r} has no effect, as {earlier!r} comes before it and matches the "
+                    "same layers; put it first, or leave it out"
+                )
+            raise ModelError(
+                f"model.lora.{option} {key!r} matches no layer of the adapter; its layers have names such as "
+                f"{' and '.join(names[:: max(1, len(names) - 1)][:2])}, of which a key is the ending or a pattern"
+            )
+
+
 def share(model: PeftModel) -> Share:
     """What the adapter reaches."""
     reached: dict[int, int] = {}
@@ -196,10 +222,20 @@ def _plain_name(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
+def _layer_name(name: str, module: LoraLayer) -> str:
+    """The name by which PEFT looks a layer up in patterns: of a parameter's wrapper the parameter's."""
+    name = _plain_name(name)
+    return f"{name}.{module.parameter_name}" if isinstance(module, ParamWrapper) else name
+
+
+def _is_meant(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
 def _kind(name: str, module: nn.Module) -> str:
     name = _plain_name(name)
     if isinstance(module, ParamWrapper):
-        name = f"{name}.{module.parameter_name}".removesuffix(".weight")
+        name = _layer_name(name, module).removesuffix(".weight")
         owner, _, leaf = name.rpartition(".")
         return f"{owner.rpartition('.')[2]}.{leaf}" if "expert" in owner else leaf
     return name.rpartition(".")[2]

@@ -34,6 +34,7 @@ from prefloop.models.adapter import (
     Share,
     adapted_weight,
     check_adapter,
+    check_patterns,
     is_quantized,
     lora_config,
     saved_pairs,
@@ -447,6 +448,7 @@ def _new_adapter(model: PreTrainedModel, options: ModelOptions, trainable: bool)
             f"{options.source}: {reason(error)}"
         ) from error
     assert isinstance(adapted, PeftModel)
+    check_patterns(adapted, options.lora)
     return adapted
 
 
@@ -485,9 +487,11 @@ def _adapter_folder(adapter: Path, options: ModelOptions) -> Path:
 
 @contextlib.contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Without PEFT's warning of tied weights, which are refused in words."""
+    """Without PEFT's warnings of tied weights and of unused patterns, which are refused in words."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        # It knows modules only, and says it of patterns for parameters too.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")
         yield
 

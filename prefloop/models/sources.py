@@ -109,18 +109,27 @@ class LoraOptions(Options):
             "alpha_pattern": dict(self.alpha_pattern),
         }
 
-    @field_validator("target_modules")
+    @field_validator("target_modules", "exclude_modules")
     @classmethod
-    def _is_a_pattern(cls, value: str | list[str]) -> str | list[str]:
+    def _is_a_pattern(cls, value: str | list[str] | None) -> str | list[str] | None:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(
-                    f"{value!r} is no regular expression ({error}); give a list of module names to name "
-                    "them as they are"
-                ) from error
+            _compile(value, "give a list of module names to name them as they are")
         return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _keys_are_patterns(cls, value: dict[str, int]) -> dict[str, int]:
+        for key in value:
+            # In brackets, as PEFT reads it: flags such as (?i) cannot stand there.
+            _compile(f"({key})", "write the ending of a module's name")
+        return value
+
+
+def _compile(pattern: str, remedy: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error}); {remedy}") from error
 
 
 class QuantizationOptions(Options):
@@ -251,7 +260,7 @@ def check_quantization(options: ModelOptions) -> None:
     if importlib.util.find_spec(quantization.package) is None:
         raise ModelError(
             f"model.quantization needs {quantization.package}, which is not installed; pip install "
-            f"{quantization.package}, or leave model.quantization out"
+            "'prefloop[quantization]', or leave model.quantization out"
         )
     if quantization.package == "bitsandbytes" and not _on_cuda(options.device):
         # On CPUs its 4-bit layers give the adapters below them no gradient (bitsandbytes 0.50.2).

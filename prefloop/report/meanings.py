@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from prefloop.evaluate.answers import ANSWER_MEASURES
+
 
 class Meaning(NamedTuple):
     """A measure's title on the page, a phrase for whoever meets its short name, and a note on how to read it."""
@@ -171,6 +173,15 @@ STEP_MEASURES: dict[str, Meaning] = {
 }
 
 _TRAIN = "train_"
+# Steps have these, rounds do not: a round's training measures leave them out.
+_OF_STEPS_ALONE = frozenset({"win_rate", "rewards", "lr"})
+
+
+def measure_names(sets: Iterable[str] = ()) -> list[str]:
+    """The measures that a round of prefloop's own methods may have; `sets` are evaluation sets measured apart."""
+    of_training = [f"{_TRAIN}{name}" for name in STEP_MEASURES if name not in _OF_STEPS_ALONE]
+    of_sets = [f"{name}_on_{title}" for title in sets for name in ANSWER_MEASURES]
+    return list(dict.fromkeys([*ROUND_MEASURES, *ANSWER_MEASURES, *of_training, *of_sets]))
 
 
 def step_meaning(name: str) -> Meaning:

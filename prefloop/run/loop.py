@@ -277,7 +277,9 @@ class _Loop:
         start = self.rundir.round(-1).records("answers", Candidates)
         answers = round_dir.records("answers", Candidates)
         measures = answer_measures(answers, start, seed=self.recipe.seed)
-        measures |= set_measures(self._eval_sets(), answers, start, seed=self.recipe.seed)
+        measures |= set_measures(
+            self.recipe.data.eval_set_names(), answers, start, seed=self.recipe.seed
+        )
         if self.recipe.answers_judge is not None:
             measures["no_verdict"] = no_verdict_rate(answers)
         if self.recipe.evaluate.introspection:
@@ -296,11 +298,6 @@ class _Loop:
             round_dir, "evaluate", {"prompts": len(answers), **unscored}, watch, glance(measures)
         )
         return result
-
-    def _eval_sets(self) -> list[str]:
-        """Names of the evaluation sets, where there are several to be measured apart."""
-        data = self.recipe.data
-        return [source.title for source in data.sources("eval")] if data.is_listed("eval") else []
 
     def _answer_held_out(self, round_dir: RoundDir) -> None:
         """An answer to each held-out prompt, scored, with its log-probs under this policy and the initial one."""

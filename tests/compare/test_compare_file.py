@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import prefloop.methods.dpo
+from prefloop.cli import app
 from prefloop.compare.file import Comparison, cells, check_judges, load_comparison
 from prefloop.errors import RecipeError
 from prefloop.methods.arop import AROP
@@ -145,11 +148,54 @@ def refused(**values: Any) -> str:
         ),
         ({"measures": ["score", "win_rate_by_x"]}, "judges names none"),
         ({"judges": SHORT, "by_round": ["score_by_brief"]}, "score the last round alone"),
+        (
+            {"measures": ["score", "winrate"]},
+            "measures: no round has a measure 'winrate'; did you mean 'win_rate'?",
+        ),
+        ({"by_round": ["train_penality"]}, "by_round: no round has a measure 'train_penality'"),
+        ({"measures": ["score", "train_lr"]}, "no round has a measure 'train_lr'"),
+        ({"measures": ["score", "train_seconds"]}, "no round has a measure 'train_seconds'"),
+        ({"measures": ["zzz", "score"]}, "there are score, win_rate, R_i, identical_rate, "),
+        ({"measures": ["scor"], "rank_by": "scor"}, "'scor'; did you mean 'score'?"),
+        ({"measures": ["score", "kl_on_chat"]}, "no round has a measure 'kl_on_chat'"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(values, says):
     said = refused(**values)
     assert says in said
+
+
+def test_measures_of_training_of_judges_and_of_evaluation_sets_are_known():
+    sets = [{"name": name, "source": f"{name}.jsonl"} for name in ("chat", "maths")]
+    names = ["score", "win_rate_low", "train_M", "win_rate_by_brief", "win_rate_low_by_brief"]
+    names += ["stop_rate_on_chat", "win_rate_on_maths"]
+    base = {**BASE, "data": {"train": "chat.jsonl", "eval": sets}}
+    by_round = ["R_i", "train_seconds"]
+    cells(comparison(base=base, judges=SHORT, measures=names, by_round=by_round), Path("x"))
+
+
+def test_a_method_of_the_users_own_may_have_measures_of_its_own(tmp_path, monkeypatch):
+    text = Path(prefloop.methods.dpo.__file__).read_text("utf-8")
+    (tmp_path / "my_methods").mkdir()
+    (tmp_path / "my_methods" / "mine.py").write_text(text, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"ial": None, "mine": {"method.name": "my_methods.mine"}}
+    _, notes = cells(comparison(variants=mine, measures=["score", "novelty"]), Path("x"))
+    assert "measures: novelty is empty unless my_methods.mine reports it" in notes
+
+
+def test_an_unknown_measure_stops_the_command_before_anything_is_played(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: quickstart-ial\nvariants: {ial: {}}\nmeasures: [score]\nby_round: [winrate]\n"
+    )
+    for flags in ([], ["--check"], ["--table"]):
+        done = CliRunner().invoke(app, ["compare", str(path), "--out", str(tmp_path / "x"), *flags])
+        assert isinstance(done.exception, RecipeError)
+        assert str(done.exception) == (
+            "by_round: no round has a measure 'winrate'; did you mean 'win_rate'?"
+        )
+        assert not (tmp_path / "x").exists()
 
 
 def test_other_judges_may_be_compared_by_what_no_judge_decides():

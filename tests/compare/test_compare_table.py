@@ -64,7 +64,7 @@ def pretend(cell: Cell, better: float) -> None:
 
 
 def played(folder: Path, better: dict[str, float], **values: Any) -> tuple[Comparison, list[Cell]]:
-    values = {"measures": ("score", "kl", "nothing"), **values}
+    values = {"measures": ("score", "kl", "R_i"), **values}
     comparison = Comparison(base=BASE, variants=dict.fromkeys(better), **values)
     found, _ = cells(comparison, folder)
     for cell in found:
@@ -85,7 +85,7 @@ def test_a_real_difference_is_marked_and_noise_is_put_into_one_group(tmp_path):
     # kl has no value a prompt: three equal seeds, no difference.
     assert report["differences"]["kl"]["good"]["prompts"] == 0
     assert report["differences"]["kl"]["good"]["p"] == 1.0
-    assert report["variants"]["plain"]["measures"]["nothing"] is None
+    assert report["variants"]["plain"]["measures"]["R_i"] is None
 
 
 def test_prompts_that_differ_from_seed_to_seed_leave_the_seeds_to_compare(tmp_path):

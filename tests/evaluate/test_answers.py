@@ -2,7 +2,7 @@
 
 import pytest
 
-from prefloop.evaluate.answers import ANSWER, answer_measures
+from prefloop.evaluate.answers import ANSWER, ANSWER_MEASURES, answer_measures
 from prefloop.records import Candidates, Finish, Message, Prompt, Response
 
 
@@ -44,6 +44,11 @@ def test_a_win_is_against_the_starts_answer_to_the_same_prompt() -> None:
     assert high is not None
     assert 0 <= low < 0.5 < high <= 1
     assert found == answer_measures(now, start, seed=0)
+
+
+def test_the_names_of_the_measures_are_those_that_are_measured() -> None:
+    scored = [answered("p", score=1.0), answered("q", score=2.0)]
+    assert sorted(answer_measures(scored, scored, seed=0)) == sorted(ANSWER_MEASURES)
 
 
 def test_a_prompt_without_a_score_is_neither_won_nor_lost() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tokenizers import AddedToken
 from transformers import (
     DeepseekV3Config,
@@ -21,7 +22,7 @@ from transformers import (
 
 from prefloop.errors import ModelError
 from prefloop.models.policy import Policy
-from prefloop.models.sources import ModelOptions
+from prefloop.models.sources import LoraOptions, ModelOptions
 from tests.conftest import trainable_weights
 
 SMALL: dict[str, Any] = {
@@ -206,6 +207,44 @@ def test_excluded_modules_get_no_adapter(load: Any) -> None:
 def test_parameters_that_do_not_exist_are_refused(load: Any) -> None:
     with pytest.raises(ModelError, match=r"target_parameters 'experts\.w1' is no parameter"):
         load(mixture(), target_parameters=["experts.w1"])
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_layer_is_refused(load: Any, option: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load(dense(), **{option: {"q_proj": 2, "layers.5": 3}})
+    assert str(caught.value) == (
+        f"model.lora.{option} 'layers.5' matches no layer of the adapter; its layers have names such as "
+        "model.layers.0.self_attn.q_proj and model.layers.1.mlp.down_proj, of which a key is the ending or a "
+        "pattern"
+    )
+
+
+def test_a_pattern_behind_one_that_matches_all_its_layers_is_refused(load: Any) -> None:
+    with pytest.raises(ModelError, match=r"'q_proj' has no effect, as '\.\*_proj' comes before it"):
+        load(dense(), rank_pattern={".*_proj": 2, "q_proj": 8})
+    load(dense(), rank_pattern={"q_proj": 8, ".*_proj": 2})
+
+
+def test_a_pattern_reaches_the_experts_by_their_parameters_name(load: Any) -> None:
+    policy = load(mixture(), rank_pattern={"experts.down_proj": 2, "q_proj": 3})
+    shapes = {n: w.shape for n, w in policy.model.named_parameters() if "lora_A" in n}
+    ranks = {size for name, shape in shapes.items() if "experts" in name for size in shape[:1]}
+    assert ranks == {4 * 4, 2 * 4}
+    assert {shape[0] for name, shape in shapes.items() if "q_proj" in name} == {3}
+    with pytest.raises(ModelError, match=r"'experts' matches no layer of the adapter"):
+        load(mixture(), rank_pattern={"experts": 2})
+
+
+def test_what_is_no_pattern_is_refused_where_options_are_read() -> None:
+    for option, value in (
+        ("rank_pattern", {"layers.(0": 2}),
+        ("alpha_pattern", {"*q": 2}),
+        ("alpha_pattern", {"(?i)q_proj": 2}),
+        ("exclude_modules", "(q"),
+    ):
+        with pytest.raises(ValidationError, match=rf"{option}[\s\S]*is no regular expression"):
+            LoraOptions.model_validate({option: value})
 
 
 def test_dropout_on_experts_is_refused_with_both_remedies(load: Any) -> None:

@@ -49,8 +49,10 @@ def test_what_cannot_go_with_fewer_bits_is_refused(
 
 def test_a_missing_package_and_a_missing_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="torchao, which is not installed; pip install torchao"):
-        check_quantization(options(Path("m"), INT8))
+    for bits, package in ((INT8, "torchao"), ({"load_in_4bit": True}, "bitsandbytes")):
+        said = rf"{package}, which is not installed; pip install 'prefloop\[quantization\]'"
+        with pytest.raises(ModelError, match=said):
+            check_quantization(options(Path("m"), bits))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     check_quantization(options(Path("m"), INT8))
     for bits in ("load_in_4bit", "load_in_8bit"):
