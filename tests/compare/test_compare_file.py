@@ -176,12 +176,12 @@ def test_measures_of_training_of_judges_and_of_evaluation_sets_are_known():
 
 def test_a_method_of_the_users_own_may_have_measures_of_its_own(tmp_path, monkeypatch):
     text = Path(prefloop.methods.dpo.__file__).read_text("utf-8")
-    (tmp_path / "my_methods").mkdir()
-    (tmp_path / "my_methods" / "mine.py").write_text(text, "utf-8")
+    (tmp_path / "own_methods").mkdir()
+    (tmp_path / "own_methods" / "mine.py").write_text(text, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    mine = {"ial": None, "mine": {"method.name": "my_methods.mine"}}
+    mine = {"ial": None, "mine": {"method.name": "own_methods.mine"}}
     _, notes = cells(comparison(variants=mine, measures=["score", "novelty"]), Path("x"))
-    assert "measures: novelty is empty unless my_methods.mine reports it" in notes
+    assert "measures: novelty is empty unless own_methods.mine reports it" in notes
 
 
 def test_an_unknown_measure_stops_the_command_before_anything_is_played(tmp_path):
