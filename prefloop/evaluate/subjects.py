@@ -10,7 +10,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from prefloop.errors import RunFolderError
+from prefloop.errors import RunFolderError, nearest
 from prefloop.generate.engine import Engine
 from prefloop.generate.hf_engine import HFEngine, open_engine
 from prefloop.models.chat_template import set_template_date
@@ -104,12 +104,22 @@ def find_subject(text: str, *, trust: bool = False) -> Source:
         return source
     folder = Path(text).expanduser()
     if not (folder / "recipe.yaml").is_file():
+        _check_is_no_lost_run(Path(path if at else text).expanduser())
         return Source(text)
     if not (folder / "policy").is_dir():
+        rounds = [one.number for one in read_run(folder).rounds() if one.policy.is_dir()]
         raise RunFolderError(
-            f"{text} has no policy yet; finish it with prefloop run, or name a round: {text}@0"
+            f"{text} has no policy yet; finish it with prefloop run, or name a round: "
+            f"{text}@{max(rounds, default='start')}"
         )
     return Source(text, read_run(folder), trust=trust)
+
+
+def _check_is_no_lost_run(folder: Path) -> None:
+    """RunFolderError for a folder that is not there, beside runs: it is a run's misspelt name, no model's."""
+    runs = sorted(str(file.parent) for file in folder.parent.glob("*/recipe.yaml"))
+    if runs and not folder.exists():
+        raise RunFolderError(f"no run and no folder {folder}; {nearest(str(folder), runs)}")
 
 
 def display_names(sources: Sequence[Source]) -> list[str]:

@@ -247,7 +247,7 @@ def count_prompts(
     """Usable prompts of each source, None for one on the hub; yields how each was read."""
     counts: list[int | None] = []
     for source in recipe.data.sources(part):
-        if _on_the_hub(source.source):
+        if on_the_hub(source.source):
             yield f"data.{part} {source.source} is not here: it will be looked up on the Hugging Face Hub"
             counts.append(None)
             continue
@@ -272,7 +272,8 @@ def count_prompts(
     return counts
 
 
-def _on_the_hub(source: str) -> bool:
+def on_the_hub(source: str) -> bool:
+    """Whether a source of data is none of this machine's, so that only the Hub can tell what is in it."""
     path = Path(source).expanduser()
     is_local = source.startswith((".", "embedded:")) or is_data_file(path) or path.exists()
     return not is_local and source.count("/") == 1
@@ -290,8 +291,9 @@ def _without_effect(recipe: Recipe) -> Iterator[str]:
                 else "; it only scores the held-out answers"
             )
         )
+    of_method = method.defaults.get("loop", {})  # nobody wrote these
     for option in ("mix_previous", "carry_optimizer"):
-        if loop.rounds == 1 and getattr(loop, option):
+        if loop.rounds == 1 and getattr(loop, option) and not of_method.get(option):
             yield f"loop.{option} has no effect in a single round"
     stopping = recipe.evaluate
     if stopping.early_stopping_threshold and stopping.early_stopping_patience is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,11 +23,12 @@ from prefloop.report.console import (
     measure_names,
     show_pair,
     show_rounds,
+    show_text,
 )
 from prefloop.report.facts import read_ratios
 from prefloop.report.formats import show_table
 from prefloop.report.meanings import legend
-from prefloop.run_folder import RunDir, read_run
+from prefloop.run_folder import REJECTS, RunDir, read_run
 
 if TYPE_CHECKING:
     from prefloop.run_folder import Outcome
@@ -79,6 +80,20 @@ def show_run(folder: Path, console: Console, *, pair: str | None, count: int) ->
     _show_results(run.results(), console)
     show_curve(win_rate_curve(run), console)
     _show_pairs(_newest([_differing(pairs) for _, pairs in run.pairs()], count), console)
+    for line in _without_pairs(run):
+        show_text(console, line)
+
+
+def _without_pairs(run: RunDir) -> Iterator[str]:
+    """A line for each round whose prompts gave no pair: how many, and why."""
+    for round_dir in run.rounds():
+        facts = round_dir.manifest("pairs")
+        reasons = round_dir.reasons() if facts is not None else Counter[str]()
+        if reasons and next(round_dir.stream("pairs", Pair), None) is None:
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            yield (
+                f"round {round_dir.number} made no pairs ({why}); {round_dir.path}/{REJECTS} says more"
+            )
 
 
 def run_json(folder: Path, *, pair: str | None, count: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from prefloop.data.prompts import read_prompts
+from prefloop.data.prompts import Part, read_prompts
 from prefloop.errors import DataError, RecipeError, RunFolderError, counted
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.engines.hf import InProcess
@@ -31,6 +31,7 @@ from prefloop.models.chat import Chat
 from prefloop.models.policy import initial_dtype, load_tokenizer
 from prefloop.models.sources import local_folder, quiet, resolve_source
 from prefloop.recipe import Recipe
+from prefloop.recipe.check import on_the_hub
 from prefloop.recipe.options import Budget
 from prefloop.records import GENERATED, READ, Prompt, Request, Response, Sampling
 from prefloop.run.cost import Spent
@@ -309,6 +310,8 @@ class _Counts(NamedTuple):
     drawn: float
     read: float
     sft: int
+    held_out: int
+    """Prompts that are measured."""
 
 
 def count_work(recipe: Recipe, fill: float = FILL) -> Work:
@@ -338,18 +341,18 @@ def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
         target = sum(targets) / len(targets) if targets else answer
         sft = round(sum(1 for _ in _prompts(recipe)) * (asked + target) * recipe.sft.epochs)
     drawn, read = counts[GENERATED] / len(prompts), counts[READ] / len(prompts)
-    return _Counts(asked, answer, drawn, read, sft)
+    return _Counts(asked, answer, drawn, read, sft, _held_out(recipe))
 
 
 def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
-    asked, answer, drawn, read, sft = counts
+    asked, answer, drawn, read, sft, held_out = counts
     loop = recipe.loop
     played = rounds * loop.prompts_per_round
     # Under mix_previous each round but the last one's pairs are trained on twice.
     pairs = played + (loop.mix_previous * (rounds - 1) * loop.prompts_per_round)
     pair = asked + len(recipe.method.roles) * answer
-    later = recipe.evaluate.prompts * (rounds if recipe.evaluate.every_round else 1)
-    measured = recipe.evaluate.prompts + later
+    later = held_out * (rounds if recipe.evaluate.every_round else 1)
+    measured = held_out + later
     own = recipe.evaluate.introspection
     return Work(
         generated=round(played * drawn),
@@ -362,12 +365,22 @@ def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
     )
 
 
-def _prompts(recipe: Recipe) -> Iterator[Prompt]:
-    for source in recipe.data.sources("train"):
+def _held_out(recipe: Recipe) -> int:
+    """`evaluate.prompts`, or the prompts that there are where local data hold fewer."""
+    data, most = recipe.data, recipe.evaluate.prompts
+    if data.eval is None:
+        return min(most, data.holdout or most)
+    if any(on_the_hub(source.source) for source in data.sources("eval")):
+        return most
+    return sum(1 for _ in islice(_prompts(recipe, "eval"), most))
+
+
+def _prompts(recipe: Recipe, part: Part = "train") -> Iterator[Prompt]:
+    for source in recipe.data.sources(part):
         yield from read_prompts(
             source,
             recipe.data,
-            part="train",
+            part=part,
             needs_target=recipe.needs_target,
             needs_pairs=recipe.method.needs_pairs,
         )

@@ -358,6 +358,11 @@ def test_what_changes_no_record_is_no_other_recipe(shell: Shell, run_folder: Pat
     assert shell("run", "renamed.yaml", "--out", "runs/r", *sets)[0] == 0
 
 
+def test_a_runs_misspelt_name_is_taken_for_no_model(shell: Shell, run_folder: Path) -> None:
+    for name in ("runs/rr", "runs/rr@start"):
+        shell.refuses("evaluate", name, saying=("no run and no folder runs/rr", "'runs/r'?"))
+
+
 def test_a_run_cannot_switch_its_models_code_on(shell: Shell, run_folder: Path) -> None:
     from prefloop.evaluate.subjects import find_subject
 

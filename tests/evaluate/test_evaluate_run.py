@@ -403,4 +403,9 @@ def test_a_run_without_a_policy_is_told_what_to_do(shell: Shell, made: Path) -> 
     Path("runs").unlink()
     shutil.copytree(made / "runs", "runs")
     shutil.rmtree("runs/r/policy")
-    shell.refuses("runs/r", saying=("has no policy yet", "runs/r@0"))
+    rounds = [path.parent for path in sorted(Path("runs/r/rounds").glob("0*/policy"))]
+    last = int(rounds[-1].name)
+    shell.refuses("runs/r", saying=("has no policy yet", f"name a round: runs/r@{last}"))
+    for number in rounds:
+        shutil.rmtree(number)
+    shell.refuses("runs/r", saying=("has no policy yet", "name a round: runs/r@start"))

@@ -531,9 +531,12 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
             "method: {name: arop}\njudge: {name: similarity}\neval_judge: {name: target_checks}\n",
             "judge: method arop ranks without it, and eval_judge scores the held-out answers: it has no effect",
         ),
-        (IAL_RECIPE + "loop: {rounds: 1}\n", "loop.mix_previous has no effect in a single round"),
         (
-            "method: {name: arop}\nloop: {rounds: 1}\n",
+            "method: {name: arop}\nloop: {rounds: 1, mix_previous: true}\n",
+            "loop.mix_previous has no effect in a single round",
+        ),
+        (
+            IAL_RECIPE + "loop: {rounds: 1, carry_optimizer: true}\n",
             "loop.carry_optimizer has no effect in a single round",
         ),
         (
@@ -565,6 +568,12 @@ def test_check_notes_what_has_no_effect_or_was_not_looked_at(
 ) -> None:
     few(folder)
     assert check_recipe(loaded(text)) == [note]
+
+
+def test_check_notes_nothing_that_only_the_methods_own_schedule_says(folder: Path) -> None:
+    few(folder)
+    for text in (IAL_RECIPE, "method: {name: arop}\n"):
+        assert check_recipe(loaded(text + "loop: {rounds: 1}\n")) == []
 
 
 def few(folder: Path) -> None:

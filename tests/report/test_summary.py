@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from prefloop.errors import RunFolderError
-from prefloop.records import Message, Pair, RoundResult, write_jsonl
+from prefloop.records import Message, Pair, Reject, RoundResult, write_jsonl
 from prefloop.report.console import glance
 from prefloop.report.summary import show_outcome, show_run
 from prefloop.run_folder import Outcome, RunDir, open_run
@@ -110,6 +110,19 @@ def test_a_run_without_pairs_yet_says_what_ids_look_like(tmp_path: Path) -> None
     with pytest.raises(RunFolderError, match="'0000/prompt-id'"):
         shown(tmp_path / "new", "p0")
     assert ids(shown(tmp_path / "new")) == []
+
+
+def test_a_round_whose_prompts_gave_no_pair_says_why(folder: Path) -> None:
+    assert "no pairs" not in shown(folder)
+    with open_run(folder, "name: run\n") as run:
+        round_dir = run.round(2)
+        reasons = ["cut off", "empty answer", "cut off"]
+        rejects = [Reject(prompt_id="p", stage="pair", reason=reason) for reason in reasons]
+        write_jsonl(round_dir.path / "rejects.jsonl", rejects)
+        write_jsonl(round_dir.path / "pairs.jsonl", [])
+        round_dir.finish("pairs")
+    said = "round 2 made no pairs (2 cut off, 1 empty answer)"
+    assert f"{said}; {round_dir.path}/rejects.jsonl says more" in shown(folder)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run is said to take: counts that are exact, rates that are proportional, a finished run beside its estimate."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,24 @@ def test_tokens_are_those_that_the_method_asks_for(model_folder: Path) -> None:
     assert work.trained == pytest.approx(2 * work.reference, abs=1)
     longer = spin.model_copy(update={"loop": spin.loop.model_copy(update={"rounds": 6})})
     assert count_work(longer).generated == 2 * work.generated
+
+
+def test_no_more_prompts_are_measured_than_there_are(model_folder: Path, tmp_path: Path) -> None:
+    def measured(**data: Any) -> float:
+        evaluate = {"prompts": 64, "introspection": False}
+        chosen = recipe(model_folder, evaluate=evaluate)
+        data = {**chosen.data.model_dump(), **data}
+        chosen = chosen.model_copy(update={"data": type(chosen.data).model_validate(data)})
+        answer = FILL * chosen.method.sampling.max_new_tokens
+        return count_work(chosen).measured_generated / answer / (1 + chosen.loop.rounds)
+
+    rows = "".join(json.dumps({"prompt": f"q {n}", "response": "a"}) + "\n" for n in range(3))
+    (tmp_path / "few.jsonl").write_text(rows)
+    few = {"name": "few", "source": str(tmp_path / "few.jsonl")}
+    assert measured(eval=few["source"], holdout=0) == pytest.approx(3, abs=0.1)
+    assert measured(eval=[few, {**few, "name": "again"}], holdout=0) == pytest.approx(6, abs=0.1)
+    assert measured(eval=None, holdout=2) == pytest.approx(2, abs=0.1)
+    assert measured(eval="owner/name", holdout=0) == pytest.approx(64, abs=0.1)
 
 
 def test_a_budget_ends_the_rounds_and_supervision_counts(model_folder: Path) -> None:
