@@ -92,10 +92,18 @@ def fuse(model: nn.Module) -> None:
     Call it when the weights are where they stay: in bfloat16 they move into rows that the adapter's columns end.
     """
     for layer in model.modules():
-        if isinstance(layer, Linear) and type(layer.get_base_layer()) is nn.Linear:
+        if isinstance(layer, Linear) and type(base := layer.get_base_layer()) is nn.Linear:
             layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
-            if _is_plain(layer, torch.bfloat16):
+            if base.weight.dtype == torch.bfloat16:
                 _widen(layer)
+
+
+def narrow(model: nn.Module) -> None:
+    """Give weights rows of their own again, as sharding wants them; the adapter is then added as PEFT does."""
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.__dict__.pop("wide_weight", None) is not None:
+            weight = layer.get_base_layer().weight
+            weight.data = weight.data.contiguous()
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -113,8 +121,6 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The same product as with the adapter, so that a fresh one, whose B is 0, changes no bit.
         flat_MO = linear(pad(flat_MI, (0, b.shape[1])), layer.wide_weight, base.bias)
     else:
-        if not _is_wide(layer):
-            _widen(layer)
         flat_MO = _WideLoraLinear.apply(  # type: ignore[no-untyped-call]
             flat_MI, layer.wide_weight, base.bias, a, b, layer.scaling[name]
         )
@@ -130,7 +136,6 @@ def is_joined(layer: nn.Module) -> bool:
         and "forward" in layer.__dict__
         and not untyped.disable_adapters
         and _is_plain(layer, torch.bfloat16)
-        and _is_wide(layer)
     )
 
 
@@ -170,15 +175,17 @@ def _is_plain(layer: Any, dtype: torch.dtype) -> bool:
         return False
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
         return False
-    off_in_one_product = dtype == torch.bfloat16 and _is_wide(layer)
+    in_bfloat16 = dtype == torch.bfloat16
+    if in_bfloat16 and not _is_wide(layer):
+        return False
     # Generation gives base layers a faster forward, which is to be called.
-    if layer.disable_adapters and (not off_in_one_product or "forward" in base.__dict__):
+    if layer.disable_adapters and (not in_bfloat16 or "forward" in base.__dict__):
         return False
     names = layer.active_adapters
     if len(names) != 1 or names[0] not in layer.lora_A or names[0] in layer.lora_variant:
         return False
     a, b = layer.lora_A[names[0]], layer.lora_B[names[0]]
-    adapter_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+    adapter_dtype = torch.float32 if in_bfloat16 else dtype
     return (
         isinstance(layer.lora_dropout[names[0]], nn.Identity)
         and b.bias is None

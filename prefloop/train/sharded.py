@@ -15,6 +15,7 @@ from torch.distributed.fsdp import OffloadPolicy, fully_shard
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefloop.errors import TrainingError
+from prefloop.models.lora_linear import narrow
 from prefloop.train.placement import (
     ForwardWrapper,
     MakeOptimizer,
@@ -221,10 +222,9 @@ def distribute_model(
     model: nn.Module, ranks: Ranks, make_optimizer: MakeOptimizer, device: torch.device
 ) -> Replicated:
     """Place the model as the launcher's environment variables say. Raises TrainingError for unsupported settings."""
+    if not is_sharded():
+        return Replicated(model, ranks, make_optimizer)
+    narrow(model)
     if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        from prefloop.train.sharded import Zero3
-
         return Zero3(model, ranks, make_optimizer)
-    if is_sharded():
-        return FullySharded(model, ranks, make_optimizer, device)
-    return Replicated(model, ranks, make_optimizer)
+    return FullySharded(model, ranks, make_optimizer, device)
