@@ -100,8 +100,9 @@ def fuse(model: nn.Module) -> None:
 
 def narrow(model: nn.Module) -> None:
     """Give weights rows of their own again, as sharding wants them; the adapter is then added as PEFT does."""
+    layer: Any
     for layer in model.modules():
-        if isinstance(layer, Linear) and layer.__dict__.pop("wide_weight", None) is not None:
+        if layer.__dict__.pop("wide_weight", None) is not None:
             weight = layer.get_base_layer().weight
             weight.data = weight.data.contiguous()
 
