@@ -432,6 +432,24 @@ def test_a_wrong_verb_or_option_is_exit_code_2_with_the_usage(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("words", "saying"),
+    [
+        (("ls", "recipe"), "'models'; did you mean 'recipes'?"),
+        (("ls", "cars"), "'cars' is not one of 'methods', "),
+        (("export", "a", "b", "--format", "jsnl"), "'sharegpt'; did you mean 'jsonl'?"),
+        (("merge", "a", "b", "--gguf", "q8"), "is not one of 'f16', 'q8_0'; did you mean 'q8_0'?"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_told_the_nearest(
+    shell: Shell, words: tuple[str, ...], saying: str
+) -> None:
+    code, err = shell(*words)
+    assert code == 2
+    assert "Value error" not in err
+    assert saying in " ".join(err.split())
+
+
 # On the way
 
 
