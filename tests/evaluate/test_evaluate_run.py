@@ -381,6 +381,13 @@ def test_a_wrong_input_is_one_sentence(
     shell.refuses(*words, saying=saying)
 
 
+def test_a_model_that_is_not_there_leaves_no_folder_behind(shell: Shell) -> None:
+    shell.refuses("./nowhere", "--out", "new", saying=("./nowhere",))
+    words = ("runs/r", "--initial", "./nowhere", "--out", "new")
+    shell.refuses(*words, saying=("./nowhere",))
+    assert not Path("new").exists()
+
+
 def test_a_judge_that_compares_with_responses_needs_prompts_that_have_some(shell: Shell) -> None:
     write("bare.jsonl", [{"prompt": "question 1"}])
     words = ("runs/r", "--data", "bare.jsonl")
