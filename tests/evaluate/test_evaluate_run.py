@@ -412,7 +412,13 @@ def test_a_run_without_a_policy_is_told_what_to_do(shell: Shell, made: Path) -> 
     shutil.rmtree("runs/r/policy")
     rounds = [path.parent for path in sorted(Path("runs/r/rounds").glob("0*/policy"))]
     last = int(rounds[-1].name)
-    shell.refuses("runs/r", saying=("has no policy yet", f"name a round: runs/r@{last}"))
+    shell.refuses(
+        "runs/r",
+        saying=("has no policy; finish it with prefloop run", f"name a round: runs/r@{last}"),
+    )
     for number in rounds:
         shutil.rmtree(number)
-    shell.refuses("runs/r", saying=("has no policy yet", "name a round: runs/r@start"))
+    shell.refuses(
+        "runs/r",
+        saying=("has no policy; finish it with prefloop run", "name a round: runs/r@start"),
+    )
