@@ -149,7 +149,7 @@ class Run:
     def policy(self) -> Path:
         """The folder of the policy that it recommends. Raises RunFolderError before the run's end."""
         if not (self.folder / "policy").is_dir():
-            raise RunFolderError(f"{self.folder} has no policy yet; finish it with prefloop.run")
+            raise RunFolderError(f"{self.folder} has no policy; {self._files.to_finish()}")
         return self.folder / "policy"
 
     @property

@@ -115,6 +115,11 @@ class Pair(Record):
         """Unique within a run."""
         return f"{self.round:04d}/{self.prompt_id}"
 
+    @property
+    def exportable(self) -> bool:
+        """Whether others can train on it: two answers, both whole, as other trainers end every one with a turn."""
+        return bool(self.rejected) and not self.unfinished
+
     def answer(self, role: str) -> Response:
         """The answer of one role as it is trained on; empty where the pair has none."""
         return Response(

@@ -296,6 +296,13 @@ class RunDir:
         path = self.path / "events.jsonl"
         return [event for event, _ in _diary(path)] if path.exists() else []
 
+    def to_finish(self) -> str:
+        """What a run that has not ended waits for, as an error says it; one that a guard stopped would stop again."""
+        told = [event for event in self.events() if event["event"] in ("begin", "stop")]
+        if told and (why := told[-1].get("sentence")):
+            return f"it stopped: {why}"
+        return "finish it with prefloop run"
+
     def verify_published(self) -> Path | None:
         """The recommended policy's folder; None before the run has ended. RunFolderError where it has changed."""
         self.published.verify()

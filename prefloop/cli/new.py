@@ -115,7 +115,7 @@ def _ask() -> dict[str, Any]:
 def _write(choices: Choices, file: Path | None, *, force: bool) -> None:
     """Write the recipe where it passes the check; else nothing."""
     from prefloop.config import read_recipe
-    from prefloop.errors import RecipeError
+    from prefloop.errors import RecipeError, counted
     from prefloop.manifest import write_atomically
     from prefloop.recipe import Recipe
     from prefloop.recipe.check import check_recipe
@@ -131,10 +131,18 @@ def _write(choices: Choices, file: Path | None, *, force: bool) -> None:
     part = path.with_name(f".{path.name}")
     try:
         part.write_text(text, encoding="utf-8")
-        notes = check_recipe(read_recipe(part, Recipe, (), needs="method"))
+        recipe = read_recipe(part, Recipe, (), needs="method")
+        notes = check_recipe(recipe)
     finally:
         part.unlink(missing_ok=True)
     write_atomically(path, text)
+    if (taken := recipe.loop.prompts_per_round) < choices.prompts:
+        besides = f" besides the {recipe.data.holdout} held out" if recipe.data.holdout else ""
+        notes.insert(
+            0,
+            f"{choices.train} has {counted(taken, 'prompt')} to train on{besides}; a round takes these, "
+            f"not {choices.prompts}",
+        )
     for sentence in notes:
         note(f"note: {sentence}")
     typer.echo(f"recipe in {path}; next: prefloop run {path}")

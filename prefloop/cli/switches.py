@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
+
+from prefloop.errors import nearest
 
 Level = Literal["quiet", "usual", "verbose"]
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
@@ -115,6 +118,14 @@ class Group(TyperGroup):
             if not isinstance(command, TyperGroup):
                 command.params += _switches()
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; of a word that is none of its choices, the nearest one is named."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = _choice_in_words(error.message)
+            raise
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands; a summary that is too long for its line goes on in the next."""
         rows = [
@@ -124,6 +135,16 @@ class Group(TyperGroup):
         ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _choice_in_words(message: str) -> str:
+    """What typer says of a wrong value, without the prefix that is pydantic's, and with the nearest choice."""
+    message = message.removeprefix("Value error, ")
+    if found := re.fullmatch(r"'(.*)' is not one of (.*)\.", message):
+        hint = nearest(found[1], re.findall(r"'(.*?)'", found[2]))
+        if hint.startswith("did"):
+            return f"{message[:-1]}; {hint}"
+    return message
 
 
 def _summary(help: str) -> str:

@@ -5,6 +5,7 @@ How policies are measured must be the same in all variants.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ from prefloop.methods import Method
 from prefloop.recipe import Recipe, load_recipe, shipped_recipes
 from prefloop.recipe.check import check_sources
 from prefloop.recipe.options import Budget
-from prefloop.report.meanings import measure_names
+from prefloop.report.meanings import OF_METHODS, measure_names
 from prefloop.run.cost import SECONDS
 
 _PLUGINS: dict[str, tuple[Any, type[BaseModel]]] = {
@@ -289,10 +290,21 @@ def _check_measures(comparison: Comparison, recipes: Sequence[Recipe]) -> list[s
     known = measure_names(title for recipe in recipes for title in recipe.data.eval_set_names())
     methods = {plugin_name(prefloop.methods, recipe.method) for recipe in recipes}
     own = sorted(name for name in methods if "." in name)
+    # Read from the methods' code, as they declare nowhere what they report.
+    told = "".join(
+        inspect.getsource(type(recipe.method).measures)
+        for recipe in recipes
+        if recipe.evaluate.introspection and not own
+    )
     notes = []
     for option in ("measures", "by_round"):
         seconds = SECONDS if option == "by_round" else ()
         for name in getattr(comparison, option):
+            if name in OF_METHODS and not own and f'"{name}"' not in told:
+                notes.append(
+                    f"{option}: {name} stays empty, as no variant plays a method that reports it with "
+                    "evaluate.introspection on"
+                )
             if name in (*known, *seconds) or judge_of(name) is not None:
                 continue
             if not own:

@@ -78,6 +78,8 @@ def evaluate(options: Options, say: Say) -> dict[str, Any]:
     subject_names = display_names(sources)
     if duplicate := next((name for name in subject_names if subject_names.count(name) > 1), None):
         raise RecipeError(f"{duplicate} is named twice; name each subject once")
+    for source in (*sources, *([Source(options.initial)] if options.initial else ())):
+        source.weights_hash()  # a model that is not there leaves no folder behind
     with alone_in(options.out, "evaluation"):
         prompts, prompts_label = _prompts(options, sources)
         limits = dict.fromkeys(LIMITS, options.limit) if options.limit else {}

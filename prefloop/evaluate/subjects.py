@@ -107,9 +107,10 @@ def find_subject(text: str, *, trust: bool = False) -> Source:
         _check_is_no_lost_run(Path(path if at else text).expanduser())
         return Source(text)
     if not (folder / "policy").is_dir():
-        rounds = [one.number for one in read_run(folder).rounds() if one.policy.is_dir()]
+        run = read_run(folder)
+        rounds = [one.number for one in run.rounds() if one.policy.is_dir()]
         raise RunFolderError(
-            f"{text} has no policy yet; finish it with prefloop run, or name a round: "
+            f"{text} has no policy; {run.to_finish()}, or name a round: "
             f"{text}@{max(rounds, default='start')}"
         )
     return Source(text, read_run(folder), trust=trust)

@@ -46,6 +46,16 @@ def is_meta_talk(text: str) -> bool:
     return _META_TALK.search(text) is not None
 
 
+REMEDIES = {
+    "cut off": "method.gates.cut_off: false, or a larger method.sampling.max_new_tokens",
+    "identical": "method.gates.identical: false",
+    "meta talk": "method.gates.meta_talk: false",
+    "length ratio": "a larger method.gates.max_length_ratio",
+    "edit share": "a larger method.gates.max_edit_share",
+}
+"""What in a recipe would let pass what a gate rejects, by the gate's phrase."""
+
+
 class Gates(Options):
     """Conditions that a pair must satisfy. Empty answers never pass."""
 

@@ -184,6 +184,10 @@ def measure_names(sets: Iterable[str] = ()) -> list[str]:
     return list(dict.fromkeys([*ROUND_MEASURES, *ANSWER_MEASURES, *of_training, *of_sets]))
 
 
+OF_METHODS = frozenset(ROUND_MEASURES) - {*ANSWER_MEASURES, "no_verdict"}
+"""Measures of rounds that a method reports of itself, played on the held-out prompts."""
+
+
 def step_meaning(name: str) -> Meaning:
     """Title and explanation of a training metric; a method's own metric has its name as title."""
     return STEP_MEASURES.get(name, Meaning(name, "", "The method's own measure of training."))

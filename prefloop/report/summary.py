@@ -52,7 +52,10 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             * page.exists()
         ),
         f"next     prefloop show {outcome.folder} -n 10    more pairs",
-        f"         prefloop export {outcome.folder} pairs.jsonl    pairs for TRL",
+        *(
+            [f"         prefloop export {outcome.folder} pairs.jsonl    pairs for TRL"]
+            * any(pair.exportable for _, pairs in run.pairs() for pair in pairs)
+        ),
     ]
     console.print(Text("\n" + "\n".join(lines)), soft_wrap=True)
 

@@ -80,6 +80,8 @@ def _lines(run: RunDir, event: dict[str, Any]) -> Iterator[str]:
             yield stage_line(event["round"], event["stage"], counts, event["seconds"], about)
         case "guard":
             yield f"round {event['round']}  guard       {event['sentence']}"
+        case "stop":
+            yield f"stopped  {event['sentence']}"
         case "end":
             yield f"ended    {event['time']}"
 

@@ -32,8 +32,8 @@ def disposable(run: RunDir) -> list[Disposable]:
     published = run.published.verify()
     if published is None:
         raise RunFolderError(
-            f"{run.path} has not ended, and a round's weights are the next one's start; finish it with prefloop run "
-            "(train.keep_last frees rounds on the way)"
+            f"{run.path} has not ended, and a round's weights are the next one's start (train.keep_last frees "
+            f"rounds on the way); {run.to_finish()}"
         )
     found = []
     for round_dir in run.rounds():

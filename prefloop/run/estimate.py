@@ -531,7 +531,7 @@ def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) ->
     run = read_run(folder)
     if run.published.read() is None:
         raise RunFolderError(
-            f"{folder} has not ended, and a part is no measure of the whole; finish it with prefloop run"
+            f"{folder} has not ended, and a part is no measure of the whole; {run.to_finish()}"
         )
     recipe = load_recipe(str(folder / "recipe.yaml"))
     found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]

@@ -30,6 +30,7 @@ from prefloop.evaluate.curves import has_ended_early, win_rate_curve
 from prefloop.evaluate.guards import check_guards, start_values
 from prefloop.machine import Stopwatch
 from prefloop.methods import Pairing
+from prefloop.methods._gates import REMEDIES, Gates
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_curve
 from prefloop.records import (
@@ -81,7 +82,11 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
         with closing(loop.session.outside), closing(trackers):
             if not rundir.published.path.exists():  # an ended run has told all
                 trackers.open()
-            results = loop.play()
+            try:
+                results = loop.play()
+            except GuardStop as stop:
+                rundir.event("stop", sentence=str(stop))
+                raise
             policy = loop.finish(results)
             if trackers.any_open:
                 # It draws: matplotlib is not waited for before the first round.
@@ -236,13 +241,21 @@ class _Loop:
         total = pairs + reasons.total()
         share = reasons.total() / max(1, total)
         if not pairs or share > self.recipe.guard.max_reject_share:
-            longer = "raise method.sampling.max_new_tokens, " if reasons["cut off"] else ""
             raise GuardStop(
                 f"round {round_dir.number} made {counted(pairs, 'pair')} of {counted(total, 'prompt')} "
                 f"({', '.join(f'{n} {reason}' for reason, n in reasons.most_common())}); see "
-                f"{round_dir.path}/rejects.jsonl, and {longer}change the method's gates or prompts, "
-                "or guard.max_reject_share"
+                f"{round_dir.path}/rejects.jsonl, and begin a new run with "
+                + ", or ".join(self._ways_to_more_pairs(reasons, any_pairs=pairs > 0))
             )
+
+    def _ways_to_more_pairs(self, reasons: Counter[str], *, any_pairs: bool) -> list[str]:
+        """Changes of the recipe, the one for the most frequent reason first."""
+        gated = isinstance(getattr(self.recipe.method, "gates", None), Gates)
+        counts = reasons.most_common() if gated else ()
+        ways = [REMEDIES[reason] for reason, _ in counts if reason in REMEDIES]
+        judged = self.recipe.method.needs_judge
+        ways = ways or ["other prompts" + ", or another judge" * judged]
+        return [*ways, *["a higher guard.max_reject_share"] * any_pairs]
 
     def _train(self, round_dir: RoundDir) -> None:
         if round_dir.verify_made("train"):

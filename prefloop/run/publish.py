@@ -81,7 +81,7 @@ def merge_policy(
     run = read_run(run_folder)
     adapter = run.verify_published()
     if adapter is None:
-        raise RunFolderError(f"{run.path} has no policy yet; finish it with prefloop run")
+        raise RunFolderError(f"{run.path} has no policy; {run.to_finish()}")
     if out.exists():
         raise RunFolderError(f"{out} exists; name a folder that does not")
     recipe = load_recipe(str(run.path / "recipe.yaml"))

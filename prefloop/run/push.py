@@ -69,7 +69,7 @@ def prepare(
     run = read_run(run_folder)
     policy = run.verify_published()
     if policy is None:
-        raise RunFolderError(f"{run.path} has no policy yet; finish it with prefloop run")
+        raise RunFolderError(f"{run.path} has no policy; {run.to_finish()}")
     recipe = load_recipe(str(run.path / "recipe.yaml")).model_dump(mode="json")
     if merged is None and recipe["sft"] and recipe["model"]["tuning"] == "lora":
         raise RunFolderError(
@@ -176,7 +176,7 @@ def _without_own_paths(config: Path) -> dict[str, str]:
 def _finished_pairs(run: RunDir) -> Iterator[Pair]:
     """Pairs with both answers whole, one by one; none for a method of single answers."""
     for _, pairs in run.pairs():
-        yield from (pair for pair in pairs if pair.rejected and not pair.unfinished)
+        yield from (pair for pair in pairs if pair.exportable)
 
 
 def _pairs(run: RunDir, folder: Path, repo_id: str, recipe: Mapping[str, Any]) -> Shipment:

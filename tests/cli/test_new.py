@@ -69,9 +69,18 @@ def test_data_of_ones_own_are_counted_and_some_held_out(shell: Shell) -> None:
     assert (loaded.data.holdout, loaded.loop.prompts_per_round) == (8, 32)
 
 
+def test_fewer_prompts_than_were_asked_for_are_noted(shell: Shell) -> None:
+    path = rows(60, response="answer")
+    noted = f"note: {path} has 48 prompts to train on besides the 12 held out; a round takes these, not 500\n"
+    words = ("new", "--train", str(path), "--force", "--prompts")
+    assert noted in shell(*words, "500")[2]
+    assert "held out" not in shell(*words, "48")[2]
+
+
 def test_prompts_to_evaluate_on_leave_all_others_to_train_on(shell: Shell) -> None:
     path = rows(40, response="answer")
-    shell("new", "--train", str(path), "--eval", str(path), "--prompts", "100")
+    words = ("new", "--train", str(path), "--eval", str(path), "--prompts")
+    assert "40 prompts to train on; a round takes these, not 100" in shell(*words, "100")[2]
     loaded = load_recipe("ial.yaml")
     assert (loaded.data.holdout, loaded.data.eval) == (0, str(path))
     assert loaded.loop.prompts_per_round == 40

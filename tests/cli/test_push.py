@@ -301,4 +301,4 @@ def test_a_run_without_a_policy_and_a_folder_without_a_model(
     for file in (run_folder / "policy").iterdir():
         file.unlink()
     (run_folder / "policy").rmdir()
-    shell.refuses(*words, saying=("has no policy yet",))
+    shell.refuses(*words, saying=("has no policy; finish it with prefloop run",))

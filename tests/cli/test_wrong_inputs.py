@@ -395,7 +395,7 @@ def test_deleting_the_round_that_is_damaged_redoes_it(
         (("export", "empty", "o.jsonl"), ("no pairs to export", "run a round")),
         (("merge", "nowhere", "m"), ("nowhere is no run", "below runs/")),
         (("merge", "runs/r", "r.yaml"), ("r.yaml exists", "name a folder that does not")),
-        (("merge", "empty", "m"), ("empty has no policy yet", "finish it")),
+        (("merge", "empty", "m"), ("empty has no policy; ", "finish it")),
         (("schema", "--out", "no/s.json"), ("no/s.json: No such file", "correct the path")),
     ],
 )
@@ -432,17 +432,47 @@ def test_a_wrong_verb_or_option_is_exit_code_2_with_the_usage(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("words", "saying"),
+    [
+        (("ls", "recipe"), "'models'; did you mean 'recipes'?"),
+        (("ls", "cars"), "'cars' is not one of 'methods', "),
+        (("export", "a", "b", "--format", "jsnl"), "'sharegpt'; did you mean 'jsonl'?"),
+        (("merge", "a", "b", "--gguf", "q8"), "is not one of 'f16', 'q8_0'; did you mean 'q8_0'?"),
+    ],
+)
+def test_a_word_that_is_no_choice_is_told_the_nearest(
+    shell: Shell, words: tuple[str, ...], saying: str
+) -> None:
+    code, err = shell(*words)
+    assert code == 2
+    assert "Value error" not in err
+    assert saying in " ".join(err.split())
+
+
 # On the way
 
 
 def test_a_round_without_a_pair_names_the_reasons(shell: Shell) -> None:
-    saying = ("round 0 made 0 pairs of 4 prompts (4 cut off)", f"{ROUND}/rejects.jsonl", "gates")
-    shell.refuses("run", "r.yaml", "--set", "method.gates.cut_off=true", saying=saying)
+    stop = (
+        f"round 0 made 0 pairs of 4 prompts (4 cut off); see {ROUND}/rejects.jsonl, and begin a new run with "
+        "method.gates.cut_off: false, or a larger method.sampling.max_new_tokens"
+    )
+    shell.refuses("run", "r.yaml", "--set", "method.gates.cut_off=true", saying=(stop,))
+    # What needs the run's end does not ask for the command that would stop there again.
+    saying = (f"runs/r has no policy; it stopped: {stop}",)
+    shell.refuses("merge", "runs/r", "m", saying=saying)
+    shell.refuses("push", "runs/r", "me/mine", saying=saying)
+    shell.refuses("evaluate", "runs/r", saying=(*saying, ", or name a round: runs/r@start"))
+    shell.refuses("clean", "runs/r", saying=("has not ended", f"it stopped: {stop}"))
 
 
 def test_too_many_rejects_name_the_reasons(shell: Shell) -> None:
     words = ("--set", "guard.max_reject_share=0.1", "--set", "method.gates.max_length_ratio=1")
-    saying = ("round 0 made", "length ratio", "guard.max_reject_share")
+    saying = (
+        *("round 0 made", "length ratio"),
+        "a larger method.gates.max_length_ratio, or a higher guard.max_reject_share",
+    )
     shell.refuses("run", "r.yaml", *words, saying=saying)
 
 

@@ -1,5 +1,6 @@
 """Comparison files: what they say, what they may not say, and the cells that they make."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from typer.testing import CliRunner
 import prefloop.methods.dpo
 from prefloop.cli import app
 from prefloop.compare.file import Comparison, cells, check_judges, load_comparison
+from prefloop.config import find_plugin, plugin_names
 from prefloop.errors import RecipeError
+from prefloop.methods import Method
 from prefloop.methods.arop import AROP
 from prefloop.methods.ial import IAL
+from prefloop.report.meanings import OF_METHODS
 
 BASE: dict[str, Any] = {
     "method": {"name": "ial", "sampling": {"max_new_tokens": 8}, "gates": {"cut_off": False}},
@@ -172,6 +176,27 @@ def test_measures_of_training_of_judges_and_of_evaluation_sets_are_known():
     base = {**BASE, "data": {"train": "chat.jsonl", "eval": sets}}
     by_round = ["R_i", "train_seconds"]
     cells(comparison(base=base, judges=SHORT, measures=names, by_round=by_round), Path("x"))
+
+
+def test_a_measure_that_no_variant_reports_is_noted():
+    def notes(variants, *measures):
+        return cells(comparison(variants=variants, measures=["score", *measures]), Path("x"))[1]
+
+    dpo, ial = {"dpo": {"method.name": "dpo"}}, {"ial": {"evaluate.introspection": True}}
+    off = {"ial": {"evaluate.introspection": False}}
+    said = "measures: R_i stays empty, as no variant plays a method that reports it with evaluate.introspection on"
+    assert said in notes(dpo, "R_i")
+    assert said in notes(off, "R_i")
+    assert said not in notes({**dpo, **ial}, "R_i", "identical_rate", "score_rewrite")
+
+
+def test_every_measure_that_methods_report_is_in_some_methods_code():
+    kinds = [
+        find_plugin(prefloop.methods, name, Method, "method")
+        for name in plugin_names(prefloop.methods)
+    ]
+    code = "".join(inspect.getsource(kind.measures) for kind in kinds)
+    assert [name for name in sorted(OF_METHODS) if f'"{name}"' not in code] == []
 
 
 def test_a_method_of_the_users_own_may_have_measures_of_its_own(tmp_path, monkeypatch):

@@ -381,6 +381,13 @@ def test_a_wrong_input_is_one_sentence(
     shell.refuses(*words, saying=saying)
 
 
+def test_a_model_that_is_not_there_leaves_no_folder_behind(shell: Shell) -> None:
+    shell.refuses("./nowhere", "--out", "new", saying=("./nowhere",))
+    words = ("runs/r", "--initial", "./nowhere", "--out", "new")
+    shell.refuses(*words, saying=("./nowhere",))
+    assert not Path("new").exists()
+
+
 def test_a_judge_that_compares_with_responses_needs_prompts_that_have_some(shell: Shell) -> None:
     write("bare.jsonl", [{"prompt": "question 1"}])
     words = ("runs/r", "--data", "bare.jsonl")
@@ -405,7 +412,13 @@ def test_a_run_without_a_policy_is_told_what_to_do(shell: Shell, made: Path) -> 
     shutil.rmtree("runs/r/policy")
     rounds = [path.parent for path in sorted(Path("runs/r/rounds").glob("0*/policy"))]
     last = int(rounds[-1].name)
-    shell.refuses("runs/r", saying=("has no policy yet", f"name a round: runs/r@{last}"))
+    shell.refuses(
+        "runs/r",
+        saying=("has no policy; finish it with prefloop run", f"name a round: runs/r@{last}"),
+    )
     for number in rounds:
         shutil.rmtree(number)
-    shell.refuses("runs/r", saying=("has no policy yet", "name a round: runs/r@start"))
+    shell.refuses(
+        "runs/r",
+        saying=("has no policy; finish it with prefloop run", "name a round: runs/r@start"),
+    )

@@ -72,6 +72,24 @@ def test_a_pair_of_equal_answers_is_not_shown_unless_it_is_asked_for(folder: Pat
     assert ids(console.file.getvalue()) == ["0001/p0"]  # type: ignore[attr-defined]
 
 
+def test_export_is_offered_where_it_would_write_something(folder: Path) -> None:
+    run = RunDir(folder)
+
+    def offered() -> bool:
+        console = Console(file=io.StringIO(), width=80)
+        show_outcome(Outcome(folder, folder / "policy", run.results()), console)
+        return "prefloop export" in console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert offered()
+    cut, single = {"unfinished": ("chosen",)}, {"rejected": ""}
+    for number, change in ((0, single), (1, cut)):
+        write_jsonl(
+            run.round(number).path / "pairs.jsonl", [pair("p0", number).model_copy(update=change)]
+        )
+        run.round(number).finish("pairs")
+    assert not offered()
+
+
 def test_the_win_rates_interval_stands_with_it(folder: Path) -> None:
     ends = {"win_rate_low": 0.375, "win_rate_high": 0.625}
     measures = {"score": 2.5, "win_rate": 0.5, **ends}

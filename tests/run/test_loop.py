@@ -449,7 +449,9 @@ def test_what_the_start_deserves_as_well_trips_no_guard(model_folder, tmp_path):
 
 def test_a_round_of_rejects_stops_the_run_and_says_why(model_folder, tmp_path):
     gates = {**METHODS["arop"]["method"], "gates": {**OPEN, "cut_off": True}}
-    with pytest.raises(GuardStop, match=r"0 pairs of 8 prompts \(8 cut off\).*max_reject_share"):
+    with pytest.raises(
+        GuardStop, match=r"0 pairs of 8 prompts \(8 cut off\).*gates\.cut_off: false"
+    ):
         play(recipe(model_folder, "arop", method=gates), tmp_path / "a")
     rejects = read_run(tmp_path / "a").rounds()[0].rejects()
     assert Counter((reject.stage, reject.reason) for reject in rejects) == {("pair", "cut off"): 8}
