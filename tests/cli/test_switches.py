@@ -72,7 +72,7 @@ def test_quiet_keeps_errors(shell: Shell) -> None:
 
 def test_how_much_is_told_holds_for_one_call(shell: Shell) -> None:
     shell("-q", "check", "mine")
-    assert "note: " in shell("check", "mine", "--set", "loop.rounds=1")[1]
+    assert "note: " in shell("check", "mine", "--set", "evaluate.early_stopping_threshold=0.1")[1]
     assert not Bar.hidden
 
 

@@ -12,9 +12,12 @@ from transformers import (
     GenerationConfig,
     MambaConfig,
     MambaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
 )
 
 from prefloop.generate import hf_engine
+from prefloop.generate.fallback import reads_padding
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.records import Message, Request, Sampling
 
@@ -99,3 +102,21 @@ def test_another_attention_is_left_alone(model: Any, tokenizer: Any) -> None:
     found = HFEngine(model, tokenizer).sample(requests(), HOT, seed=3)
     assert model.config._attn_implementation == "eager"
     assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+
+
+@pytest.mark.parametrize("first", ["linear_attention", "full_attention"])
+def test_padding_that_is_seen_from_the_second_token_on_is_noticed(first: str) -> None:
+    """MiniMax with a linear layer first, as published: its cache has no length, so the mask of the next token ends early."""
+    torch.manual_seed(0)
+    layers = [first, {"linear_attention": "full_attention"}.get(first, "linear_attention")]
+    config = MiniMaxConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, block_size=8, num_local_experts=2, layer_types=layers,
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = MiniMaxForCausalLM(config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(3)
+    with torch.inference_mode():
+        assert reads_padding(model) == (first == "full_attention")
