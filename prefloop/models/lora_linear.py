@@ -52,7 +52,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _WideLoraLinear(torch.autograd.Function):
-    """The layer in bfloat16 with its adapter in float32; gradients of the adapter are float32 sums of bfloat16 factors."""
+    """The layer in bfloat16 with its adapter in float32, whose gradients are products in bfloat16."""
 
     @staticmethod
     def forward(
@@ -94,7 +94,8 @@ def fuse(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, Linear) and type(base := layer.get_base_layer()) is nn.Linear:
             layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
-            if base.weight.dtype == torch.bfloat16:
+            # A quantised weight has this dtype too, and another type.
+            if base.weight.dtype == torch.bfloat16 and type(base.weight) is nn.Parameter:
                 _widen(layer)
 
 

@@ -209,3 +209,20 @@ def test_weights_that_are_to_be_sharded_get_their_rows_back():
     lora_linear.narrow(model)
     assert model.base_model.model[0].base_layer.weight.is_contiguous()
     assert torch.equal(model(x), usual)
+
+
+def test_a_quantized_weight_is_not_moved():
+    """torchao's weights are tensors of a type of their own, with the dtype that they are read as."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    model, x = half()
+    layer = model.base_model.model[0].base_layer
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    before = layer.weight
+    usual = model(x)
+    lora_linear.fuse(model)
+    assert layer.weight is before
+    assert layer.weight.is_contiguous()
+    assert torch.equal(model(x), usual)
