@@ -1,9 +1,12 @@
 """Gates: what they let pass, what they do not, and that ordinary answers are not taken for meta talk."""
 
+import inspect
+import re
+
 import pytest
 
 from prefloop.data.prompts import EMBEDDED, DataOptions, read_prompts
-from prefloop.methods._gates import Gates, is_meta_talk
+from prefloop.methods._gates import REMEDIES, Gates, is_meta_talk
 from prefloop.records import Response
 
 META_TALK = [
@@ -148,3 +151,10 @@ def test_the_edit_share_is_a_bound_that_may_be_reached() -> None:
     """One of two words differs: share 1/2."""
     assert reason("it floats", "it sinks", max_edit_share=0.5) is None
     assert reason("it floats", "it sinks", max_edit_share=0.49) == "edit share"
+
+
+def test_each_gate_that_can_be_loosened_has_a_remedy() -> None:
+    phrases = set(re.findall(r'return "(.*)"', inspect.getsource(Gates.reason_against)))
+    assert phrases - {"empty answer"} == set(REMEDIES)
+    for option in re.findall(r"method\.gates\.(\w+)", " ".join(REMEDIES.values())):
+        assert option in Gates.model_fields
