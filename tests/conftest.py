@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefloop.cli.switches import Verbosity
+from prefloop.generate import cpu_attention
 from prefloop.models.policy import Policy
 from prefloop.records import Message, Prompt
 
@@ -113,6 +114,14 @@ def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def model(tokenizer: Any) -> LlamaForCausalLM:
     """A fresh tiny model; tests may change it."""
     return tiny_llama(len(tokenizer))
+
+
+@pytest.fixture(params=["C", "torch"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Attention over slots by the compiled function, and by torch as where there is no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_attention, "_compiled", lambda *_: None)
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

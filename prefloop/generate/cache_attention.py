@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from prefloop.generate import cpu_attention
 from prefloop.generate.kv_cache import TILE, Slots
 
 # N tokens of a step, P slots of a group, H query heads, K key/value heads, G query heads for each of
@@ -59,7 +60,8 @@ class Step:
     slots: Slots
     slots_N: Tensor
     positions_N: Tensor
-    groups: list[Group]
+    singles: list[tuple[int, int]]
+    """Slot and position of each single token."""
     segments: list[Segment]
     _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
 
@@ -77,9 +79,14 @@ class Step:
             slots=slots,
             slots_N=torch.from_numpy(slot_N).to(device),
             positions_N=torch.from_numpy(position_N).to(device),
-            groups=_group(singles),
+            singles=singles,
             segments=segments,
         )
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """How torch reads the slots of single tokens."""
+        return _group(self.singles)
 
     def mask(self, group_index: int, window: int | None) -> Tensor | None:
         """(P, 1, 1, T) additive mask of a group's scores; None where every row attends to all positions read."""
@@ -145,8 +152,17 @@ def _attention_function(
     """Attention of a step's tokens: query (1, H, N, D), key and value (1, K, N, D); returns (1, N, H, D)."""
     layer, window = module.layer_idx, options.get("sliding_window")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    step.slots.write(layer, (key[0], value[0]), (step.slots_N, step.positions_N))
-    query_NHD = (query[0] * scale).transpose(0, 1)
+    query_NHD, new, at = (
+        query[0].transpose(0, 1),
+        (key[0], value[0]),
+        (step.slots_N, step.positions_N),
+    )
+    store = step.slots.layer(layer, new)
+    out_NHD = cpu_attention.attend(query_NHD, new, store, at, window=window, scale=scale)
+    if out_NHD is not None:
+        return out_NHD[None], None
+    step.slots.write(layer, new, at)
+    query_NHD = query_NHD * scale
     parts = [
         _attend_group(step, number, layer, query_NHD, window) for number in range(len(step.groups))
     ]

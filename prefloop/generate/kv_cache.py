@@ -48,11 +48,15 @@ class Slots:
 
     def write(self, layer: int, new: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> None:
         """Store one layer's new keys and values, each (K, N, D), at slots and positions, each (N,)."""
+        slots_N, positions_N = at
+        for store_SKCD, new_KND in zip(self.layer(layer, new), new, strict=True):
+            store_SKCD[slots_N, :, positions_N] = new_KND.transpose(0, 1)
+
+    def layer(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values, each (S, K, C, D), for such as `new`, each (K, N, D)."""
         if layer not in self._layers:
             self._layers[layer] = (self._zeros(new[0]), self._zeros(new[1]))
-        slots_N, positions_N = at
-        for store_SKCD, new_KND in zip(self._layers[layer], new, strict=True):
-            store_SKCD[slots_N, :, positions_N] = new_KND.transpose(0, 1)
+        return self._layers[layer]
 
     def _zeros(self, like_KND: Tensor) -> Tensor:
         """Zeros (S, K, C, D), as unwritten positions are read, with weight 0, where a neighbouring slot is longer."""

@@ -9,12 +9,19 @@ import pytest
 from prefloop.generate import decode, scoring
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.records import Message, Request, Sampling
+from tests.conftest import tiny_llama
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=6)
 ASKS = [
     Request(messages=(Message(role="user", content=f"{word} " * 12 + "and why?"),))
     for word in ("Rivers", "Names of birds", "Seven", "Old maps", "Bread", "Who sings")
 ]
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Any:
+    """A model of which no bit depends on the other rows: torch's SiLU gives the numbers beyond a multiple of 32 other last bits."""
+    return tiny_llama(len(tokenizer), intermediate_size=64)
 
 
 @pytest.fixture
@@ -36,6 +43,7 @@ def prompt_tokens(engine: HFEngine) -> int:
     return sum(len(engine.chat.prompt_ids(ask.messages)) for ask in ASKS)
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("slots", [4, 7, 64])
 def test_samples_of_a_prompt_compute_it_once(
     model: Any, tokenizer: Any, fed: list[int], slots: int

@@ -1,0 +1,177 @@
+"""The C function for attention over slots against torch's own attention, and what happens where there is no compiler."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prefloop.generate import cpu_attention
+
+# S slots, C positions, N tokens, K key/value heads, G query heads for each of those, D head dimension.
+
+S, C = 5, 192
+# Slots and last positions of one step's tokens: new ones of three conversations, and two prompts, the longer one cut.
+STEP = [(4, 0), (2, 100), (0, 191), *[(1, t) for t in range(40, 60)], *[(3, t) for t in range(17)]]
+SHAPES = [(2, 3, 64), (2, 1, 8), (1, 7, 128), (3, 2, 80), (1, 4, 256), (2, 5, 12)]
+
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> None:
+    cpu_attention._compiled.cache_clear()
+
+
+def made(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Queries (N, H, D), new keys and values (K, N, D), and slots of noise (S, K, C, D)."""
+    K, G, D = shape
+    N = len(STEP)
+    gen = torch.Generator().manual_seed(K * G * D)
+    sizes = [(N, K * G, D), (K, N, D), (K, N, D), (S, K, C, D), (S, K, C, D)]
+    return tuple(torch.randn(size, generator=gen).to(dtype) for size in sizes)
+
+
+def attended(
+    parts: tuple[Tensor, ...], tokens: slice = slice(None), window: int | None = None
+) -> Tensor:
+    query, new_keys, new_values, keys, values = parts
+    slots, positions = torch.tensor(STEP)[tokens].T.contiguous()
+    new = new_keys[:, tokens], new_values[:, tokens]
+    found = cpu_attention.attend(
+        query[tokens], new, (keys, values), (slots, positions), window=window, scale=0.3
+    )
+    assert found is not None
+    return found
+
+
+def expected(parts: tuple[Tensor, ...], window: int | None) -> Tensor:
+    """By torch, token by token; the slots hold the step's keys and values already."""
+    query, _, _, keys, values = (part.double() for part in parts)
+    K = keys.shape[1]
+    rows = []
+    for row, (slot, position) in zip(query, STEP, strict=True):
+        seen = slice(max(0, position + 1 - (window or C)), position + 1)
+        rows.append(
+            functional.scaled_dot_product_attention(
+                row.view(K, -1, row.shape[-1]),
+                keys[slot, :, seen],
+                values[slot, :, seen],
+                scale=0.3,
+            ).flatten(0, 1)
+        )
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 1, 24])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_equals_torchs_attention(shape: tuple[int, int, int], window: int | None) -> None:
+    parts = made(shape, torch.float32)
+    found = attended(parts, window=window)
+    torch.testing.assert_close(found.double(), expected(parts, window), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_is_rounded_once(shape: tuple[int, int, int]) -> None:
+    parts = made(shape, torch.bfloat16)
+    found = attended(parts)
+    assert found.dtype == torch.bfloat16
+    exact = expected(parts, None)
+    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=2**-8 * 1.01)
+
+
+def test_new_keys_and_values_are_written_and_nothing_else() -> None:
+    parts = made((2, 3, 64), torch.float32)
+    before = [part.clone() for part in parts]
+    attended(parts)
+    for store, old, new in zip(parts[3:], before[3:], parts[1:3], strict=True):
+        for number, (slot, position) in enumerate(STEP):
+            assert torch.equal(store[slot, :, position], new[:, number])
+            old[slot, :, position] = new[:, number]
+        assert torch.equal(store, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_bit_depends_on_the_other_tokens_or_the_threads(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    parts = made(shape, dtype)
+    together = attended(parts)
+    alone = [attended(parts, slice(number, number + 1)) for number in range(len(STEP))]
+    assert torch.equal(together, torch.cat(alone))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(together, attended(parts))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_large_scores_and_nan_come_out_as_they_should() -> None:
+    """exp neither overflows nor makes a number of what is none."""
+    parts = made((2, 3, 64), torch.float32)
+    parts[0][0] *= 1e4
+    parts[0][1] *= 1e4
+    parts[0][2, 0, 0] = torch.nan
+    found = attended(parts)
+    torch.testing.assert_close(found[:2].double(), expected(parts, None)[:2], atol=1e-5, rtol=1e-5)
+    assert found[2, 0].isnan().all()
+    assert found[2, 1:].isfinite().all()
+
+
+def test_half_precision_that_it_does_not_know_is_torchs_work() -> None:
+    query, new_keys, new_values, keys, values = made((2, 3, 64), torch.float16)
+    slots, positions = torch.tensor(STEP).T.contiguous()
+    before = keys.clone()
+    at, new = (slots, positions), (new_keys, new_values)
+    assert cpu_attention.attend(query, new, (keys, values), at, window=None, scale=1.0) is None
+    assert torch.equal(keys, before)
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", '"'])
+def test_without_a_compiler_it_is_torchs_work_and_said(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.INFO):
+        assert cpu_attention._compiled(64, 3, torch.float32) is None
+        assert cpu_attention._compiled(64, 3, torch.float32) is None
+    assert caplog.text.count("computed by torch") == 1, "once a process"
+
+
+def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cpu_attention._compiled(64, 3, torch.float32) is None
+
+
+def test_compiling_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cpu_attention._compiled(64, 3, torch.float32) is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_shares_torchs_threads() -> None:
+    """Two pools of threads would wait for each other, each on all cores."""
+    code = (
+        "import torch\n"
+        "from prefloop.generate import cpu_attention\n"
+        "torch.randn(500, 500) @ torch.randn(500, 500)\n"
+        "assert cpu_attention._compiled(64, 3, torch.float32)\n"
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l}))\n"
+    )
+    if not Path("/proc/self/maps").exists() or shutil.which("gcc") is None:
+        pytest.skip("no gcc, or not Linux")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
