@@ -68,6 +68,9 @@ class Bench:
             return plain_step(self.policy.model)
         fused, attention = way != "trl, plain head", "eager" if "eager" in way else "sdpa"
         plain = self.load("full")
+        if self.lora:
+            # Full fine-tuning is done in float32 alone; TRL's adapter stands on frozen weights as ours does.
+            plain.model.to(getattr(torch, self.options.dtype))
         plain.model.config._attn_implementation = attention
         return trl_step(plain, self.lora, fused=fused, folder=self.folder)
 
