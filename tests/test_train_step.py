@@ -100,6 +100,15 @@ def test_trl_s_step_takes_the_gradient_that_ours_takes(script, model_folder, way
     torch.testing.assert_close(gradients(policy.model), wanted, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trl_s_frozen_weights_have_the_dtype_that_is_measured(
+    script, model_folder, dtype, monkeypatch
+):
+    found = bench(script, model_folder, dtype=dtype)
+    monkeypatch.setattr(script, "trl_step", lambda policy, *_, **__: policy.model.dtype)
+    assert found.step("trl") == found.policy.model.dtype == getattr(torch, dtype)
+
+
 def test_work_counts_what_lora_needs_and_full_training_more(script, model_folder):
     model = bench(script, model_folder, tuning="full").policy.model
     body = sum(w.numel() for n, w in model.named_parameters() if "proj" in n and "embed" not in n)

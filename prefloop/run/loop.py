@@ -327,7 +327,7 @@ class _Loop:
             asks = [Request(messages=prompt.messages) for prompt in prompts]
             answers = [group.responses[ANSWER] for group in groups]
             # Divergence compares two models in process; what sampling there has told is not computed again.
-            if self.session.sampling_tells_logprobs and not sampling.stop:
+            if self.session.sampling_tells_logprobs(round_dir) and not sampling.stop:
                 now = [a.mean_logprob for a in answers if a.mean_logprob is not None]
             else:
                 with self.session.policy_after(round_dir).merged():

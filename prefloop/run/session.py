@@ -231,14 +231,15 @@ class Session:
         outside = self.outside.engine(self.policy_at(self._policy_dir), self._chat)
         return outside if self.recipe.engine.plays_policy else None
 
-    @property
-    def sampling_tells_logprobs(self) -> bool:
-        """Whether the policy's own answers come with the log-probs that scoring them would give: sampled here, in float32.
+    def sampling_tells_logprobs(self, round_dir: RoundDir) -> bool:
+        """Whether the log-probs that a round's answers come with stand for those that scoring would give.
 
-        In half precision they depend on the shape of a step, so two policies are compared by two passes of one shape.
+        They were sampled here, in float32. In half precision they depend on the shape of a step, so two policies are
+        compared by two passes of one shape; the start is compared with itself alone.
         """
         model: Any = self.policy_at(self._policy_dir).model
-        return self._played_outside is None and model.dtype == torch.float32
+        exact = model.dtype == torch.float32 or round_dir.number < 0
+        return self._played_outside is None and exact
 
     @contextmanager
     def player(self, *, initial: bool = False) -> Iterator[Engine]:
