@@ -28,8 +28,9 @@ from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
 from prefloop.models.adapter import lora_config, matches
 from prefloop.models.chat import Chat
-from prefloop.models.policy import initial_dtype, load_tokenizer
+from prefloop.models.policy import initial_dtype
 from prefloop.models.sources import local_folder, quiet, resolve_source
+from prefloop.models.tokenizer import load_tokenizer
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import on_the_hub
 from prefloop.recipe.options import Budget
