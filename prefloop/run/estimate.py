@@ -29,12 +29,19 @@ from prefloop.methods import Actors
 from prefloop.models.adapter import lora_config, matches
 from prefloop.models.chat import Chat
 from prefloop.models.policy import initial_dtype
-from prefloop.models.sources import local_folder, quiet, resolve_source
+from prefloop.models.sources import (
+    ModelOptions,
+    local_folder,
+    quiet,
+    reason,
+    resolve_source,
+    unpacked,
+)
 from prefloop.models.tokenizer import load_tokenizer
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import on_the_hub
 from prefloop.recipe.options import Budget
-from prefloop.records import GENERATED, READ, Prompt, Request, Response, Sampling
+from prefloop.records import GENERATED, READ, Message, Prompt, Request, Response, Sampling
 from prefloop.run.cost import Spent
 from prefloop.run.engine import Metered
 
@@ -87,6 +94,17 @@ class Rates(NamedTuple):
     """While prompts and given answers are read."""
     train: float
     where: str
+    gpus: int = 0
+    """How many the rates are those of; 0: this machine's CPU."""
+
+
+class Told(NamedTuple):
+    """What an estimate takes as given where model or data are not on this disk."""
+
+    config: Path | None = None
+    """The model's config.json; texts are then counted with the embedded model's tokenizer, unless the model's is here."""
+    prompt_tokens: int | None = None
+    """Of every prompt, in its template; no data are read."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,7 @@ class Estimate:
     """generate, train; of one process that holds all."""
     disk_mb: float
     where: str
+    gpus: int = 0
 
     def lines(self) -> list[str]:
         """For the console."""
@@ -145,21 +164,39 @@ class Estimate:
             f"         {w.measured_generated:,} drawn and {w.measured_read:,} read to measure",
             f"FLOPs    {self.flops:.2g} without measuring",
             f"hours    {hours:.2g} ({stages}), {self.where}",
+            *([self._gpu_hours()] if self.gpus > 1 else []),
             f"memory   {memory}; disk {self.disk_mb / 1000:.2g} GB",
         ]
+
+    def _gpu_hours(self) -> str:
+        hours = {name: self.gpus * value / 3600 for name, value in self.seconds.items()}
+        stages = ", ".join(f"{name} {_two_digits(value)}" for name, value in hours.items())
+        return f"         {_two_digits(sum(hours.values()))} GPU-hours ({stages})"
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
 
 
-def estimate(recipe: Recipe, rates: Callable[[Shape], Rates], work: Work | None = None) -> Estimate:
-    """What the recipe will take at these rates; `work` where its tokens are known. Raises ModelError, DataError."""
-    shape = model_shape(recipe)
+def _two_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def estimate(
+    recipe: Recipe,
+    rates: Callable[[Shape], Rates],
+    work: Work | None = None,
+    told: Told = Told(),  # noqa: B008 - immutable
+) -> Estimate:
+    """What the recipe will take at these rates; `work` where its tokens are known.
+
+    Raises ModelError, DataError, and RecipeError where `told` is of no use.
+    """
+    shape = model_shape(recipe, told.config)
     known = rates(shape)
     if work is not None:
         return _at(recipe, shape, known, work)
-    counts = _counts(recipe)
+    counts = _counts(recipe, told=told)
     for rounds in range(1, recipe.loop.rounds + 1):
         found = _at(recipe, shape, known, _work(recipe, counts, rounds))
         if recipe.loop.budget is not None and _spends(found, recipe.loop.budget):
@@ -226,22 +263,27 @@ def _at(recipe: Recipe, shape: Shape, known: Rates, work: Work) -> Estimate:
         memory(recipe, shape),
         disk(recipe, shape, work),
         known.where,
+        known.gpus,
     )
 
 
 # The model.
 
 
-def model_shape(recipe: Recipe) -> Shape:
-    """The model's numbers, from its config: no weight is read."""
+def model_shape(recipe: Recipe, config_file: Path | None = None) -> Shape:
+    """The model's numbers, from its config or the one given: no weight is read. Raises ModelError, RecipeError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = recipe.model
-    folder = local_folder(resolve_source(options.source), options)
+    if config_file is None:
+        place = local_folder(resolve_source(options.source), options, weights=False)
     with quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
+        if config_file is not None:
+            config = _config(config_file)
+        else:
+            config = AutoConfig.from_pretrained(
+                place, trust_remote_code=options.trust_remote_code, local_files_only=True
+            )
         kind: Any = AutoModelForCausalLM
         model: Any = kind.from_config(config, trust_remote_code=options.trust_remote_code)
     text = config.get_text_config()
@@ -265,6 +307,20 @@ def model_shape(recipe: Recipe) -> Shape:
         key_values=2 * text.num_hidden_layers * heads * width,
         bytes=1 if bits is not None else dtype.itemsize,
     )
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise RecipeError(f"--model-config: no file {path}; name a model's config.json")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"--model-config: {path} is no config of a model that transformers knows ({reason(error)}); name a "
+            "model's config.json"
+        ) from error
 
 
 def _trained(model: Any, recipe: Recipe) -> int:
@@ -320,12 +376,12 @@ def count_work(recipe: Recipe, fill: float = FILL) -> Work:
     return _work(recipe, _counts(recipe, fill), recipe.loop.rounds)
 
 
-def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
-    folder = local_folder(resolve_source(recipe.model.source), recipe.model)
-    chat = Chat(
-        load_tokenizer(folder, recipe.model), template_kwargs=recipe.model.chat_template_kwargs
-    )
-    prompts = list(islice(_prompts(recipe), _SAMPLE))
+def _counts(recipe: Recipe, fill: float = FILL, told: Told = Told()) -> _Counts:  # noqa: B008 - immutable
+    chat = _chat(recipe, told)
+    if told.prompt_tokens is not None:
+        prompts = [_prompt_of(told.prompt_tokens, chat)]
+    else:
+        prompts = list(islice(_prompts(recipe), _SAMPLE))
     if not prompts:
         raise DataError(
             "data.train has no prompt that this run can use, so nothing can be estimated"
@@ -338,11 +394,35 @@ def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
     answer = fill * recipe.method.sampling.max_new_tokens
     sft = 0
     if recipe.sft is not None:
+        if told.prompt_tokens is not None:
+            raise RecipeError(
+                "sft trains on every row of data.train, and --prompt-tokens does not tell how many there are; leave "
+                "it out, or take sft out of the recipe"
+            )
         targets = [len(chat.text_ids(p.target)) + 1 for p in prompts if p.target]
         target = sum(targets) / len(targets) if targets else answer
         sft = round(sum(1 for _ in _prompts(recipe)) * (asked + target) * recipe.sft.epochs)
     drawn, read = counts[GENERATED] / len(prompts), counts[READ] / len(prompts)
     return _Counts(asked, answer, drawn, read, sft, _held_out(recipe))
+
+
+def _chat(recipe: Recipe, told: Told) -> Chat:
+    options = recipe.model
+    if told.config is not None and unpacked(options.source) is None:
+        options = ModelOptions()
+    folder = local_folder(resolve_source(options.source), options, weights=False)
+    return Chat(load_tokenizer(folder, options), template_kwargs=options.chat_template_kwargs)
+
+
+def _prompt_of(tokens: int, chat: Chat) -> Prompt:
+    """A prompt of so many tokens, its template's included; of one word where that is more."""
+
+    def prompt(words: int) -> Prompt:
+        text = " ".join(["word"] * words)
+        return Prompt(id="told", messages=(Message(role="user", content=text),), target=text)
+
+    one, two = (len(chat.prompt_ids(prompt(words).messages)) for words in (1, 2))
+    return prompt(max(1, 1 + (tokens - one) // (two - one)))
 
 
 def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
@@ -468,7 +548,7 @@ def rates_of(gpus: str, recipe: Recipe) -> Callable[[Shape], Rates]:
             GPU_TRAINS * peak, count * steps * recipe.generate.batch_size * 2.0 * shape.multiplying
         )
         where = f"{count} x {name}, {GPU_TRAINS:.0%} of its peak, decoding at {GPU_DECODES:.0%} of its bandwidth"
-        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where)
+        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where, count)
 
     return rates
 
