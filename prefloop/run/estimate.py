@@ -56,6 +56,8 @@ GPU_TRAINS, GPU_DECODES = 0.35, 0.5
 programs, not measured with this one."""
 _TIMED_WEIGHTS = 1_000_000_000
 """Models up to this size are timed before a run; larger ones by `check --estimate`, when asked."""
+_MOMENT = 0.5
+"""Seconds of timing before a run."""
 _SAMPLE = 16
 """Prompts that the method is played on."""
 _PROGRAM_MB = 700.0
@@ -217,7 +219,7 @@ def first_line(recipe: Recipe) -> str | None:
                 and not torch.cuda.is_available()
                 and weights <= _TIMED_WEIGHTS
             )
-            rates = rates_here(recipe, limit=0.5) if timed else _no_rates
+            rates = rates_here(recipe, limit=_MOMENT) if timed else _no_rates
             found = estimate(recipe, rates)
     except Exception:  # noqa: BLE001 - a run does not end for want of an estimate: what is wrong is said where it is used
         return None

@@ -110,7 +110,7 @@ def test_a_budget_ends_the_rounds_and_supervision_counts(model_folder: Path) -> 
 def test_a_run_begins_with_its_estimate_and_goes_on_without(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    chosen = recipe(model_folder)
+    chosen = recipe(model_folder, loop={"rounds": 1})
     path = tmp_path / "told.yaml"
     path.write_text(chosen.dump(), encoding="utf-8")
     words = ["run", str(path), "--out", str(tmp_path / "run")]
@@ -126,7 +126,7 @@ def test_a_run_begins_with_its_estimate_and_goes_on_without(
 def test_the_first_line_waits_for_nothing_that_it_cannot_use(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = recipe(model_folder)
+    chosen = recipe(model_folder, loop={"rounds": 1})
     hopeless = tmp_path / "no_answers.jsonl"
     hopeless.write_text('{"prompt": "a", "response": "b", "label": false}\n')
     empty = recipe(model_folder, data={"train": str(hopeless), "holdout": 1})
