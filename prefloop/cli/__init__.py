@@ -92,6 +92,17 @@ RecipeArgument = Annotated[
         help="A recipe file, or the name of a shipped one.", autocompletion=_recipe_words
     ),
 ]
+ModelConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --estimate: the config.json of a model that is not here. Its tokens are counted with the "
+        "embedded model's tokenizer."
+    ),
+]
+PromptTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --estimate: of every prompt, where the data are not here."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.lr=5e-7; repeatable."),
@@ -357,17 +368,8 @@ def check(
         str | None,
         typer.Option("--gpus", help="With --estimate: for 8xH100, not for this machine's CPU."),
     ] = None,
-    model_config: Annotated[
-        Path | None,
-        typer.Option(
-            help="With --estimate: the config.json of a model that is not here. Its tokens are counted with the "
-            "embedded model's tokenizer."
-        ),
-    ] = None,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --estimate: of every prompt, where the data are not here."),
-    ] = None,
+    model_config: ModelConfigOption = None,
+    prompt_tokens: PromptTokensOption = None,
 ) -> None:
     """Look for what would stop a run, without loading a model."""
     from prefloop.recipe import load_recipe
@@ -408,7 +410,8 @@ def _only_to_estimate(options: Mapping[str, object], *, estimate: bool) -> None:
 
 
 def _estimate_beside(run_folder: Path, gpus: str | None) -> None:
-    from prefloop.run.estimate import beside, rates_for
+    from prefloop.run.estimate import rates_for
+    from prefloop.run.estimate_beside import beside
 
     for line in beside(run_folder, lambda recipe: rates_for(recipe, gpus)):
         typer.echo(line)

@@ -22,9 +22,7 @@ class Seen:
     def add(self, number: int) -> bool:
         """Keep a number, in -2**63 .. 2**63 - 1; whether it is met for the first time."""
         place = bisect_left(self._sorted, number)
-        if number in self._latest or (
-            place < len(self._sorted) and self._sorted[place] == number
-        ):
+        if number in self._latest or (place < len(self._sorted) and self._sorted[place] == number):
             return False
         self._latest.add(number)
         if len(self._latest) > max(_FEW, len(self._sorted) // 8):

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prefloop.data.prompts import Part, read_prompts
-from prefloop.errors import DataError, RecipeError, RunFolderError, counted
+from prefloop.errors import DataError, RecipeError, counted
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
@@ -42,7 +42,6 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check import on_the_hub
 from prefloop.recipe.options import Budget
 from prefloop.records import GENERATED, READ, Message, Prompt, Request, Response, Sampling
-from prefloop.run.cost import Spent
 from prefloop.run.engine import Metered
 
 FILL = 0.6
@@ -317,7 +316,7 @@ def _config(path: Path) -> Any:
     if not path.is_file():
         raise RecipeError(f"--model-config: no file {path}; name a model's config.json")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"--model-config: {path} is no config of a model that transformers knows ({reason(error)}); name a "
@@ -588,52 +587,3 @@ def disk(recipe: Recipe, shape: Shape, work: Work) -> float:
     policies = ((kept + 1) * 4.0 + kept * states) * shape.trained
     records = 60.0 * (work.generated + work.measured_generated)
     return (policies + records) / 1e6
-
-
-# Beside what was measured.
-
-
-def measured_work(spent: Spent, expected: Work, reference: int) -> Work:
-    """The tokens that a finished run spent; those of measuring are not in its manifests and stay estimated."""
-    return Work(
-        spent.generated_tokens,
-        spent.read_tokens,
-        spent.trained_tokens,
-        reference,
-        expected.measured_generated,
-        expected.measured_read,
-    )
-
-
-def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) -> list[str]:
-    """A finished run's own recipe estimated, beside what its manifests say. Raises RunFolderError."""
-    from prefloop.recipe import load_recipe
-    from prefloop.run.cost import spent
-    from prefloop.run_folder import read_run
-
-    run = read_run(folder)
-    if run.published.read() is None:
-        raise RunFolderError(
-            f"{folder} has not ended, and a part is no measure of the whole; {run.to_finish()}"
-        )
-    recipe = load_recipe(str(folder / "recipe.yaml"))
-    found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]
-    at = rates(recipe)
-    guess = estimate(recipe, at)
-    reference = sum(int(manifest.get("reference_tokens", 0)) for manifest in trained)
-    known = estimate(recipe, at, measured_work(found, guess.work, reference))
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    rows = [
-        ("tokens drawn", guess.work.generated, known.work.generated, found.generated_tokens),
-        ("tokens read", guess.work.read, known.work.read, found.read_tokens),
-        ("tokens trained", guess.work.trained, known.work.trained, found.trained_tokens),
-        ("FLOPs", guess.flops, known.flops, found.flops),
-        *(
-            (f"seconds, {name}", guess.seconds[name], known.seconds[name], found.seconds_by_stage.get(name, 0.0))
-            for name in ("generate", "train", "evaluate")
-        ),
-        ("peak MB", max(guess.memory_mb.values()), max(known.memory_mb.values()), found.peak_memory_mb),
-        ("disk MB", guess.disk_mb, known.disk_mb, size),
-    ]  # fmt: skip
-    lines = [f"{'':18}{'estimated':>12}{'tokens known':>14}{'measured':>12}"]
-    return lines + [f"{name:18}{a:>12.4g}{b:>14.4g}{c:>12.4g}" for name, a, b, c in rows]

@@ -21,7 +21,6 @@ from prefloop.run.estimate import (
     Shape,
     Told,
     Work,
-    beside,
     count_work,
     estimate,
     first_line,
@@ -29,6 +28,7 @@ from prefloop.run.estimate import (
     rates_here,
     rates_of,
 )
+from prefloop.run.estimate_beside import beside
 from prefloop.run_folder import read_run
 from prefloop.train.options import SftOptions
 from tests.run.test_clean import play, recipe
