@@ -3,7 +3,7 @@
 Plays one round of AROP with the fake engine, for each number of prompts in a process of its own: data, generating,
 ranking and pairing, and with `--train-steps` also the reference pass over all pairs on a tiny model, so many optimiser
 steps, measuring and publishing. Then the report, the pairs as a data set, and the same command again, which finds all of
-it done. For each stage its seconds, the largest memory during it, and the bytes that it left.
+it done. For each stage its seconds, the largest memory during it, and the bytes that it left; then the largest files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from prefloop.manifest import _hash_large
 
 _WORDS = "a river carries what the mountain gives it and the town takes what it needs from it "
 _GATES = {"cut_off": False, "max_edit_share": None, "max_length_ratio": None}
@@ -47,6 +49,8 @@ class Stages:
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
         """Measure what is done inside."""
+        # Files are hashed as by a process of its own, which has seen none of them.
+        _hash_large.cache_clear()
         # Forgets the peak so far (Linux), so that each stage has one of its own.
         Path("/proc/self/clear_refs").write_text("5")
         wall, thread = time.perf_counter(), time.process_time()
@@ -104,7 +108,18 @@ def round_of(count: int, job: dict[str, Any]) -> dict[str, Any]:
             "peak_mib": max(stage["peak_mib"] for stage in found.values()),
             "seconds": round(sum(stage["seconds"] for stage in making), 1),
             "stages": found,
+            "files_mb": largest_files(out),
         }
+
+
+def largest_files(folder: Path) -> dict[str, float]:
+    """Megabytes of each file of half a megabyte and more, by its path."""
+    sizes = {path: path.stat().st_size / 1e6 for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): round(size, 1)
+        for path, size in sorted(sizes.items(), key=lambda item: -item[1])
+        if size >= 0.5
+    }
 
 
 def _play(recipe: Any, out: Path, stages: Stages, train_steps: int) -> int:
@@ -216,14 +231,19 @@ def measure(counts: list[int], job: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line a stage and number of prompts."""
-    lines = [f"{'prompts':>9} {'stage':12} {'seconds':>9} {'cpu s':>9} {'peak MiB':>9} {'MB':>9}"]
+    """A line a stage and number of prompts, then one a file."""
+    names = ("seconds", "cpu s", "per 1,000", "peak MiB", "MB")
+    lines = [f"{'prompts':>9} {'stage':12} " + " ".join(f"{name:>9}" for name in names)]
     for size in found["sizes"]:
         for name, of in size["stages"].items():
-            numbers = (of[key] for key in ("seconds", "cpu_seconds", "peak_mib", "mb"))
+            each = 1000 * of["cpu_seconds"] / size["prompts"]
+            numbers = (of["seconds"], of["cpu_seconds"], each, of["peak_mib"], of["mb"])
             lines.append(
-                f"{size['prompts']:9,} {name:12} " + " ".join(f"{n:9,.1f}" for n in numbers)
+                f"{size['prompts']:9,} {name:12} " + " ".join(f"{n:9,.2f}" for n in numbers)
             )
+        lines += [
+            f"{size['prompts']:9,} {mb:9,.1f} MB {path}" for path, mb in size["files_mb"].items()
+        ]
     return "\n".join([*lines, f"the last number's peak is {found['grew_mib']} MiB higher"])
 
 

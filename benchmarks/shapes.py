@@ -328,7 +328,7 @@ def play(name: str, method: str, folder: Path, groups: list[TokenGroup] | None =
         rejects=dict(round_dir.reasons()),
         pairs=len(pairs),
         trained=_trained(pairs[0], chosen.method.roles, groups, names),
-        first_loss=round_dir.metrics()[0]["loss"],
+        first_loss=next(round_dir.metrics())["loss"],
         expected_loss=_expected(method, pairs),
     )
 

@@ -8,8 +8,9 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, ClassVar
@@ -32,6 +33,12 @@ def environment() -> dict[str, Any]:
 
 def installed_versions() -> dict[str, str]:
     """Versions of the packages that decide what a run computes."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    """Looked up once a process: every stage of a run notes them."""
     found = {}
     for name in _VERSIONS:
         try:

@@ -136,12 +136,12 @@ class RoundDir:
                 [path for path in self.outputs(stage) if self.policy in path.parents]
             )
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """What each optimiser step logged; [] before training. Raises RunFolderError where it is damaged."""
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """What each optimiser step logged, one by one; none before training. Raises RunFolderError where it is damaged."""
         path = self.train / METRICS
         for stage in ("train", "sft"):
             self.sealed(stage).verify([path])
-        return read_metrics(path) if path.exists() else []
+        return stream_metrics(path) if path.exists() else iter(())
 
     def verify_begun(self, stage: str) -> dict[str, Any]:
         """The note of a stage that is not finished, compared with its files; see chunks.Journal."""
@@ -568,15 +568,19 @@ def _size(path: Path) -> int:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """What each optimiser step logged. Raises RunFolderError for a damaged line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunFolderError(
-                f"{path}:{number} is damaged ({error}); `prefloop verify RUN --redo` takes its stage out"
-            ) from error
-    return rows
+    return list(stream_metrics(path))
+
+
+def stream_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """What each optimiser step logged, one by one. Raises RunFolderError for a damaged line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise RunFolderError(
+                    f"{path}:{number} is damaged ({error}); `prefloop verify RUN --redo` takes its stage out"
+                ) from error
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,26 @@ def usual_verbosity() -> Iterator[None]:
     Verbosity.reset()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def what_every_run_begins_with_is_brief() -> Iterator[None]:
+    """Runs time this machine only for a moment, and of equal options on one model the policy is checked once."""
+    from prefloop.run import estimate, session
+
+    passed: dict[tuple[str, ...], Any] = {}
+    check = session.check_policy
+
+    def check_once(policy: Policy, train: Any, folder: Path) -> Any:
+        options = (policy.options.model_dump_json(), train.model_dump_json())
+        if options not in passed:
+            passed[options] = check(policy, train, folder)
+        return passed[options]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "check_policy", check_once)
+        patch.setattr(estimate, "_MOMENT", 0.01)
+        yield
+
+
 @pytest.fixture
 def without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that no power cut will end need not wait until its files are on the disk."""

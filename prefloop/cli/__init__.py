@@ -92,6 +92,17 @@ RecipeArgument = Annotated[
         help="A recipe file, or the name of a shipped one.", autocompletion=_recipe_words
     ),
 ]
+ModelConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --estimate: the config.json of a model that is not here. Its tokens are counted with the "
+        "embedded model's tokenizer."
+    ),
+]
+PromptTokensOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --estimate: of every prompt, where the data are not here."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.lr=5e-7; repeatable."),
@@ -357,17 +368,21 @@ def check(
         str | None,
         typer.Option("--gpus", help="With --estimate: for 8xH100, not for this machine's CPU."),
     ] = None,
+    model_config: ModelConfigOption = None,
+    prompt_tokens: PromptTokensOption = None,
 ) -> None:
     """Look for what would stop a run, without loading a model."""
     from prefloop.recipe import load_recipe
     from prefloop.recipe.check import check_recipe
 
-    if gpus is not None and not estimate:
-        raise RecipeError("--gpus says for which GPUs to estimate; add --estimate, or leave it out")
+    told = {"--model-config": model_config, "--prompt-tokens": prompt_tokens}
+    _only_to_estimate({"--gpus": gpus, **told}, estimate=estimate)
     if estimate and (Path(recipe) / "recipe.yaml").is_file():
-        if overrides or dump:
+        given = [option for option, value in {**told, "--set": overrides}.items() if value]
+        if given or dump:
             raise RecipeError(
-                f"{recipe} is a run, and its recipe stays as it was played; leave out --set and --dump"
+                f"{recipe} is a run, and its recipe, model and prompts are as it was played; leave out "
+                + " and ".join([*given, *["--dump"] * dump])
             )
         _estimate_beside(Path(recipe), gpus)
         return
@@ -381,14 +396,22 @@ def check(
     if estimate:
         from prefloop.run import estimate as estimating
 
-        for line in estimating.estimate(loaded, estimating.rates_for(loaded, gpus)).lines():
-            typer.echo(line, err=dump)
+        rates, unseen = estimating.rates_for(loaded, gpus), (model_config, prompt_tokens)
+        found = estimating.estimate(loaded, rates, told=estimating.Told(*unseen))
+        typer.echo("\n".join(found.lines()), err=dump)
     if not dump:
         typer.echo(f"{loaded.name}: ok")
 
 
+def _only_to_estimate(options: Mapping[str, object], *, estimate: bool) -> None:
+    for option, value in options.items():
+        if value is not None and not estimate:
+            raise RecipeError(f"{option} is for an estimate; add --estimate, or leave it out")
+
+
 def _estimate_beside(run_folder: Path, gpus: str | None) -> None:
-    from prefloop.run.estimate import beside, rates_for
+    from prefloop.run.estimate import rates_for
+    from prefloop.run.estimate_beside import beside
 
     for line in beside(run_folder, lambda recipe: rates_for(recipe, gpus)):
         typer.echo(line)

@@ -18,6 +18,7 @@ from prefloop.data.entries import Placed, Tally, read_entries
 from prefloop.data.formats import FieldOptions
 from prefloop.data.prompt_store import PromptStore
 from prefloop.data.rows import EMBEDDED
+from prefloop.data.seen import Seen
 from prefloop.errors import DataError, counted
 from prefloop.records import Prompt, derive_seed
 
@@ -319,14 +320,14 @@ def read_prompts(
         )
 
     entries = read(tally)
-    seen = set[int]()
+    seen = Seen()
     for placed in entries if needs_pairs else _without_repeats(entries):
         wants_pair = needs_pairs and (part == "train" or placed.entry.chosen is not None)
         prompt = _prompt(placed, needs_target=needs_target, wants_pair=wants_pair)
         if isinstance(prompt, str):
             tally.drop(prompt, placed.where)
             continue
-        if (identity := hash(prompt.id)) in seen:
+        if not seen.add(hash(prompt.id)):
             # Two ids may have one hash, so the rows are read again to see which was first.
             first = next(one.where for one in read(Tally()) if one.id == prompt.id)
             if first != placed.where:
@@ -334,7 +335,6 @@ def read_prompts(
                     f"{placed.where} repeats the id {prompt.id!r} of {first}; name a column of "
                     "unique ids in data.id_field, or set it to null to number the rows"
                 )
-        seen.add(identity)
         yield prompt
 
 

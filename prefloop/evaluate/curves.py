@@ -41,7 +41,7 @@ def steps_to_fraction(points: list[CurvePoint]) -> int | None:
 
 def training_curve(round_dir: RoundDir) -> list[dict[str, Any]]:
     """What each optimiser step of a round logged: loss, margin, real_reward ...; [] before its training."""
-    return round_dir.metrics()
+    return list(round_dir.metrics())
 
 
 def curves(run: RunDir) -> dict[str, Any]:

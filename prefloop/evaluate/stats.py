@@ -9,7 +9,6 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 # Numbers of resamples held at a time: 8 MB, however many values there are.
 _BLOCK = 2**20
@@ -162,6 +161,9 @@ def crossed_proportion(
     sizes = (len(set(first)), len(set(second)))
     clusters = min((size for size in sizes if size > 1), default=1)
     effective = _effective_size(hits, first, second, proportion, clusters)
+    # With numbers only: runs, and tables of them, begin without waiting for scipy.
+    from scipy.special import stdtrit
+
     z, t = NormalDist().inv_cdf((1 + level) / 2), stdtrit(max(1, clusters - 1), (1 + level) / 2)
     return wilson_proportion(proportion, effective * float(z / t) ** 2, count=count, level=level)
 

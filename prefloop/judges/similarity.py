@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
-from sacrebleu.metrics.chrf import CHRF
 
 from prefloop.judges import EMPTY, NO_TARGET, Judge, NoVerdict, OpenJudge, Verdict, finite
 from prefloop.records import Prompt
 
 if TYPE_CHECKING:
+    from sacrebleu.metrics.chrf import CHRF
+
     from prefloop.generate.engine import Engine
     from prefloop.generate.templates import PromptSet
     from prefloop.judges import Initial
@@ -54,6 +55,8 @@ class Similarity(Judge):
     ) -> OpenJudge:
         """Load the embedding model, if any. Raises ModelError."""
         if self.model is None:
+            from sacrebleu.metrics.chrf import CHRF
+
             return _OpenChrf(CHRF(word_order=self.word_order))
         from prefloop.models.embedding import Embedder
 

@@ -23,7 +23,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -55,6 +54,7 @@ from prefloop.models.sources import (
     resolve_source,
 )
 from prefloop.models.split import Split, as_begun, save_split, saved_split, split_of
+from prefloop.models.tokenizer import load_tokenizer
 from prefloop.run_folder import give_usual_modes
 
 log = logging.getLogger(__name__)
@@ -502,43 +502,6 @@ def _policy_folder(folder: Path, marker: str, options: ModelOptions) -> Path:
             f"{folder} has no {marker}, so it is no policy saved under model.tuning: {options.tuning}"
         )
     return folder
-
-
-def load_tokenizer(folder: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, with the template that the options name. Raises ModelError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        remedy = (
-            "set model.source to a folder whose config.json is whole"
-            if "config.json" in str(error)
-            else "put the tokenizer's files beside the weights"
-        )
-        raise ModelError(f"{folder} has no usable tokenizer: {reason(error)}; {remedy}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if options.chat_template is not None:
-        try:
-            template = Path(options.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"model.chat_template {options.chat_template} cannot be read: {reason(error)}"
-            ) from error
-        tokenizer.chat_template = template
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"the tokenizer of {options.source} has no chat template; "
-            "set model.chat_template to the path of a jinja file"
-        )
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ModelError(
-                f"the tokenizer of {options.source} has neither pad nor EOS token; "
-                "set pad_token in its tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def _check_vocabulary(

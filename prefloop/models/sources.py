@@ -324,12 +324,13 @@ def resolve_source(source: str) -> str:
     return source
 
 
-def local_folder(source: str, options: ModelOptions) -> Path:
+def local_folder(source: str, options: ModelOptions, *, weights: bool = True) -> Path:
     """The folder to load from: the source itself, or the hub's files, without a pickle among them.
 
-    `source` is what `resolve_source` gave. Raises ModelError where it holds no safetensors.
+    `source` is what `resolve_source` gave. Without `weights`, config and tokenizer suffice and are all that is
+    fetched. Raises ModelError where it holds no config, or no safetensors.
     """
-    folder = Path(source) if Path(source).is_dir() else _download(source, options)
+    folder = Path(source) if Path(source).is_dir() else _download(source, options, weights)
     if not (folder / "config.json").is_file():
         hint = (
             "it is an adapter: merge it into its model first"
@@ -337,21 +338,21 @@ def local_folder(source: str, options: ModelOptions) -> Path:
             else "name one that save_pretrained has written"
         )
         raise ModelError(f"{source} has no config.json, so it is no model folder; {hint}")
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        weights = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
+        found = f"only pickled weights ({pickles[0].name})" if pickles else "no weights"
         raise ModelError(
-            f"{source} has {weights}, and only safetensors are read; convert the model with "
+            f"{source} has {found}, and only safetensors are read; convert the model with "
             "save_pretrained, or set model.source to one that has *.safetensors"
         )
     return folder
 
 
-def _download(source: str, options: ModelOptions) -> Path:
+def _download(source: str, options: ModelOptions, weights: bool) -> Path:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    wanted = ["*.json", "*.jinja", "*.model", "*.txt", *["*.safetensors"] * weights]
     code = ["*.py"] if options.trust_remote_code else []
     try:
         folder = snapshot_download(

@@ -38,8 +38,8 @@ def _tokenizer(folder: Path, template: str, options: ModelOptions) -> Any:
 @lru_cache(maxsize=4)
 def _loaded(folder: Path, stamp: int, options: str) -> Any:
     """The tokenizer; several recipes of a comparison share it. `stamp` tells an edited template apart."""
-    from prefloop.models.policy import load_tokenizer
     from prefloop.models.sources import quiet
+    from prefloop.models.tokenizer import load_tokenizer
 
     with quiet():
         return load_tokenizer(folder, ModelOptions.model_validate_json(options))

@@ -160,7 +160,7 @@ def _speed(number: int, run: RunFacts, what: str, dash: str) -> Line:
 def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     """Training metrics by optimiser step, one chart each; all rewards are in one chart."""
     skip = {"step", "tokens", "round", "at"}
-    names = list(dict.fromkeys(key for run in runs for row in run.steps for key in row))
+    names = list(dict.fromkeys(key for run in runs for key in run.steps))
     rewards = {"reward_chosen": "chosen", "reward_rejected": "rejected"}
     charts = []
     for name in [key for key in names if key not in skip and key not in rewards]:
@@ -181,7 +181,7 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
             line
             for n, run in enumerate(runs)
             # For most methods it equals the chosen answer's reward, which is drawn already.
-            if any(row.get("real_reward") != row.get("reward_chosen") for row in run.steps)
+            if run.steps.get("real_reward") != run.steps.get("reward_chosen")
             if (line := _by_step(n, run, "real_reward", "--", "target")).x
         ]
         charts.insert(
@@ -192,17 +192,13 @@ def step_charts(runs: Sequence[RunFacts]) -> list[Chart]:
 
 
 def _by_step(number: int, run: RunFacts, name: str, dash: str = "-", label: str = "") -> Line:
-    rows = [(row["at"], row[name]) for row in run.steps if isinstance(row.get(name), int | float)]
-    rows = [(at, value) for at, value in rows if np.isfinite(value)]
-    size = max(1, -(-len(rows) // _MOST_POINTS))
-    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
-    return Line(
-        number,
-        [float(np.mean([at for at, _ in group])) for group in groups],
-        [float(np.mean([value for _, value in group])) for group in groups],
-        dash,
-        label,
-    )
+    values_N = np.asarray(run.steps.get(name, ()), dtype=np.float64)
+    there_N = np.isfinite(values_N)
+    at_N, values_N = np.asarray(run.steps["at"])[: len(there_N)][there_N], values_N[there_N]
+    size = max(1, -(-len(values_N) // _MOST_POINTS))
+    groups = [slice(first, first + size) for first in range(0, len(values_N), size)]
+    x, y = ([float(np.mean(of_N[group])) for group in groups] for of_N in (at_N, values_N))
+    return Line(number, x, y, dash, label)
 
 
 def _curve(number: int, run: RunFacts) -> Line:
@@ -214,12 +210,11 @@ def _curve(number: int, run: RunFacts) -> Line:
 
 def _round_ends(runs: Sequence[RunFacts]) -> list[tuple[int, float]]:
     """(run, step) of each boundary between two rounds."""
-    return [
-        (n, after["at"] - 0.5)
-        for n, run in enumerate(runs)
-        for before, after in zip(run.steps, run.steps[1:], strict=False)
-        if before["round"] != after["round"]
-    ]
+    ends = []
+    for n, run in enumerate(runs):
+        rounds, at = run.steps["round"], run.steps["at"]
+        ends += [(n, at[i] - 0.5) for i in range(1, len(at)) if rounds[i] != rounds[i - 1]]
+    return ends
 
 
 def distribution_charts(runs: Sequence[RunFacts]) -> list[Chart]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from prefloop.records import (
     read_jsonl,
 )
 from prefloop.report.chain import Chain, held_out_chains, round_chains
-from prefloop.run_folder import RoundDir, RunDir, read_run
+from prefloop.run_folder import METRICS, RoundDir, RunDir, read_run
 
 LOGRATIOS = "logratios.jsonl"
 # Name of a manifest -> the stage under which its time is reported.
@@ -80,8 +81,9 @@ class RunFacts:
     events: list[dict[str, Any]]
     results: list[RoundResult]
     rounds: list[RoundFacts]
-    steps: list[dict[str, Any]]
-    """Metrics of each optimiser step, with "round", and "at": the step counted over the whole run."""
+    steps: Mapping[str, Sequence[float]]
+    """Metrics by name, a number an optimiser step (NaN where it has none), with "round", and "at": the step counted over
+    the whole run."""
     start_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds before the first round, by stage."""
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -152,7 +154,7 @@ def read_facts(folder: Path) -> RunFacts:
         events=run.events(),
         results=run.results(),
         rounds=[_round(round_dir) for round_dir in run.rounds()],
-        steps=list(_steps(run)),
+        steps=_steps(run),
         start_seconds=_seconds(run.start),
         curve=[
             row
@@ -212,25 +214,37 @@ def _seconds(round_dir: RoundDir) -> dict[str, float]:
     return total
 
 
-def _steps(run: RunDir) -> Iterator[dict[str, Any]]:
+def _steps(run: RunDir) -> dict[str, array[float]]:
+    columns: dict[str, array[float]] = {"round": array("d"), "at": array("d")}
     step = 0
     for round_dir in run.rounds():
-        for row in _rows(round_dir, round_dir.train / "metrics.jsonl"):
+        for row in _rows(round_dir, round_dir.train / METRICS):
+            numbers = {key: n for key, n in row.items() if isinstance(n, int | float)}
+            for name in numbers:
+                if name not in columns:
+                    columns[name] = array("d", [nan]) * step
             step += 1
-            yield {**row, "round": round_dir.number, "at": step}
+            numbers |= {"round": round_dir.number, "at": step}
+            for name, column in columns.items():
+                column.append(numbers.get(name, nan))
+    return columns
 
 
 def _rows(round_dir: RoundDir, path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that may be growing; a half-written last line is left out."""
     round_dir.sealed("train").verify([path])
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise RunFolderError(
-                f"{path}:{number} is damaged; delete {round_dir.path} to redo the round"
-            ) from error
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise RunFolderError(
+                    f"{path}:{number} is damaged; delete {round_dir.path} to redo the round"
+                ) from error
 
 
 @dataclass(frozen=True)

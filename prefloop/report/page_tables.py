@@ -169,7 +169,7 @@ def _training(run: RunFacts) -> str:
         for key, label in (("optimizer", ""), ("lr", "lr "), ("batch_size", "batch "))
         if _get(run, "train", key)
     ]
-    steps = counted(len(run.steps), "step") if run.steps else ""
+    steps = counted(len(run.steps["at"]), "step") if run.steps["at"] else ""
     return ", ".join(part for part in (*parts, steps) if part)
 
 

@@ -21,20 +21,27 @@ import torch
 from torch import nn
 
 from prefloop.data.prompts import Part, read_prompts
-from prefloop.errors import DataError, RecipeError, RunFolderError, counted
+from prefloop.errors import DataError, RecipeError, counted
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
 from prefloop.models.adapter import lora_config, matches
 from prefloop.models.chat import Chat
-from prefloop.models.policy import initial_dtype, load_tokenizer
-from prefloop.models.sources import local_folder, quiet, resolve_source
+from prefloop.models.policy import initial_dtype
+from prefloop.models.sources import (
+    ModelOptions,
+    local_folder,
+    quiet,
+    reason,
+    resolve_source,
+    unpacked,
+)
+from prefloop.models.tokenizer import load_tokenizer
 from prefloop.recipe import Recipe
 from prefloop.recipe.check import on_the_hub
 from prefloop.recipe.options import Budget
-from prefloop.records import GENERATED, READ, Prompt, Request, Response, Sampling
-from prefloop.run.cost import Spent
+from prefloop.records import GENERATED, READ, Message, Prompt, Request, Response, Sampling
 from prefloop.run.engine import Metered
 
 FILL = 0.6
@@ -48,6 +55,8 @@ GPU_TRAINS, GPU_DECODES = 0.35, 0.5
 programs, not measured with this one."""
 _TIMED_WEIGHTS = 1_000_000_000
 """Models up to this size are timed before a run; larger ones by `check --estimate`, when asked."""
+_MOMENT = 0.5
+"""Seconds of timing before a run."""
 _SAMPLE = 16
 """Prompts that the method is played on."""
 _PROGRAM_MB = 700.0
@@ -86,6 +95,17 @@ class Rates(NamedTuple):
     """While prompts and given answers are read."""
     train: float
     where: str
+    gpus: int = 0
+    """How many the rates are those of; 0: this machine's CPU."""
+
+
+class Told(NamedTuple):
+    """What an estimate takes as given where model or data are not on this disk."""
+
+    config: Path | None = None
+    """The model's config.json; texts are then counted with the embedded model's tokenizer, unless the model's is here."""
+    prompt_tokens: int | None = None
+    """Of every prompt, in its template; no data are read."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +153,7 @@ class Estimate:
     """generate, train; of one process that holds all."""
     disk_mb: float
     where: str
+    gpus: int = 0
 
     def lines(self) -> list[str]:
         """For the console."""
@@ -144,21 +165,39 @@ class Estimate:
             f"         {w.measured_generated:,} drawn and {w.measured_read:,} read to measure",
             f"FLOPs    {self.flops:.2g} without measuring",
             f"hours    {hours:.2g} ({stages}), {self.where}",
+            *([self._gpu_hours()] if self.gpus > 1 else []),
             f"memory   {memory}; disk {self.disk_mb / 1000:.2g} GB",
         ]
+
+    def _gpu_hours(self) -> str:
+        hours = {name: self.gpus * value / 3600 for name, value in self.seconds.items()}
+        stages = ", ".join(f"{name} {_two_digits(value)}" for name, value in hours.items())
+        return f"         {_two_digits(sum(hours.values()))} GPU-hours ({stages})"
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.2g} h"
 
 
-def estimate(recipe: Recipe, rates: Callable[[Shape], Rates], work: Work | None = None) -> Estimate:
-    """What the recipe will take at these rates; `work` where its tokens are known. Raises ModelError, DataError."""
-    shape = model_shape(recipe)
+def _two_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def estimate(
+    recipe: Recipe,
+    rates: Callable[[Shape], Rates],
+    work: Work | None = None,
+    told: Told = Told(),  # noqa: B008 - immutable
+) -> Estimate:
+    """What the recipe will take at these rates; `work` where its tokens are known.
+
+    Raises ModelError, DataError, and RecipeError where `told` is of no use.
+    """
+    shape = model_shape(recipe, told.config)
     known = rates(shape)
     if work is not None:
         return _at(recipe, shape, known, work)
-    counts = _counts(recipe)
+    counts = _counts(recipe, told=told)
     for rounds in range(1, recipe.loop.rounds + 1):
         found = _at(recipe, shape, known, _work(recipe, counts, rounds))
         if recipe.loop.budget is not None and _spends(found, recipe.loop.budget):
@@ -179,7 +218,7 @@ def first_line(recipe: Recipe) -> str | None:
                 and not torch.cuda.is_available()
                 and weights <= _TIMED_WEIGHTS
             )
-            rates = rates_here(recipe, limit=0.5) if timed else _no_rates
+            rates = rates_here(recipe, limit=_MOMENT) if timed else _no_rates
             found = estimate(recipe, rates)
     except Exception:  # noqa: BLE001 - a run does not end for want of an estimate: what is wrong is said where it is used
         return None
@@ -225,22 +264,27 @@ def _at(recipe: Recipe, shape: Shape, known: Rates, work: Work) -> Estimate:
         memory(recipe, shape),
         disk(recipe, shape, work),
         known.where,
+        known.gpus,
     )
 
 
 # The model.
 
 
-def model_shape(recipe: Recipe) -> Shape:
-    """The model's numbers, from its config: no weight is read."""
+def model_shape(recipe: Recipe, config_file: Path | None = None) -> Shape:
+    """The model's numbers, from its config or the one given: no weight is read. Raises ModelError, RecipeError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = recipe.model
-    folder = local_folder(resolve_source(options.source), options)
+    if config_file is None:
+        place = local_folder(resolve_source(options.source), options, weights=False)
     with quiet(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
+        if config_file is not None:
+            config = _config(config_file)
+        else:
+            config = AutoConfig.from_pretrained(
+                place, trust_remote_code=options.trust_remote_code, local_files_only=True
+            )
         kind: Any = AutoModelForCausalLM
         model: Any = kind.from_config(config, trust_remote_code=options.trust_remote_code)
     text = config.get_text_config()
@@ -264,6 +308,20 @@ def model_shape(recipe: Recipe) -> Shape:
         key_values=2 * text.num_hidden_layers * heads * width,
         bytes=1 if bits is not None else dtype.itemsize,
     )
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise RecipeError(f"--model-config: no file {path}; name a model's config.json")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"--model-config: {path} is no config of a model that transformers knows ({reason(error)}); name a "
+            "model's config.json"
+        ) from error
 
 
 def _trained(model: Any, recipe: Recipe) -> int:
@@ -319,12 +377,12 @@ def count_work(recipe: Recipe, fill: float = FILL) -> Work:
     return _work(recipe, _counts(recipe, fill), recipe.loop.rounds)
 
 
-def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
-    folder = local_folder(resolve_source(recipe.model.source), recipe.model)
-    chat = Chat(
-        load_tokenizer(folder, recipe.model), template_kwargs=recipe.model.chat_template_kwargs
-    )
-    prompts = list(islice(_prompts(recipe), _SAMPLE))
+def _counts(recipe: Recipe, fill: float = FILL, told: Told = Told()) -> _Counts:  # noqa: B008 - immutable
+    chat = _chat(recipe, told)
+    if told.prompt_tokens is not None:
+        prompts = [_prompt_of(told.prompt_tokens, chat)]
+    else:
+        prompts = list(islice(_prompts(recipe), _SAMPLE))
     if not prompts:
         raise DataError(
             "data.train has no prompt that this run can use, so nothing can be estimated"
@@ -337,11 +395,35 @@ def _counts(recipe: Recipe, fill: float = FILL) -> _Counts:
     answer = fill * recipe.method.sampling.max_new_tokens
     sft = 0
     if recipe.sft is not None:
+        if told.prompt_tokens is not None:
+            raise RecipeError(
+                "sft trains on every row of data.train, and --prompt-tokens does not tell how many there are; leave "
+                "it out, or take sft out of the recipe"
+            )
         targets = [len(chat.text_ids(p.target)) + 1 for p in prompts if p.target]
         target = sum(targets) / len(targets) if targets else answer
         sft = round(sum(1 for _ in _prompts(recipe)) * (asked + target) * recipe.sft.epochs)
     drawn, read = counts[GENERATED] / len(prompts), counts[READ] / len(prompts)
     return _Counts(asked, answer, drawn, read, sft, _held_out(recipe))
+
+
+def _chat(recipe: Recipe, told: Told) -> Chat:
+    options = recipe.model
+    if told.config is not None and unpacked(options.source) is None:
+        options = ModelOptions()
+    folder = local_folder(resolve_source(options.source), options, weights=False)
+    return Chat(load_tokenizer(folder, options), template_kwargs=options.chat_template_kwargs)
+
+
+def _prompt_of(tokens: int, chat: Chat) -> Prompt:
+    """A prompt of so many tokens, its template's included; of one word where that is more."""
+
+    def prompt(words: int) -> Prompt:
+        text = " ".join(["word"] * words)
+        return Prompt(id="told", messages=(Message(role="user", content=text),), target=text)
+
+    one, two = (len(chat.prompt_ids(prompt(words).messages)) for words in (1, 2))
+    return prompt(max(1, 1 + (tokens - one) // (two - one)))
 
 
 def _work(recipe: Recipe, counts: _Counts, rounds: int) -> Work:
@@ -467,7 +549,7 @@ def rates_of(gpus: str, recipe: Recipe) -> Callable[[Shape], Rates]:
             GPU_TRAINS * peak, count * steps * recipe.generate.batch_size * 2.0 * shape.multiplying
         )
         where = f"{count} x {name}, {GPU_TRAINS:.0%} of its peak, decoding at {GPU_DECODES:.0%} of its bandwidth"
-        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where)
+        return Rates(decode, GPU_TRAINS * peak, GPU_TRAINS * peak, where, count)
 
     return rates
 
@@ -505,52 +587,3 @@ def disk(recipe: Recipe, shape: Shape, work: Work) -> float:
     policies = ((kept + 1) * 4.0 + kept * states) * shape.trained
     records = 60.0 * (work.generated + work.measured_generated)
     return (policies + records) / 1e6
-
-
-# Beside what was measured.
-
-
-def measured_work(spent: Spent, expected: Work, reference: int) -> Work:
-    """The tokens that a finished run spent; those of measuring are not in its manifests and stay estimated."""
-    return Work(
-        spent.generated_tokens,
-        spent.read_tokens,
-        spent.trained_tokens,
-        reference,
-        expected.measured_generated,
-        expected.measured_read,
-    )
-
-
-def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) -> list[str]:
-    """A finished run's own recipe estimated, beside what its manifests say. Raises RunFolderError."""
-    from prefloop.recipe import load_recipe
-    from prefloop.run.cost import spent
-    from prefloop.run_folder import read_run
-
-    run = read_run(folder)
-    if run.published.read() is None:
-        raise RunFolderError(
-            f"{folder} has not ended, and a part is no measure of the whole; {run.to_finish()}"
-        )
-    recipe = load_recipe(str(folder / "recipe.yaml"))
-    found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]
-    at = rates(recipe)
-    guess = estimate(recipe, at)
-    reference = sum(int(manifest.get("reference_tokens", 0)) for manifest in trained)
-    known = estimate(recipe, at, measured_work(found, guess.work, reference))
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
-    rows = [
-        ("tokens drawn", guess.work.generated, known.work.generated, found.generated_tokens),
-        ("tokens read", guess.work.read, known.work.read, found.read_tokens),
-        ("tokens trained", guess.work.trained, known.work.trained, found.trained_tokens),
-        ("FLOPs", guess.flops, known.flops, found.flops),
-        *(
-            (f"seconds, {name}", guess.seconds[name], known.seconds[name], found.seconds_by_stage.get(name, 0.0))
-            for name in ("generate", "train", "evaluate")
-        ),
-        ("peak MB", max(guess.memory_mb.values()), max(known.memory_mb.values()), found.peak_memory_mb),
-        ("disk MB", guess.disk_mb, known.disk_mb, size),
-    ]  # fmt: skip
-    lines = [f"{'':18}{'estimated':>12}{'tokens known':>14}{'measured':>12}"]
-    return lines + [f"{name:18}{a:>12.4g}{b:>14.4g}{c:>12.4g}" for name, a, b, c in rows]

@@ -51,7 +51,6 @@ from prefloop.run.cost import spent
 from prefloop.run.held_out import HELD_OUT, KnownAnswers, answer_and_score
 from prefloop.run.inputs import inputs, surroundings
 from prefloop.run.publish import publish
-from prefloop.run.rlaif import make_reward_model
 from prefloop.run.session import Session
 from prefloop.run_folder import Outcome, RoundDir, RunDir, open_run
 
@@ -69,6 +68,9 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
     """
     check_curve(recipe)
     if recipe.reward is not None:
+        # It measures with scipy, which other runs need not wait for.
+        from prefloop.run.rlaif import make_reward_model
+
         make_reward_model(recipe, folder, console, make_pairs)
     with open_run(folder, recipe.dump(), accept_changes=accept_changes) as rundir:
         rundir.same_inputs(inputs(recipe))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -505,14 +506,15 @@ class Session:
 
     def training_measures(self, round_dir: RoundDir) -> dict[str, float | None]:
         """Means over the round's last epoch of what the loss reports (Margin, Real Reward ...)."""
-        steps = round_dir.metrics() if round_dir.number >= 0 else []
-        if not steps:
+        if round_dir.number < 0 or not (steps := round_dir.steps()):
             return {}
-        last = steps[-max(1, len(steps) // self.recipe.train.epochs) :]
+        last = max(1, steps // self.recipe.train.epochs)
+        columns: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))
+        for row in islice(round_dir.metrics(), steps - last, None):
+            for key, value in row.items():
+                columns[key].append(value)
         skip = {"step", "lr", "tokens"}
-        return {
-            f"train_{key}": fmean(row[key] for row in last) for key in last[0] if key not in skip
-        }
+        return {f"train_{key}": fmean(column) for key, column in columns.items() if key not in skip}
 
     @property
     def _chat(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -109,11 +110,14 @@ def _completion(chat: Chat, pair: Pair, role: str) -> tuple[int, ...]:
     return answer.token_ids or tuple(chat.completion_ids(pair.prompt, answer.text, ended=ended))
 
 
-def schedule(count: int, *, epochs: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Indices of each optimiser step's examples: every epoch in an order of its own, the last step shorter."""
-    steps = []
+def schedule(count: int, *, epochs: int, batch_size: int, seed: int) -> list[Sequence[int]]:
+    """Indices of each optimiser step's examples: every epoch in an order of its own, the last step shorter.
+
+    An index takes eight bytes.
+    """
+    steps: list[Sequence[int]] = []
     for epoch in range(epochs):
-        order = list(range(count))
+        order = array("Q", range(count))
         random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
         steps += [order[start : start + batch_size] for start in range(0, count, batch_size)]
     return steps

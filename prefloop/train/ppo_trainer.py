@@ -133,7 +133,6 @@ class PPOTrainer(Trainer):
     def _compute_rollout(self, job: Job, path: Path) -> dict[str, Tensor]:
         """Log-probs under policy and reference, and values, of every token; stored in `path`."""
         self._say_how_it_packs(job)
-        passes = self._passes(job, range(len(job.examples)))
         longest = max(len(example.group.completions[0]) for example in job.examples)
         names, device = ("logps_NT", "values_NT", "reference_NT"), self.policy.device
         tensors = {name: torch.zeros(len(job.examples), longest, device=device) for name in names}
@@ -141,7 +140,7 @@ class PPOTrainer(Trainer):
 
             def fill(*names_to_fill: str) -> None:
                 """Compute all tokens' log-probs, and values where a second name is given, into `tensors`."""
-                for indices, _ in passes:
+                for indices, _ in self._all_passes(job):
                     for name, tensor_BT in zip(
                         names_to_fill, self._token_logps(job, indices), strict=False
                     ):

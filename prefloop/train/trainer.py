@@ -26,7 +26,7 @@ from prefloop.errors import TrainingError
 from prefloop.machine import Bar, raise_on_out_of_memory
 from prefloop.models.policy import Policy
 from prefloop.records import derive_seed
-from prefloop.run_folder import METRICS, read_metrics
+from prefloop.run_folder import METRICS, stream_metrics
 from prefloop.train import checkpoint
 from prefloop.train.batches import (
     Example,
@@ -56,6 +56,8 @@ LossFunction = Callable[[GroupLogps, float], LossOutput]
 
 # While one rank writes a large checkpoint the others wait; who dies is noticed by the launcher at once.
 _PATIENCE = timedelta(hours=2)
+_PLANNED = 4096
+"""Examples whose passes are planned at a time, outside of steps."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ class Job:
     """Called with the number of this job's steps that are done, before a checkpoint of them is written."""
     is_over: Callable[[], bool] = lambda: False
     """Asked before each step whether there is none to come, whatever the schedule says."""
+
+
+def _summed(metrics: Path) -> dict[str, Any]:
+    """Steps, tokens, first and last loss of what the steps have logged; a row at a time, there may be many."""
+    steps = tokens = 0
+    first: float | None = None
+    last: float | None = None
+    for row in stream_metrics(metrics):
+        steps, tokens, last = steps + 1, tokens + row["tokens"], row["loss"]
+        first = last if first is None else first
+    return {"steps": steps, "tokens": tokens, "first_loss": first, "last_loss": last}
 
 
 class Trainer:
@@ -200,15 +213,11 @@ class Trainer:
                     self._save(job.folder, number + 1)
         if not self.ranks.first:
             return {}
-        rows = read_metrics(metrics)
         return {
-            "steps": len(rows),
+            **_summed(metrics),
             "examples": len(job.examples),
-            "tokens": sum(row["tokens"] for row in rows),
             "reference_tokens": sum(e.tokens for e in job.examples) if job.reference else 0,
             "parameters": self.policy.multiplying_weights,
-            "first_loss": rows[0]["loss"],
-            "last_loss": rows[-1]["loss"],
         }
 
     def _resume(self, job: Job) -> tuple[int, int]:
@@ -238,7 +247,12 @@ class Trainer:
         return step == steps or (every > 0 and step % every == 0)
 
     def _step(
-        self, job: Job, reference: dict[str, Tensor], chosen: list[int], number: int, steps: int
+        self,
+        job: Job,
+        reference: dict[str, Tensor],
+        chosen: Sequence[int],
+        number: int,
+        steps: int,
     ) -> dict[str, Any]:
         """One optimiser step on the examples `chosen`; its metrics."""
         low, high = job.span
@@ -296,6 +310,16 @@ class Trainer:
         )
         return plans[self.ranks.number]
 
+    def _all_passes(self, job: Job) -> Iterator[Pass]:
+        """This rank's micro-batches of all examples, in their order.
+
+        Planned a few thousand at a time: a plan holds its examples' lengths and places.
+        """
+        size = self.options.micro_batch_size
+        block = size * max(1, _PLANNED // size)
+        for first in range(0, len(job.examples), block):
+            yield from self._passes(job, range(len(job.examples))[first : first + block])
+
     @contextmanager
     def _training(self) -> Iterator[None]:
         self.policy.model.train()
@@ -351,14 +375,13 @@ class Trainer:
         if path.exists():
             return checkpoint.load_tensors(path)
         self._say_how_it_packs(job)
-        passes = self._passes(job, range(len(job.examples)))
         zeros = {role: torch.zeros(len(job.examples)) for role in job.roles}
         found = {role: zeros[role].to(self.policy.device) for role in job.roles}
         # Sharded weights that are gathered in inference mode could not be trained afterwards.
         quiet = torch.no_grad() if self.placement.sharded else torch.inference_mode()
         at = self._at_start() if job.reference == "initial" else nullcontext()
         with at, quiet, Bar("reference", len(job.examples)) as bar:
-            for indices, counts in passes:
+            for indices, counts in self._all_passes(job):
                 logps = self._logps(job, indices, zeros)
                 for role in job.roles if counts else ():
                     found[role][indices] = logps.policy[role].float()

@@ -18,7 +18,7 @@ FIRST = {
     "prefloop.report.summary",
     "prefloop.run.loop",
 }
-HEAVY = {"matplotlib", "pandas", "sklearn", "mlflow", "wandb", "tensorboard", "trl"}
+HEAVY = {"matplotlib", "pandas", "scipy", "sklearn", "mlflow", "wandb", "tensorboard", "trl"}
 
 
 def at_import(body: list[ast.stmt]) -> Iterator[str]:
@@ -59,6 +59,18 @@ def test_no_verb_waits_for_what_only_the_report_needs() -> None:
     assert "prefloop.run.session" in found, "a run's own modules are looked at"
     assert not others & HEAVY
     assert "matplotlib" in imported({"prefloop.report.html"})[1]
+    assert "scipy" in imported({"prefloop.run.rlaif"})[1]
+
+
+def test_checking_a_recipe_does_not_wait_for_what_loads_models() -> None:
+    """Templates and tokenizers need transformers alone, which imports what it wants itself."""
+    checking = FIRST - {"prefloop.run.loop", "prefloop.report.summary"}
+    checking |= {"prefloop.models.chat", "prefloop.models.tokenizer"}
+    judges = {name for name in MODULES if name.startswith("prefloop.judges.")}
+    found, others = imported(checking | judges)
+    assert "transformers" in others
+    assert "prefloop.models.policy" not in found
+    assert not others & {"torch", "peft", "accelerate", "sacrebleu"}
 
 
 def test_listing_methods_does_not_wait_for_torch() -> None:

@@ -1,6 +1,7 @@
 """What a run is said to take: counts that are exact, rates that are proportional, a finished run beside its estimate."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from prefloop.run.estimate import (
     TRAINS,
     Rates,
     Shape,
+    Told,
     Work,
-    beside,
     count_work,
     estimate,
     first_line,
@@ -27,7 +28,9 @@ from prefloop.run.estimate import (
     rates_here,
     rates_of,
 )
+from prefloop.run.estimate_beside import beside
 from prefloop.run_folder import read_run
+from prefloop.train.options import SftOptions
 from tests.run.test_clean import play, recipe
 
 
@@ -107,7 +110,7 @@ def test_a_budget_ends_the_rounds_and_supervision_counts(model_folder: Path) -> 
 def test_a_run_begins_with_its_estimate_and_goes_on_without(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    chosen = recipe(model_folder)
+    chosen = recipe(model_folder, loop={"rounds": 1})
     path = tmp_path / "told.yaml"
     path.write_text(chosen.dump(), encoding="utf-8")
     words = ["run", str(path), "--out", str(tmp_path / "run")]
@@ -123,7 +126,7 @@ def test_a_run_begins_with_its_estimate_and_goes_on_without(
 def test_the_first_line_waits_for_nothing_that_it_cannot_use(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = recipe(model_folder)
+    chosen = recipe(model_folder, loop={"rounds": 1})
     hopeless = tmp_path / "no_answers.jsonl"
     hopeless.write_text('{"prompt": "a", "response": "b", "label": false}\n')
     empty = recipe(model_folder, data={"train": str(hopeless), "holdout": 1})
@@ -180,6 +183,58 @@ def test_named_gpus_are_as_many_times_faster_and_unknown_ones_named(model_folder
             rates_of(wrong, chosen)
 
 
+def test_what_is_not_here_is_told(model_folder: Path, tmp_path: Path) -> None:
+    chosen = recipe(model_folder, evaluate={"introspection": False})
+    config = tmp_path / "elsewhere.json"
+    config.write_text((model_folder / "config.json").read_text())
+    assert model_shape(chosen, config) == model_shape(chosen)
+    away = chosen.model_copy(
+        update={"data": chosen.data.model_copy(update={"train": "owner/name"})}
+    )
+    told = {n: estimate(away, even, told=Told(config, n)).work for n in (50, 150)}
+    rounds, prompts = chosen.loop.rounds, chosen.loop.prompts_per_round
+    assert told[150].reference - told[50].reference == 100 * rounds * prompts
+    assert told[150].generated == told[50].generated
+    taught = away.model_copy(update={"sft": SftOptions()})
+    with pytest.raises(RecipeError, match="trains on every row"):
+        estimate(taught, even, told=Told(None, 50))
+
+
+def test_of_a_hub_model_no_weights_are_fetched(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe(model_folder)
+
+    def fetch(source: str, *, allow_patterns: list[str], **options: Any) -> Path:
+        for file in model_folder.iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    on_the_hub = chosen.model_copy(
+        update={"model": chosen.model.model_copy(update={"source": "owner/name"})}
+    )
+    assert estimate(on_the_hub, even) == estimate(chosen, even)
+    assert not [*tmp_path.glob("*.safetensors")]
+
+
+@pytest.mark.slow  # the embedded model's tokenizer
+def test_scale_outs_example_prints_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scale-out.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    ((words, said),) = re.findall(
+        r"```\n(prefloop check [^\n]*--model-config [^\n]*)\n(.*?)```", page, re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("zephyr.json").write_text(config)
+    told = CliRunner().invoke(app, words.split()[1:])
+    assert told.exit_code == 0, told.output
+    assert said in told.output
+
+
 def test_this_machine_is_timed_in_a_moment(model_folder: Path) -> None:
     chosen = recipe(model_folder)
     rates = rates_here(chosen, limit=0.1)(model_shape(chosen))
@@ -220,7 +275,12 @@ def test_what_an_estimate_cannot_use_is_refused(model_folder: Path, tmp_path: Pa
         place.write_text(recipe(model_folder).dump(), encoding="utf-8")
     for words, says in {
         (str(path), "--gpus", "8xL20"): "add --estimate",
-        (str(run_folder), "--estimate", "--set", "seed=1"): "leave out --set and --dump",
+        (str(run_folder), "--estimate", "--set", "seed=1"): "leave out --set",
+        (str(run_folder), "--estimate", "--dump"): "leave out --dump",
+        (str(run_folder), "--estimate", "--prompt-tokens", "9"): "leave out --prompt-tokens",
+        (str(path), "--model-config", "config.json"): "--model-config is for an estimate",
+        (str(path), "--estimate", "--model-config", "config.json"): "no file config.json",
+        (str(path), "--estimate", "--model-config", str(path)): "no config of a model",
         (str(run_folder), "--estimate", "--gpus", "8xL20"): "has not ended",
     }.items():
         told = CliRunner().invoke(app, ["check", *words])

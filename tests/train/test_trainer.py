@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from prefloop.models.chat import Chat
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.records import Message, Pair
 from prefloop.run_folder import read_metrics
-from prefloop.train import losses
-from prefloop.train.batches import encode_pairs, schedule
+from prefloop.train import losses, trainer
+from prefloop.train.batches import encode_pairs, plan, schedule
 from prefloop.train.checkpoint import save_tensors
 from prefloop.train.logprobs import padded_logprobs
 from prefloop.train.losses import GroupLogps, LossOutput
@@ -123,6 +124,8 @@ def test_every_epoch_meets_every_example_once_in_an_order_of_its_own():
     assert sorted(first) == sorted(second) == list(range(7))
     assert first != second
     assert steps == schedule(7, epochs=2, batch_size=3, seed=1)
+    # Numbers of eight bytes, not objects: a round may have millions.
+    assert all(isinstance(step, array) and step.itemsize == 8 for step in steps)
     assert steps != schedule(7, epochs=2, batch_size=3, seed=2)
 
 
@@ -244,6 +247,30 @@ def test_a_wrong_reference_is_found_at_the_first_step(model_folder, tmp_path):
     assert same(before, weights(trained))
 
 
+def test_passes_of_all_examples_are_planned_a_few_examples_at_a_time(
+    model_folder, tmp_path, monkeypatch
+):
+    """A plan holds its examples' lengths and places: a round of a million must not be one plan."""
+    planned: list[int] = []
+
+    def counting(examples: Sequence[Any], chosen: Sequence[int], **options: Any) -> Any:
+        planned.append(len(chosen))
+        return plan(examples, chosen, **options)
+
+    monkeypatch.setattr(trainer, "plan", counting)
+    trained, found = policy(model_folder), []
+    for most, counts in ((4096, [8]), (5, [4, 4]), (1, [2, 2, 2, 2])):
+        planned.clear()
+        monkeypatch.setattr(trainer, "_PLANNED", most)
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        found.append(Trainer(trained, OPTIONS)._reference(job(trained, folder)))
+        assert planned == counts
+    for role in ROLES:
+        assert torch.equal(found[0][role], found[1][role])
+        assert torch.equal(found[0][role], found[2][role])
+
+
 def test_the_start_is_known_for_the_examples_of_the_first_step(model_folder, tmp_path):
     asked = []
 
@@ -253,7 +280,7 @@ def test_the_start_is_known_for_the_examples_of_the_first_step(model_folder, tmp
 
     trained = policy(model_folder)
     Trainer(trained, OPTIONS).run(job(trained, tmp_path, loss_at_start=known))
-    assert asked == [schedule(8, epochs=2, batch_size=4, seed=5)[0]]
+    assert asked == [list(schedule(8, epochs=2, batch_size=4, seed=5)[0])]
 
 
 # What must not be trained on.
