@@ -101,9 +101,18 @@ def scored_answer(
         token_ids=tuple(ids),
         offsets=tuple(offsets(chat, ids, answer.text)),
         logprobs=tuple(logprobs),
-        top_texts=tuple(map(chat.token_texts, top_ids)),
+        top_texts=_top_texts(chat, top_ids),
         top_logprobs=tuple(map(tuple, top_logprobs)),
     )
+
+
+def _top_texts(chat: Chat, top_ids: Sequence[Sequence[int]]) -> tuple[tuple[str, ...], ...]:
+    """What each alternative says; a token that is one at several places is decoded once."""
+    if not top_ids:
+        return ()
+    distinct = list({token for row in top_ids for token in row})
+    texts = dict(zip(distinct, chat.token_texts(distinct), strict=True))
+    return tuple(tuple(texts[token] for token in row) for row in top_ids)
 
 
 def offsets(chat: Chat, ids: Sequence[int], text: str) -> list[tuple[int, int]]:

@@ -75,8 +75,9 @@ def score(
     """
     waiting = deque(_distinct(wanted))
     running: list[_Row] = []
+    unused = set(range(count))
     while waiting or running:
-        _admit(slots, count, waiting, running)
+        _admit(slots, count, waiting, running, unused)
         fed = _feed(running)
         _forward(model, slots, wanted, fed, top)
         for row in [row for row, _ in fed if not row.pending]:
@@ -134,8 +135,14 @@ def _distinct(wanted: Sequence[Wanted]) -> list[_Row]:
     return [rows[key] for key in sorted(rows)]
 
 
-def _admit(slots: Slots, count: int, waiting: deque[_Row], running: list[_Row]) -> None:
-    """Give free slots to waiting rows until a step is full; who can soon copy a beginning goes on waiting."""
+def _admit(
+    slots: Slots, count: int, waiting: deque[_Row], running: list[_Row], unused: set[int]
+) -> None:
+    """Give free slots to waiting rows until a step is full; who can soon copy a beginning goes on waiting.
+
+    While slots are left that this call has not used, no row is put in the place of one that was just scored: infilled
+    copies start from scored answers.
+    """
     free = set(range(count)) - {row.slot for row in running}
     pending = sum(row.pending for row in running)
     later: list[_Row] = []
@@ -143,13 +150,14 @@ def _admit(slots: Slots, count: int, waiting: deque[_Row], running: list[_Row]) 
         row = waiting.popleft()
         # What is before `first` can be shared. `find` leaves two tokens or more to be fed in any case: a single
         # one is computed otherwise, and the last bits would differ.
-        found = slots.find(row.ids[: row.first + 2], free, tiled=True)
+        found = slots.find(row.ids[: row.first + 2], free & unused or free, tiled=True)
         if found.coming >= found.shared + WORTH_WAITING:
             later.append(row)
             continue
         slots.begin(found, row.ids)
         row.slot, row.present = found.slot, found.shared
         free.remove(row.slot)
+        unused.discard(row.slot)
         running.append(row)
         pending += row.pending
     waiting.extendleft(reversed(later))

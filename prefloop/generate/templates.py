@@ -28,7 +28,7 @@ class PromptSet:
     """A folder of Jinja files, one per role ("advisor.jinja"); missing files are taken from "compact"."""
 
     def __init__(self, name: str) -> None:
-        """`name` is a shipped set ("compact", "paper") or a user's folder. Raises RecipeError."""
+        """`name` is a shipped set ("compact", "paper", "shared") or a user's folder. Raises RecipeError."""
         folder = SHIPPED / name if name in shipped_sets() else Path(name)
         if not any(folder.glob("*.jinja")):
             raise RecipeError(

@@ -116,7 +116,7 @@ class Method(Options):
     generator: Generator = "current"
     """Which policy generates: the current one, or the initial one for the whole run."""
     prompt_set: str = "compact"
-    """Prompt templates: "compact" for small models, "paper" in full, or your own folder."""
+    """Prompt templates: "compact" for small models, "shared" (the same, but IAL's rewrites cost less), "paper" in full, or your own folder."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How answers are drawn, in generation and, unless `evaluate.sampling` says otherwise, in evaluation."""
 

@@ -74,3 +74,23 @@ def test_only_the_papers_refine_asks_for_a_final_answer_line() -> None:
 
 def test_values_are_put_in_as_they_are() -> None:
     assert "{{ 7*7 }} <b>&" in render("paper", "rewrite", answer="{{ 7*7 }} <b>&")
+
+
+def test_the_shared_sets_advice_and_rewrite_begin_alike_up_to_the_answers_end() -> None:
+    advisor, rewrite = render("shared", "advisor"), render("shared", "rewrite")
+    beginning, after = advisor.split("<<answer>>")
+    assert after
+    assert "<<question>>" in beginning
+    assert rewrite.startswith(f"{beginning}<<answer>>\n")
+
+
+def test_the_shared_sets_rewrite_shows_all_and_the_task_last_again() -> None:
+    """The last thing that a small model reads is what it answers."""
+    shown = re.findall(r"<<(\w+)>>", render("shared", "rewrite"))
+    assert sorted(shown) == sorted([*VALUES["rewrite"], "question"])
+    assert shown[-1] == "question"
+
+
+def test_the_shared_sets_other_prompts_are_the_compact_ones() -> None:
+    for role in sorted(set(VALUES) - {"rewrite"}):
+        assert render("shared", role) == render("compact", role)

@@ -8,6 +8,7 @@ import pytest
 
 from prefloop.generate import decode, scoring
 from prefloop.generate.hf_engine import HFEngine
+from prefloop.generate.templates import PromptSet
 from prefloop.records import Message, Request, Sampling
 from tests.conftest import tiny_llama
 
@@ -124,6 +125,32 @@ def test_an_infilled_copy_starts_from_its_scored_answer(
     assert found == HFEngine(model, tokenizer).sample(asked, SAMPLING, seed=3)
 
 
+def test_a_scored_answer_stays_for_its_infilled_copy_though_other_rows_begin_alike(
+    model: Any, tokenizer: Any, fed: list[int]
+) -> None:
+    """Each row is scored in a slot of its own while there are some; in between the slots held something else."""
+    engine = HFEngine(model, tokenizer, batch_size=len(ASKS))
+    asks = [
+        Request(
+            messages=(Message(role="user", content=f"Write this again: {ask.messages[0].content}"),)
+        )
+        for ask in ASKS
+    ]
+    long = SAMPLING.model_copy(update={"max_new_tokens": 120})
+    answers = engine.sample(asks, long, seed=1)
+    texts = [answer.model_copy(update={"token_ids": ()}) for answer in answers]
+    engine.sample(ASKS, SAMPLING, seed=2)
+    engine.score(asks, texts, top=3)
+    fed.clear()
+    asked = [
+        ask.model_copy(update={"prefix": text.text[:-4] + " x"})
+        for ask, text in zip(asks, texts, strict=True)
+    ]
+    engine.sample(asked, SAMPLING, seed=3)
+    whole = sum(len(engine.chat.prompt_ids(a.messages, a.prefix)) for a in asked)
+    assert sum(fed) < 0.2 * whole
+
+
 def test_questions_that_begin_alike_are_asked_once_and_no_bit_tells(
     model: Any, tokenizer: Any, fed: list[int]
 ) -> None:
@@ -140,3 +167,27 @@ def test_questions_that_begin_alike_are_asked_once_and_no_bit_tells(
         HFEngine(model, tokenizer, batch_size=1).choose([ask], ("1", "2", "3"))[0] for ask in asked
     ]
     assert found == alone
+
+
+@pytest.mark.parametrize("prompt_set", ["compact", "shared"])
+def test_the_shared_sets_rewrites_start_from_the_advisors_prompts(
+    model: Any, tokenizer: Any, fed: list[int], prompt_set: str
+) -> None:
+    """What both quote, question and answer, is fed for the advice alone; in the compact set it is fed twice."""
+    engine = HFEngine(model, tokenizer, batch_size=len(ASKS))
+    prompts = PromptSet(prompt_set)
+    values = [
+        {"question": ask.messages[0].content, "answer": f"Because of {n} reasons. " * 5}
+        for n, ask in enumerate(ASKS)
+    ]
+    advise = [Request(messages=prompts.render("advisor", **given)) for given in values]
+    engine.sample(advise, SAMPLING, seed=1)
+    fed.clear()
+    rewrite = [
+        Request(messages=prompts.render("rewrite", suggestion="Be brief.", **given))
+        for given in values
+    ]
+    found = engine.sample(rewrite, SAMPLING, seed=2)
+    whole = sum(len(engine.chat.prompt_ids(ask.messages)) for ask in rewrite)
+    assert sum(fed) < 0.6 * whole if prompt_set == "shared" else sum(fed) > 0.8 * whole
+    assert found == HFEngine(model, tokenizer).sample(rewrite, SAMPLING, seed=2)
