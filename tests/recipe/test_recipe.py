@@ -457,7 +457,7 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
         ),
         (
             "method: {name: ial, prompt_set: papr}\njudge: {name: similarity}\n",
-            "no prompt set 'papr': name one of compact, paper, or a folder with your own .jinja files",
+            "no prompt set 'papr': name one of compact, paper, shared, or a folder with your own .jinja files",
         ),
         (
             IAL_RECIPE + "model: {source: ./no-model}\n",
