@@ -70,6 +70,8 @@ class Step:
         """A step of `feeds`: (slot, position of the first token, number of tokens), single tokens first, by slot."""
         slot_N = np.repeat([slot for slot, _, _ in feeds], [count for _, _, count in feeds])
         position_N = np.concatenate([np.arange(p, p + n) for _, p, n in feeds])
+        # Compiled attention writes where it is told to.
+        assert position_N.max(initial=0) < slots.capacity, "a conversation is longer than its slot"
         singles = [(slot, position) for slot, position, count in feeds if count == 1]
         segments, begin = [], len(singles)
         for slot, position, count in feeds[len(singles) :]:
@@ -152,12 +154,8 @@ def _attention_function(
     """Attention of a step's tokens: query (1, H, N, D), key and value (1, K, N, D); returns (1, N, H, D)."""
     layer, window = module.layer_idx, options.get("sliding_window")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    query_NHD, new, at = (
-        query[0].transpose(0, 1),
-        (key[0], value[0]),
-        (step.slots_N, step.positions_N),
-    )
-    store = step.slots.layer(layer, new)
+    query_NHD, new = query[0].transpose(0, 1), (key[0], value[0])
+    at, store = (step.slots_N, step.positions_N), step.slots.layer(layer, new)
     out_NHD = cpu_attention.attend(query_NHD, new, store, at, window=window, scale=scale)
     if out_NHD is not None:
         return out_NHD[None], None

@@ -31,7 +31,7 @@ _SOURCE = Path(__file__).with_name("slot_attention.c")
 _FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC",
 )  # fmt: skip
-_SECONDS = 60
+_COMPILE_SECONDS = 60
 _WHOLE = 2**31 - 1
 """A window that no conversation exceeds."""
 
@@ -47,24 +47,37 @@ def attend(
 ) -> Tensor | None:
     """Write keys and values `new`, each (K, N, D), to `store`, each (S, K, C, D), at slots and positions, and attend.
 
-    Returns (N, H, D), or None where nothing was done, as no compiled function serves these tensors.
+    Returns (N, H, D), or None where nothing was done, as no compiled function serves these tensors. Slots and positions
+    are int64 and lie within `store`. Raises RuntimeError for want of memory.
     """
-    keys_SKCD, values_SKCD = store
-    _, K, C, D = keys_SKCD.shape
+    if not _alike(query_NHD, new, store):
+        return None
+    _, K, C, D = store[0].shape
     N, H, _ = query_NHD.shape
-    function = None
-    if query_NHD.device.type == "cpu" and values_SKCD.shape == keys_SKCD.shape:
-        function = _compiled(D, H // K, query_NHD.dtype)
+    function = _compiled(D, H // K, query_NHD.dtype)
     if function is None:
         return None
-    out_NHD = torch.empty(N, H, D, dtype=query_NHD.dtype)
+    out_NHD = torch.empty_like(query_NHD, memory_format=torch.contiguous_format)
     new_NKD = (each_KND.transpose(0, 1) for each_KND in new)
     tensors = [tensor.contiguous() for tensor in (*at, query_NHD, *new_NKD, *store, out_NHD)]
-    numbers = torch.get_num_threads(), N, K, C, window or _WHOLE, scale
-    failed = function(*numbers, *(tensor.data_ptr() for tensor in tensors))
+    sizes = torch.get_num_threads(), N, K, C, window or _WHOLE, scale
+    failed = function(*sizes, *(tensor.data_ptr() for tensor in tensors))
     if failed:
         raise RuntimeError("can't allocate memory for a step's attention")
     return out_NHD
+
+
+def _alike(query_NHD: Tensor, new: tuple[Tensor, Tensor], store: tuple[Tensor, Tensor]) -> bool:
+    """Whether all are on the CPU, of one dtype and of shapes that belong together: C reads what it is told is there."""
+    _, K, _, D = store[0].shape
+    N, H, _ = query_NHD.shape
+    return (
+        all(part.device.type == "cpu" and part.dtype == query_NHD.dtype for part in (*new, *store))
+        and store[1].shape == store[0].shape
+        and all(part.shape == (K, N, D) for part in new)
+        and query_NHD.shape == (N, H, D)
+        and H % K == 0
+    )
 
 
 @cache
@@ -78,7 +91,7 @@ def _compiled(D: int, G: int, dtype: torch.dtype) -> Callable[..., int] | None:
         with tempfile.TemporaryDirectory(prefix="prefloop-") as folder:
             library = Path(folder) / "slot_attention.so"
             command = [*_compiler(), *_FLAGS, *defined, str(_SOURCE), "-o", str(library), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
             # A loaded library stays when its file is gone.
             function = ctypes.CDLL(str(library)).attend
     except (OSError, ValueError, subprocess.SubprocessError) as error:

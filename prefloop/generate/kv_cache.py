@@ -76,7 +76,7 @@ class Slots:
         """The slot for a conversation that starts with `ids`, and the slot whose prefix it can reuse.
 
         The last two tokens are never reused, as logits are computed at the last token of a segment. With `tiled`
-        only what was computed in tiles is: keys of sampled tokens have other last bits.
+        only what was computed in tiles is: keys of sampled tokens have other last bits where torch attends.
         """
         prefix = np.asarray(ids[:-2], dtype=np.int64)
         common = (self._ids[:, : len(prefix)] == prefix).cumprod(axis=1).sum(axis=1)

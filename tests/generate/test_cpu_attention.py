@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from prefloop.generate import cpu_attention
+from prefloop.generate.cache_attention import Step
+from prefloop.generate.kv_cache import Slots
 
 # S slots, C positions, N tokens, K key/value heads, G query heads for each of those, D head dimension.
 
@@ -137,6 +139,31 @@ def test_half_precision_that_it_does_not_know_is_torchs_work() -> None:
     at, new = (slots, positions), (new_keys, new_values)
     assert cpu_attention.attend(query, new, (keys, values), at, window=None, scale=1.0) is None
     assert torch.equal(keys, before)
+
+
+def test_what_does_not_belong_together_is_left_to_torch() -> None:
+    """As where a model normalises its queries in float32: C would read beyond the numbers that are there."""
+    query, new_keys, new_values, keys, values = made((2, 3, 64), torch.bfloat16)
+    slots, positions = torch.tensor(STEP).T.contiguous()
+    usual = query, (new_keys, new_values), (keys, values)
+    for query_NHD, new, store in (
+        (query.float(), *usual[1:]),
+        (query[:, :5], *usual[1:]),
+        (query[..., :32], *usual[1:]),
+        (query, (new_keys, new_values.float()), usual[2]),
+        (query, (new_keys[:, 1:], new_values), usual[2]),
+        (query, usual[1], (keys, values.float())),
+        (query, usual[1], (keys, values[..., :32])),
+    ):
+        found = cpu_attention.attend(
+            query_NHD, new, store, (slots, positions), window=None, scale=1.0
+        )
+        assert found is None
+
+
+def test_a_conversation_longer_than_its_slot_is_no_step() -> None:
+    with pytest.raises(AssertionError, match="longer than its slot"):
+        Step.plan(Slots(2, 64), [(0, 60, 5)], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", '"'])
