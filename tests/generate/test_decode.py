@@ -183,6 +183,23 @@ def test_rounding_in_half_precision_is_no_reason_against_slots() -> None:
         assert fallback.slot_decoding_unsupported(loud(), 64) is None
 
 
+@pytest.mark.parametrize(("dtype", "served"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_conversations_that_rounding_moves_far_are_followed_by_others(
+    dtype: torch.dtype, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SmolLM2 in bfloat16 on a CPU with AMX: one pair of conversations was beyond the tolerance, the next were not."""
+    in_slots, moved = fallback._in_slots, iter([3.0, 0.0, 0.0, 0.0])
+
+    def unlucky(model: Any, rows: list[list[int]]) -> torch.Tensor:
+        logits_EV = in_slots(model, rows)
+        return logits_EV + next(moved) * logits_EV.std()
+
+    monkeypatch.setattr(fallback, "_in_slots", unlucky)
+    model = llama(258).to(dtype)
+    with torch.inference_mode():
+        assert (fallback.slot_decoding_unsupported(model, 64) is None) == served
+
+
 def test_a_token_that_is_not_seen_is_a_reason_also_in_half_precision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
