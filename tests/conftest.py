@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefloop.cli.switches import Verbosity
-from prefloop.generate import cpu_attention
+from prefloop.generate.cpu import attention, draws, layers
 from prefloop.models.policy import Policy
 from prefloop.records import Message, Prompt
 
@@ -137,10 +137,11 @@ def model(tokenizer: Any) -> LlamaForCausalLM:
 
 
 @pytest.fixture(params=["C", "torch"])
-def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Attention over slots by the compiled function, and by torch as where there is no compiler."""
+def computing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Decoding by the compiled functions, and by torch as where there is no compiler."""
     if request.param == "torch":
-        monkeypatch.setattr(cpu_attention, "_compiled", lambda *_: None)
+        for room, name in ((attention, "_compiled"), (draws, "_compiled"), (layers, "_rows")):
+            monkeypatch.setattr(room, name, lambda *_: None)
     return str(request.param)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from prefloop.generate import cpu_attention
+from prefloop.generate.cpu import attention
 from prefloop.generate.kv_cache import TILE, Slots
 
 # N tokens of a step, P slots of a group, H query heads, K key/value heads, G query heads for each of
@@ -154,12 +154,14 @@ def _attention_function(
     """Attention of a step's tokens: query (1, H, N, D), key and value (1, K, N, D); returns (1, N, H, D)."""
     layer, window = module.layer_idx, options.get("sliding_window")
     scale = options.get("scaling") or query.shape[-1] ** -0.5
-    query_NHD, new = query[0].transpose(0, 1), (key[0], value[0])
-    at, store = (step.slots_N, step.positions_N), step.slots.layer(layer, new)
-    out_NHD = cpu_attention.attend(query_NHD, new, store, at, window=window, scale=scale)
+    query_NHD, new_KND = query[0].transpose(0, 1), (key[0], value[0])
+    at = step.slots_N, step.positions_N
+    store = step.slots.layer(layer, key.shape[1], key.shape[3], key)
+    new_NKD = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    out_NHD = attention.attend(query_NHD, new_NKD, store, at, window=window, scale=scale)
     if out_NHD is not None:
         return out_NHD[None], None
-    step.slots.write(layer, new, at)
+    step.slots.write(layer, new_KND, at)
     query_NHD = query_NHD * scale
     parts = [
         _attend_group(step, number, layer, query_NHD, window) for number in range(len(step.groups))

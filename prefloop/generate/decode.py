@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefloop.generate.cache_attention import Step
+from prefloop.generate.cpu.draws import survey
 from prefloop.generate.kv_cache import Slots
 from prefloop.records import Sampling
 
@@ -41,28 +42,43 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Ten
 
     Logits are float32; `uniforms_B` are random numbers in [0, 1).
     """
-    total_B = logits_BV.logsumexp(dim=-1)
-    tokens_B = _sample(logits_BV, total_B, sampling, uniforms_B)
+    if sampling.temperature == 0:
+        seen = survey(logits_BV, 1.0, 1)
+        if seen is not None:
+            return seen.ids_BC[:, 0], seen.logits_BC[:, 0] - seen.total_B
+        tokens_B = logits_BV.argmax(dim=-1)
+        total_B = logits_BV.logsumexp(dim=-1)
+    else:
+        tokens_B, total_B = _sample(logits_BV, sampling, uniforms_B)
     return tokens_B, logits_BV.gather(1, tokens_B[:, None])[:, 0] - total_B
 
 
-def _sample(logits_BV: Tensor, total_B: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    if sampling.temperature != 1:
-        total_B = (logits_BV / sampling.temperature).logsumexp(dim=-1)
+def _sample(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens, and each row's log sum exp at temperature 1."""
     tokens_B = torch.empty_like(uniforms_B, dtype=torch.long)
+    totals_B = torch.empty_like(uniforms_B)
     rows_B = torch.arange(len(tokens_B), device=tokens_B.device)
     for size in (*_CANDIDATE_COUNTS, logits_BV.shape[1]):
-        candidates = _likeliest(
-            logits_BV[rows_B] if len(rows_B) < len(logits_BV) else logits_BV, size
-        )
-        picked_B, sure_B = _pick_token(candidates, total_B[rows_B], sampling, uniforms_B[rows_B])
-        tokens_B[rows_B] = picked_B
+        these_BV = logits_BV[rows_B] if len(rows_B) < len(logits_BV) else logits_BV
+        total_B, scaled_B, candidates = _look(these_BV, sampling.temperature, size)
+        picked_B, sure_B = _pick_token(candidates, scaled_B, sampling, uniforms_B[rows_B])
+        tokens_B[rows_B], totals_B[rows_B] = picked_B, total_B
         rows_B = rows_B[~sure_B]
         if not len(rows_B):
             break
-    return tokens_B
+    return tokens_B, totals_B
+
+
+def _look(logits_BV: Tensor, temperature: float, size: int) -> tuple[Tensor, Tensor, _Candidates]:
+    """Log sum exp of the logits, and of them divided by the temperature, both (B,), and the likeliest tokens."""
+    seen = survey(logits_BV, temperature, size)
+    if seen is not None:
+        known_BC = seen.logits_BC > seen.logits_BC[:, -1:]
+        candidates = _Candidates(seen.logits_BC, seen.ids_BC, known_BC, all=False)
+        return seen.total_B, seen.scaled_B, candidates
+    total_B = logits_BV.logsumexp(dim=-1)
+    scaled_B = total_B if temperature == 1 else (logits_BV / temperature).logsumexp(dim=-1)
+    return total_B, scaled_B, _likeliest(logits_BV, size)
 
 
 def _likeliest(logits_BV: Tensor, size: int) -> _Candidates:

@@ -27,7 +27,7 @@ from prefloop.generate.completion import (
     scored_answer,
     stop_place,
 )
-from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
+from prefloop.generate.cpu.prepared import Prepared, fingerprint
 from prefloop.generate.decode import STEP_TOKENS, Sampled, Task, decode
 from prefloop.generate.engine import TokenScores
 from prefloop.generate.fallback import (
@@ -73,7 +73,7 @@ class HFEngine:
         """Give up the memory that is kept from one call to the next: conversations, reordered weights."""
         self._weights: tuple[object, ...] | None = None
         self._slots: Slots | None = None
-        self._linears: ReorderedLinears | None = None
+        self._prepared: Prepared | None = None
 
     def sample(
         self, requests: Sequence[Request], sampling: Sampling, *, seed: int, label: str = "generate"
@@ -152,7 +152,7 @@ class HFEngine:
         """Whether conversations of `longest` tokens can be decoded in slots; if not, it is said once."""
         beyond = sum(longest > window for window in windows_of(self.model))
         while beyond not in self._served:
-            with self._halve_batch_on_oom(longest):
+            with self._halve_batch_on_oom(longest), self._in_prepared_layers():
                 reason = slot_decoding_unsupported(self.model, longest)
                 self._served[beyond] = reason is None
                 if reason is not None:
@@ -167,7 +167,7 @@ class HFEngine:
     @contextmanager
     def _with_slots(self, count: int, longest: int) -> Iterator[Slots]:
         """Room for the conversations, and the model prepared to use it."""
-        with self._patched_model():
+        with self._in_prepared_layers(), slot_attention(self.model):
             count = min(count, self.batch_size)
             if self._slots is None:
                 self._slots = Slots(count, longest)
@@ -180,14 +180,14 @@ class HFEngine:
                 raise
 
     @contextmanager
-    def _patched_model(self) -> Iterator[None]:
-        """Inside, the model's forward pass goes through slots, with reordered weights."""
+    def _in_prepared_layers(self) -> Iterator[None]:
+        """Inside, the model's layers are what `Prepared` has made of the weights as they are now."""
         weights = fingerprint(self.model)
         if weights != self._weights:
             self.release()
-            self._weights, self._linears = weights, ReorderedLinears(self.model)
-        assert self._linears is not None
-        with self._linears.in_use(), slot_attention(self.model):
+            self._weights, self._prepared = weights, Prepared(self.model)
+        assert self._prepared is not None
+        with self._prepared.in_use():
             yield
 
     def score(

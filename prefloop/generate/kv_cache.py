@@ -49,23 +49,23 @@ class Slots:
     def write(self, layer: int, new: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> None:
         """Store one layer's new keys and values, each (K, N, D), at slots and positions, each (N,)."""
         slots_N, positions_N = at
-        for store_SKCD, new_KND in zip(self.layer(layer, new), new, strict=True):
+        for store_SKCD, new_KND in zip(self._layers[layer], new, strict=True):
             store_SKCD[slots_N, :, positions_N] = new_KND.transpose(0, 1)
 
-    def layer(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """One layer's keys and values, each (S, K, C, D), for such as `new`, each (K, N, D)."""
+    def layer(self, layer: int, K: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values, each (S, K, C, D), of the dtype and on the device of `like`."""
         if layer not in self._layers:
-            self._layers[layer] = (self._zeros(new[0]), self._zeros(new[1]))
+            self._layers[layer] = (self._zeros(K, D, like), self._zeros(K, D, like))
         return self._layers[layer]
 
-    def _zeros(self, like_KND: Tensor) -> Tensor:
+    def _zeros(self, K: int, D: int, like: Tensor) -> Tensor:
         """Zeros (S, K, C, D), as unwritten positions are read, with weight 0, where a neighbouring slot is longer."""
-        shape = (self.count, like_KND.shape[0], self.capacity, like_KND.shape[2])
-        if like_KND.device.type != "cpu":
-            return like_KND.new_zeros(shape)
+        shape = (self.count, K, self.capacity, D)
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
         # NumPy's zeros take no memory until written, which matters for the capacity of a rare long prompt.
-        size = math.prod(shape) * like_KND.element_size()
-        return torch.from_numpy(np.zeros(size, np.uint8)).view(like_KND.dtype).view(shape)
+        size = math.prod(shape) * like.element_size()
+        return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` positions, views of (P, K, T, D)."""
@@ -121,10 +121,10 @@ class Slots:
             return
         larger = Slots(count, capacity)
         for layer, pair in self._layers.items():
-            wider = larger._zeros(pair[0][0]), larger._zeros(pair[1][0])
+            _, K, _, D = pair[0].shape
+            wider = larger.layer(layer, K, D, pair[0])
             for store_SKCD, old_SKCD in zip(wider, pair, strict=True):
                 store_SKCD[:old, :, : self.capacity] = old_SKCD
-            larger._layers[layer] = wider
         larger._ids[:old, : self.capacity] = self._ids
         larger._lengths[:old], larger._computed[:old] = self._lengths, self._computed
         larger._tiled[:old] = self._tiled

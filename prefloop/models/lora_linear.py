@@ -152,6 +152,19 @@ def joined_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
     )
 
 
+def merged_weight(layer: nn.Module) -> Tensor | None:
+    """W + s·B·A, (O, I), of a plain layer in float32 as it is now, or W where its adapter is off; else None."""
+    untyped: Any = layer
+    weight = untyped.get_base_layer().weight.detach()
+    if untyped.disable_adapters:
+        return None if untyped.merged else weight
+    if not _is_plain(layer, torch.float32):
+        return None
+    (name,) = untyped.active_adapters
+    a, b = untyped.lora_A[name].weight.detach(), untyped.lora_B[name].weight.detach()
+    return torch.addmm(weight, b, a, alpha=untyped.scaling[name])
+
+
 def _widen(layer: Any) -> None:
     """Move the base layer's weight into a matrix with room for the adapter's columns, (O, W)."""
     weight = layer.get_base_layer().weight

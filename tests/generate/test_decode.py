@@ -125,7 +125,7 @@ def make_it_stop(model: Any, tokenizer: Any, weight: float) -> None:
         head[tokenizer.eos_token_id] *= weight
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 @pytest.mark.parametrize("family", FAMILIES, indirect=True, ids=lambda f: f.__name__)
 def test_greedy_equals_generate_token_by_token(
     family: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
@@ -146,7 +146,7 @@ def must_not_be_needed(*_: Any) -> Any:
     raise AssertionError("the model was not decoded in slots")
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 @pytest.mark.parametrize("family", [llama, gemma3], indirect=True, ids=lambda f: f.__name__)
 def test_same_seed_same_text_whatever_the_batch_and_the_order(family: Any, tokenizer: Any) -> None:
     """Log-probs too, in every bit: answers are compared as a whole."""

@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from prefloop.generate import cpu_linear, decode
+from prefloop.generate import decode
 from prefloop.generate.cache_attention import ATTENTION, _group, slot_attention
-from prefloop.generate.cpu_linear import ReorderedLinears, fingerprint
+from prefloop.generate.cpu import products
+from prefloop.generate.cpu.prepared import Prepared, fingerprint
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.kv_cache import Slots
 from prefloop.models import lora_linear
@@ -97,6 +98,7 @@ def test_after_an_interruption_the_same_prompt_is_not_waited_for(
 def test_growing_keeps_what_is_there() -> None:
     slots = Slots(2, 5)
     keys = torch.arange(12.0).view(2, 3, 2)
+    slots.layer(0, keys.shape[0], keys.shape[2], keys)
     slots.write(0, (keys, -keys), (torch.tensor([1, 1, 1]), torch.arange(3)))
     begun(slots, 1, [4, 5, 6], 3)
     slots.grow(4, 100)
@@ -167,7 +169,7 @@ def test_a_row_of_reordered_linears_is_the_same_among_any_number_of_rows(width: 
     """Real widths: with AVX-512 a long row alone was summed in another order."""
     layer = torch.nn.Linear(width, 96)
     rows = torch.randn(1, 64, width)
-    with torch.inference_mode(), ReorderedLinears(layer).in_use():
+    with torch.inference_mode(), Prepared(layer).in_use():
         together = layer(rows)
         for count in (1, 2, 3, 5, 17, 63):
             assert torch.equal(layer(rows[:, :count]), together[:, :count]), count
@@ -183,13 +185,13 @@ def test_bfloat16_layers_are_reordered_where_the_cpu_multiplies_it(
         expected = torch.nn.functional.linear(
             rows.float(), layer.weight.float(), layer.bias.float()
         )
-        with ReorderedLinears(layer).in_use():
+        with Prepared(layer).in_use():
             assert ("forward" in layer.__dict__) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
             for count in (1, 3):
                 found = layer(rows[:, :count])
                 torch.testing.assert_close(found.float(), expected[:, :count], atol=0.02, rtol=0.02)
-        monkeypatch.setattr(cpu_linear, "_has_bfloat16", lambda: False)
-        with ReorderedLinears(layer).in_use():
+        monkeypatch.setattr(products, "_has_bfloat16", lambda: False)
+        with Prepared(layer).in_use():
             assert "forward" not in layer.__dict__, "oneDNN would refuse it"
 
 
@@ -208,12 +210,12 @@ def test_an_adapter_in_bfloat16_is_a_part_of_the_reordered_layer() -> None:
     usual = layer.forward
     with torch.inference_mode():
         expected = model(rows)
-        reordered = ReorderedLinears(model)
-        with reordered.in_use():
+        prepared = Prepared(model)
+        with prepared.in_use():
             assert layer.forward is not usual
             for count in (1, 5):
                 found = model(rows[:, :count])
                 torch.testing.assert_close(found, expected[:, :count], atol=0.02, rtol=0.02)
         assert torch.equal(model(rows), expected), "put back"
-        with model.disable_adapter(), ReorderedLinears(model).in_use():
+        with model.disable_adapter(), Prepared(model).in_use():
             torch.testing.assert_close(model(rows), layer.base_layer(rows), atol=0.02, rtol=0.02)

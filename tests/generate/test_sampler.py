@@ -41,6 +41,7 @@ def exact(logits: Tensor, sampling: Sampling) -> Tensor:
     return warpers(none, logits.double()[None])[0].softmax(-1)
 
 
+@pytest.mark.usefixtures("computing")
 @pytest.mark.parametrize("sampling", SETTINGS)
 @pytest.mark.parametrize("sizes", [(64, 1024), (8, 32)], ids=["first", "more"])
 def test_draws_fit_the_exact_distribution(
@@ -68,6 +69,7 @@ def test_draws_fit_the_exact_distribution(
     assert chance > FALSE_ALARM / (2 * len(SETTINGS))
 
 
+@pytest.mark.usefixtures("computing")
 @pytest.mark.parametrize("sampling", SETTINGS)
 def test_few_candidates_decide_what_the_whole_vocabulary_would(
     sampling: Sampling, monkeypatch: pytest.MonkeyPatch

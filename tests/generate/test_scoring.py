@@ -35,7 +35,7 @@ def rows(seed: int = 0) -> tuple[list[list[int]], list[int]]:
     return found, starts
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 @pytest.mark.parametrize("family", FAMILIES, indirect=True, ids=lambda f: f.__name__)
 def test_scores_equal_a_plain_forward_pass(
     family: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
@@ -55,7 +55,7 @@ def test_scores_equal_a_plain_forward_pass(
         assert (found_best == (logps.argmax(-1) == targets))[clear].all()
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 def test_no_bit_depends_on_the_other_rows_or_the_size_of_a_step(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def prompt_tokens(engine: HFEngine) -> int:
     return sum(len(engine.chat.prompt_ids(ask.messages)) for ask in ASKS)
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 @pytest.mark.parametrize("slots", [4, 7, 64])
 def test_samples_of_a_prompt_compute_it_once(
     model: Any, tokenizer: Any, fed: list[int], slots: int

@@ -1,4 +1,5 @@
-/* Attention of a step's tokens over their conversations' slots (kv_cache.py), on CPUs; loaded by cpu_attention.py.
+/* Attention of a step's tokens over their conversations' slots (kv_cache.py), on CPUs; loaded by
+   attention.py.
 
    Keys and values are read once, where they lie, for all query heads that share them; sums are float32 whatever the
    numbers are. Every token's sums are divided at the same positions of its conversation, so that no bit depends on
@@ -6,30 +7,9 @@
 
    Compiled with D (head dimension), G (query heads for each key/value head) and BFLOAT16 (0 or 1). */
 
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#if BFLOAT16
-typedef uint16_t number;
-static inline float wide(number x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, sizeof y);
-    return y;
-}
-static inline number narrow(float x) {
-    if (x != x) return 0x7fc0; /* rounding could make a NaN infinite */
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (number)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16); /* to the nearest, ties to even */
-}
-#else
-typedef float number;
-static inline float wide(number x) { return x; }
-static inline number narrow(float x) { return x; }
-#endif
+#include "numbers.h"
 
 /* The head dimension, filled up to whole vectors with zeros. */
 #define WIDTH ((D + 15) / 16 * 16)
@@ -45,7 +25,6 @@ static inline void fetch(const number *rows_D, int rows) {
     for (unsigned long at = 0; at < rows * D * sizeof(number); at += 64) __builtin_prefetch((const char *)rows_D + at);
 }
 
-typedef float floats __attribute__((vector_size(64)));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -81,21 +60,13 @@ static inline floats score(const float query[WIDTH], const float keys[16][WIDTH]
     return FOLD(sums[0], sums[1], 1);
 }
 
-/* 2^x for x <= 0 within 2 units in the last place; what float32 cannot hold is 0, almost. */
-static inline float power_of_two(float x) {
-    x = x < -126.0f ? -126.0f : x;
-    float whole = (x + 12582912.0f) - 12582912.0f, rest = x - whole; /* 1.5 * 2^23 rounds to integers */
-    float power = 1.5403530e-4f; /* Taylor's series; |rest| is at most 1/2 */
-    power = power * rest + 1.3333558e-3f;
-    power = power * rest + 9.6181291e-3f;
-    power = power * rest + 5.5504109e-2f;
-    power = power * rest + 2.4022651e-1f;
-    power = power * rest + 6.9314718e-1f;
-    power = power * rest + 1.0f;
-    int32_t bits = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return power * scale;
+/* A head turned to its position: `cosines` and `sines` have D numbers, as transformers' rotary embeddings do. */
+static inline void rotate(const number *head, const number *cosines, const number *sines, float *out) {
+    for (int d = 0; d < D / 2; d++) {
+        float low = wide(head[d]), high = wide(head[d + D / 2]);
+        out[d] = low * wide(cosines[d]) - high * wide(sines[d]);
+        out[d + D / 2] = high * wide(cosines[d + D / 2]) + low * wide(sines[d + D / 2]);
+    }
 }
 
 /* One token's attention to positions begin <= t < end of a slot, for the G query heads of a key/value head. Scores are
@@ -146,20 +117,28 @@ static void attend_head(const float query[G][WIDTH], const number *keys_CD, cons
 }
 
 /* Write the keys and values of a step's tokens to their slots, then attend: each token to the `window` last positions of
-   its slot up to its own. N tokens, K key/value heads, C positions of a slot. Query and out (N, K, G, D), new keys and
-   values (N, K, D), slots' keys and values (S, K, C, D). Scores are multiplied by `scale`. Returns 0, or 1 where there is
-   no memory. */
-int attend(int threads, long N, long K, long C, long window, float scale, const int64_t *slots_N, const int64_t *positions_N,
-           const number *query, const number *new_keys, const number *new_values, number *keys_SKCD, number *values_SKCD,
-           number *out) {
+   its slot up to its own. N tokens, K key/value heads, C positions of a slot. Query (N, K, G, D), new keys and values
+   (N, K, D), whose rows lie `row` numbers apart; slots' keys and values (S, K, C, D); out (N, K, G, D). Queries and new
+   keys are turned by cosines and sines (N, D), unless these are null. Scores are multiplied by `scale`. Returns 0, or 1
+   where there is no memory. */
+int attend(int threads, long N, long K, long C, long window, float scale, long query_row, long key_row, long value_row,
+           const int64_t *slots_N, const int64_t *positions_N, const number *query, const number *new_keys,
+           const number *new_values, number *keys_SKCD, number *values_SKCD, const number *cosines_ND,
+           const number *sines_ND, number *out) {
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (long task = 0; task < N * K; task++) {
-            long token = task / K, place = ((slots_N[token] * K + task % K) * C + positions_N[token]) * D;
-            memcpy(keys_SKCD + place, new_keys + task * D, D * sizeof(number));
-            memcpy(values_SKCD + place, new_values + task * D, D * sizeof(number));
+            long token = task / K, head = task % K, place = ((slots_N[token] * K + head) * C + positions_N[token]) * D;
+            const number *new_key = new_keys + token * key_row + head * D;
+            memcpy(values_SKCD + place, new_values + token * value_row + head * D, D * sizeof(number));
+            if (cosines_ND) {
+                float turned[D];
+                rotate(new_key, cosines_ND + token * D, sines_ND + token * D, turned);
+                for (int d = 0; d < D; d++) keys_SKCD[place + d] = narrow(turned[d]);
+            } else
+                memcpy(keys_SKCD + place, new_key, D * sizeof(number));
         }
         /* Aligned, as loops may be divided where alignment begins; C is a multiple of 64. */
         float *weights_GC = aligned_alloc(64, sizeof(float) * G * C);
@@ -171,8 +150,14 @@ int attend(int threads, long N, long K, long C, long window, float scale, const 
             }
             long token = task / K, end = positions_N[token] + 1, slot = (slots_N[token] * K + task % K) * C * D;
             float scaled[G][WIDTH] = {{0}};
-            for (int g = 0; g < G; g++)
-                for (int d = 0; d < D; d++) scaled[g][d] = wide(query[(task * G + g) * D + d]) * scale * 1.44269504f;
+            for (int g = 0; g < G; g++) {
+                const number *head = query + token * query_row + (task % K * G + g) * D;
+                if (cosines_ND)
+                    rotate(head, cosines_ND + token * D, sines_ND + token * D, scaled[g]);
+                else
+                    for (int d = 0; d < D; d++) scaled[g][d] = wide(head[d]);
+                for (int d = 0; d < D; d++) scaled[g][d] *= scale * LOG2_E;
+            }
             attend_head(scaled, keys_SKCD + slot, values_SKCD + slot, weights_GC, C, end > window ? end - window : 0, end,
                         out + task * G * D);
         }

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prefloop.generate import cpu_attention
 from prefloop.generate.cache_attention import Step
+from prefloop.generate.cpu import attention, compiled
 from prefloop.generate.kv_cache import Slots
 
 # S slots, C positions, N tokens, K key/value heads, G query heads for each of those, D head dimension.
@@ -32,7 +32,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def afresh() -> None:
-    cpu_attention._compiled.cache_clear()
+    compiled.library.cache_clear()
+    attention._compiled.cache_clear()
 
 
 def made(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -49,8 +50,8 @@ def attended(
 ) -> Tensor:
     query, new_keys, new_values, keys, values = parts
     slots, positions = torch.tensor(STEP)[tokens].T.contiguous()
-    new = new_keys[:, tokens], new_values[:, tokens]
-    found = cpu_attention.attend(
+    new = new_keys[:, tokens].transpose(0, 1), new_values[:, tokens].transpose(0, 1)
+    found = attention.attend(
         query[tokens], new, (keys, values), (slots, positions), window=window, scale=0.3
     )
     assert found is not None
@@ -137,7 +138,7 @@ def test_half_precision_that_it_does_not_know_is_torchs_work() -> None:
     slots, positions = torch.tensor(STEP).T.contiguous()
     before = keys.clone()
     at, new = (slots, positions), (new_keys, new_values)
-    assert cpu_attention.attend(query, new, (keys, values), at, window=None, scale=1.0) is None
+    assert attention.attend(query, new, (keys, values), at, window=None, scale=1.0) is None
     assert torch.equal(keys, before)
 
 
@@ -155,9 +156,7 @@ def test_what_does_not_belong_together_is_left_to_torch() -> None:
         (query, usual[1], (keys, values.float())),
         (query, usual[1], (keys, values[..., :32])),
     ):
-        found = cpu_attention.attend(
-            query_NHD, new, store, (slots, positions), window=None, scale=1.0
-        )
+        found = attention.attend(query_NHD, new, store, (slots, positions), window=None, scale=1.0)
         assert found is None
 
 
@@ -172,20 +171,20 @@ def test_without_a_compiler_it_is_torchs_work_and_said(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     with caplog.at_level(logging.INFO):
-        assert cpu_attention._compiled(64, 3, torch.float32) is None
-        assert cpu_attention._compiled(64, 3, torch.float32) is None
-    assert caplog.text.count("computed by torch") == 1, "once a process"
+        assert attention._compiled(64, 3, torch.float32) is None
+        assert attention._compiled(64, 3, torch.float32) is None
+    assert caplog.text.count("torch does the work") == 1, "once a process"
 
 
 def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cpu_attention._compiled(64, 3, torch.float32) is None
+    assert attention._compiled(64, 3, torch.float32) is None
 
 
 def test_compiling_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert cpu_attention._compiled(64, 3, torch.float32) is not None
+    assert attention._compiled(64, 3, torch.float32) is not None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,9 +192,9 @@ def test_it_shares_torchs_threads() -> None:
     """Two pools of threads would wait for each other, each on all cores."""
     code = (
         "import torch\n"
-        "from prefloop.generate import cpu_attention\n"
+        "from prefloop.generate.cpu import attention\n"
         "torch.randn(500, 500) @ torch.randn(500, 500)\n"
-        "assert cpu_attention._compiled(64, 3, torch.float32)\n"
+        "assert attention._compiled(64, 3, torch.float32)\n"
         "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l}))\n"
     )
     if not Path("/proc/self/maps").exists() or shutil.which("gcc") is None:
