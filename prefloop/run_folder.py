@@ -322,6 +322,12 @@ class RunDir:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def inputs(self) -> dict[str, str | int]:
+        """What `same_inputs` has noted, by name; nothing before a run has begun."""
+        path = self.path / "environment.json"
+        facts = read_sealed(path, "delete it to have it written anew") if path.exists() else {}
+        return dict(facts.get("inputs", {}))
+
     def same_inputs(
         self, identities: Mapping[str, str | int], *, decisive: bool = True
     ) -> list[str]:

@@ -15,7 +15,7 @@ from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
-from tests.conftest import byte_tokenizer, trainable_weights
+from tests.conftest import byte_tokenizer, model_options, trainable_weights
 
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -42,9 +42,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def options(folder: Path, **lora: Any) -> ModelOptions:
-    return ModelOptions(
-        source=str(folder), device="cpu", lora=LoraOptions(**{"r": 4, "alpha": 6, **lora})
-    )
+    return model_options(folder, lora={"r": 4, "alpha": 6, **lora})
 
 
 def logps(model: Any) -> Tensor:
