@@ -325,8 +325,7 @@ class RunDir:
     def inputs(self) -> dict[str, str | int]:
         """What `same_inputs` has noted, by name; nothing before a run has begun."""
         path = self.path / "environment.json"
-        facts = read_sealed(path, "delete it to have it written anew") if path.exists() else {}
-        return dict(facts.get("inputs", {}))
+        return read_sealed(path, "delete it").get("inputs", {}) if path.exists() else {}
 
     def same_inputs(
         self, identities: Mapping[str, str | int], *, decisive: bool = True

@@ -389,7 +389,8 @@ def check(
         return
     loaded = load_recipe(recipe, overrides or ())
     notes = check_recipe(loaded)
-    if loaded.model.dtype == "auto":
+    # Only a model that was looked at, or is to be, is worth torch's import.
+    if loaded.model.dtype == "auto" and (estimate or "torch" in sys.modules):
         notes.append(_dtype_here(loaded))
     if dump:
         typer.echo(loaded.dump(), nl=False)

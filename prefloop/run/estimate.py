@@ -279,10 +279,7 @@ def _at(recipe: Recipe, shape: Shape, known: Rates, work: Work) -> Estimate:
 
 
 def model_shape(recipe: Recipe, config_file: Path | None = None, device: str = "cpu") -> Shape:
-    """The model's numbers, from its config or the one given: no weight is read. Raises ModelError, RecipeError.
-
-    `device`: as in `Told`.
-    """
+    """The model's numbers, for a `Told.device`, from its config or the one given: no weight is read. Raises ModelError, RecipeError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = recipe.model
