@@ -95,6 +95,21 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 64 * 2**20)
 
 
+def multiplies_bfloat16_fast() -> bool:
+    """Whether this CPU has instructions for products of bfloat16 (AVX512-BF16 or AMX), as torch tells it.
+
+    oneDNN says yes to every CPU with AVX-512 and emulates them there, slower than float32; other CPUs' (Arm) were
+    never measured.
+    """
+    import torch
+
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    told = [getattr(torch.cpu, name, None) for name in names]
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and any(has() for has in told if has)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch failed for want of memory; on CPUs only the message says so."""
     import torch  # what only asks for versions and times need not wait for it

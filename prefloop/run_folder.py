@@ -322,6 +322,11 @@ class RunDir:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def inputs(self) -> dict[str, str | int]:
+        """What `same_inputs` has noted, by name; nothing before a run has begun."""
+        path = self.path / "environment.json"
+        return read_sealed(path, "delete it").get("inputs", {}) if path.exists() else {}
+
     def same_inputs(
         self, identities: Mapping[str, str | int], *, decisive: bool = True
     ) -> list[str]:

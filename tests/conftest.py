@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from prefloop.cli.switches import Verbosity
 from prefloop.generate.cpu import attention, draws, layers
 from prefloop.models.policy import Policy
+from prefloop.models.sources import ModelOptions
 from prefloop.records import Message, Prompt
 
 CHAT_TEMPLATE = (
@@ -95,6 +96,33 @@ def save_tiny_llama(folder: Path, tokenizer: Any, seed: int = 0) -> Path:
     tiny_llama(len(tokenizer), seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def model_section(folder: Path | str, **more: Any) -> dict[str, Any]:
+    """A recipe's section `model` as tests have it: in float32, which `auto` is on some CPUs only."""
+    return {"source": str(folder), "device": "cpu", "dtype": "float32", **more}
+
+
+def model_options(folder: Path | str, **more: Any) -> ModelOptions:
+    """The same as options."""
+    return ModelOptions.model_validate(model_section(folder, **more))
+
+
+_DECIDES = "prefloop.models.dtype.multiplies_bfloat16_fast"
+
+
+@pytest.fixture
+def fast_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU on which `auto` may be bfloat16."""
+    monkeypatch.setattr(_DECIDES, lambda: True)
+
+
+@pytest.fixture(params=[True, False], ids=["fast", "slow"])
+def cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU multiplies bfloat16 fast: one that does, and one that does not."""
+    fast = bool(request.param)
+    monkeypatch.setattr(_DECIDES, lambda: fast)
+    return fast
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from prefloop.models.policy import ModelOptions, Policy
+from prefloop.models.policy import Policy
 from prefloop.train.packing import TokenGroup, build_tree
+from tests.conftest import model_options
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_step.py"
 pytestmark = [
@@ -94,7 +95,7 @@ def test_trl_s_step_takes_the_gradient_that_ours_takes(script, model_folder, way
     batch = small(found.batch("prompt", 0))
     loss = found.step("tree")(batch)
     wanted = gradients(found.policy.model)
-    policy = Policy.load(ModelOptions(source=str(model_folder), tuning="full", device="cpu"))
+    policy = Policy.load(model_options(model_folder, tuning="full"))
     step = script.trl_step(policy, False, fused="plain head" not in way, folder=str(tmp_path))
     assert step(batch) == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(gradients(policy.model), wanted, atol=1e-4, rtol=1e-3)

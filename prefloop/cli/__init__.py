@@ -44,6 +44,7 @@ from prefloop.errors import (
 )
 
 if TYPE_CHECKING:
+    from prefloop.recipe import Recipe
     from prefloop.records import Pair
 
 _TERMINATED = 128 + signal.SIGTERM
@@ -388,6 +389,9 @@ def check(
         return
     loaded = load_recipe(recipe, overrides or ())
     notes = check_recipe(loaded)
+    # Only a model that was looked at, or is to be, is worth torch's import.
+    if loaded.model.dtype == "auto" and (estimate or "torch" in sys.modules):
+        notes.append(_dtype_here(loaded))
     if dump:
         typer.echo(loaded.dump(), nl=False)
     for text in notes:
@@ -396,11 +400,21 @@ def check(
     if estimate:
         from prefloop.run import estimate as estimating
 
-        rates, unseen = estimating.rates_for(loaded, gpus), (model_config, prompt_tokens)
-        found = estimating.estimate(loaded, rates, told=estimating.Told(*unseen))
+        rates = estimating.rates_for(loaded, gpus)
+        told_all = estimating.Told(model_config, prompt_tokens, "cpu" if gpus is None else "cuda")
+        found = estimating.estimate(loaded, rates, told=told_all)
         typer.echo("\n".join(found.lines()), err=dump)
     if not dump:
         typer.echo(f"{loaded.name}: ok")
+
+
+def _dtype_here(recipe: Recipe) -> str:
+    """What `model.dtype: auto` would be in a run that began on this machine, as far as it is known without the model."""
+    from prefloop.models.dtype import choose_dtype, device_type
+    from prefloop.recipe import against_bfloat16
+
+    device = device_type(recipe.model.device)
+    return choose_dtype(recipe.model, device, against_bfloat16(recipe)).in_words()
 
 
 def _only_to_estimate(options: Mapping[str, object], *, estimate: bool) -> None:

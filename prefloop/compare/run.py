@@ -17,8 +17,9 @@ from typing import NamedTuple, Protocol
 from prefloop.compare.file import Cell
 from prefloop.compare.reuse import FIRST_ROUND_STAGES, START_STAGES, copy_stages, stage_keys
 from prefloop.errors import PrefloopError
+from prefloop.recipe import DTYPE, dtype_of_run
 from prefloop.run.launch import end_with_parent
-from prefloop.run_folder import RoundDir, open_run
+from prefloop.run_folder import RoundDir, RunDir, open_run
 
 LOG = "console.log"
 _POLL_SECONDS = 0.2
@@ -132,6 +133,7 @@ class _ReusePlan:
     """Which cell reuses which stages of which other cell."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = list(cells)
         first_with_key: dict[str, Cell] = {}
         self.donors: dict[str, dict[str, Cell]] = {}
         """Cell -> stage -> the first cell that computes the same."""
@@ -165,7 +167,25 @@ class _ReusePlan:
                 if stage not in START_STAGES
             }
         with open_run(cell.folder, cell.recipe.dump()) as run:
-            return copy_stages(run, donor_folders)
+            self._settle_dtype(cell, run)
+            mine = dtype_of_run(cell.recipe, run)
+            donors = {
+                stage: folder
+                for stage, folder in donor_folders.items()
+                if dtype_of_run(cell.recipe, RunDir(folder)) == mine
+            }
+            return copy_stages(run, donors)
+
+    def _settle_dtype(self, cell: Cell, run: RunDir) -> None:
+        """Begin a cell in the dtype of the others with its model, whatever `auto` would be on this machine."""
+        if dtype_of_run(cell.recipe, run) is not None:
+            return
+        for other in self.cells:
+            if other.name != cell.name and other.recipe.model == cell.recipe.model:
+                dtype = dtype_of_run(other.recipe, RunDir(other.folder))
+                if dtype is not None:
+                    run.same_inputs({DTYPE: dtype})
+                    return
 
 
 def describe_reuse(cells: Sequence[Cell]) -> list[str]:

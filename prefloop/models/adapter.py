@@ -92,6 +92,23 @@ def matches(name: str, wanted: str | Collection[str] | None) -> bool:
     return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
 
 
+def part_apart(model: PreTrainedModel, lora: LoraOptions) -> str | None:
+    """The first module or parameter under a new adapter that lora_linear cannot join with it; None where there is none."""
+    config = lora_config(model, lora)
+    if config.target_parameters:
+        return str(config.target_parameters[0])
+    return next(
+        (
+            name
+            for name, module in model.named_modules()
+            if matches(name, config.target_modules)
+            and not matches(name, config.exclude_modules)
+            and type(module) is not nn.Linear
+        ),
+        None,
+    )
+
+
 def check_adapter(model: PeftModel) -> None:
     """Refuse an adapter on a weight that two modules share: only one of them would be changed by training,
     both by merging. Raises ModelError."""

@@ -36,6 +36,7 @@ from prefloop.models.adapter import (
     check_patterns,
     is_quantized,
     lora_config,
+    part_apart,
     saved_pairs,
     set_lengths,
     share,
@@ -43,6 +44,7 @@ from prefloop.models.adapter import (
     sort_names,
     weight_with_adapter,
 )
+from prefloop.models.dtype import Choice, apart, choose_dtype
 from prefloop.models.sources import (
     EMBEDDED,
     LoraOptions,
@@ -64,21 +66,33 @@ __all__ = [
     "LoraOptions",
     "ModelOptions",
     "Policy",
-    "initial_dtype",
+    "auto_dtype",
     "resolve_source",
 ]
 
 
-def initial_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """The dtype that "auto" stands for: bfloat16 for LoRA on CUDA, else float32.
-
-    Full fine-tuning needs float32 master weights: at preference-tuning learning rates most bfloat16 updates
-    round to nothing. On CPUs float32 gives the same bits for any batch (docs/decisions/0019, 0021).
-    """
-    if options.dtype != "auto":
-        return torch.float32 if options.dtype == "float32" else torch.bfloat16
-    lora_on_cuda = options.tuning == "lora" and device.type == "cuda"
-    return torch.bfloat16 if lora_on_cuda else torch.float32
+def auto_dtype(
+    options: ModelOptions, device: torch.device, folder: Path, obstacle: str | None = None
+) -> Choice:
+    """The dtype of the frozen weights of the model in `folder`, and why; `obstacle` as in `choose_dtype`. Reads no weight."""
+    choice = choose_dtype(options, device.type, obstacle)
+    if options.dtype != "auto" or device.type != "cpu" or choice.dtype == "float32":
+        return choice
+    kind: Any = AutoModelForCausalLM
+    code = options.trust_remote_code
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=code, local_files_only=True
+            )
+            empty = kind.from_config(config, trust_remote_code=code)
+    except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
+        # What is wrong with a model is said by who loads it; code that comes with one may want weights here.
+        return Choice(
+            "float32", f"the model cannot be looked at without its weights: {reason(error)}"
+        )
+    part = part_apart(empty, options.lora)
+    return choice if part is None else apart(part)
 
 
 @dataclass
@@ -347,7 +361,8 @@ def _device(name: str) -> torch.device:
 
 def _base_model(folder: Path, options: ModelOptions, device: torch.device) -> PreTrainedModel:
     check_quantization(options)
-    dtype, bits = initial_dtype(options, device), {}
+    dtype = getattr(torch, auto_dtype(options, device, folder).dtype)
+    bits: dict[str, Any] = {}
     if options.quantization is not None:
         bits = {
             "quantization_config": options.quantization.for_transformers(dtype),

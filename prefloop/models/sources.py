@@ -197,7 +197,8 @@ class ModelOptions(Options):
     quantization: QuantizationOptions | None = None
     """Hold the frozen weights in fewer bits; null does not."""
     dtype: Dtype = "auto"
-    """Of the frozen weights. "auto": bfloat16 for LoRA on CUDA, else float32. LoRA weights are float32 whatever it is."""
+    """Of the frozen weights. "auto": bfloat16 for LoRA on CUDA, and on CPUs that multiply it fast where the adapter is in its
+    layers' products; else float32. LoRA weights are float32 whatever it is."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", "mps"; "auto" takes the accelerator where there is one."""
     chat_template: str | None = None

@@ -255,10 +255,40 @@ def _recipe_path(path_or_name: str) -> Path:
     return recipes[path_or_name]
 
 
+DTYPE = "model.dtype"
+"""Among a run's inputs: what `auto` became when it began."""
+
+
 def initial_source(recipe: Recipe, run: RunDir) -> ModelOptions:
-    """The recipe's model; after round 0 its supervised fine-tune takes the initial policy's place."""
+    """The recipe's model, in the dtype in which the run began; after round 0 its supervised fine-tune takes its place."""
+    model = recipe.model.model_copy(update={"dtype": dtype_of_run(recipe, run) or "auto"})
     start = run.round(-1)
     if recipe.sft is not None and start.manifest("sft"):
         start.verify_policy()
-        return recipe.model.model_copy(update={"source": str(start.policy.resolve())})
-    return recipe.model
+        return model.model_copy(update={"source": str(start.policy.resolve())})
+    return model
+
+
+def dtype_of_run(recipe: Recipe, run: RunDir) -> str | None:
+    """The dtype of a run's frozen weights, on whatever machine it goes on; None before it has begun."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    known = run.inputs()
+    if not known or DTYPE in known:
+        return str(known[DTYPE]) if known else None
+    # Begun before it was noted, when "auto" was float32 on every CPU.
+    device = recipe.model.device
+    on_cuda = device.startswith("cuda") or (
+        device == "auto" and known.get("device", "cpu") != "cpu"
+    )
+    return "bfloat16" if on_cuda and recipe.model.tuning == "lora" else "float32"
+
+
+def against_bfloat16(recipe: Recipe) -> str | None:
+    """What, outside its section model, keeps a recipe from bfloat16 on a CPU under `dtype: auto`."""
+    if recipe.sft is not None:
+        return "sft merges its adapter into the weights, and bfloat16 would round it away"
+    launch = recipe.launch
+    if launch is not None and (launch.sharding != "none" or launch.command is not None):
+        return "weights that are sharded have their adapter beside them, and bfloat16 would round it away"
+    return None

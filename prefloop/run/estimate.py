@@ -22,13 +22,13 @@ from torch import nn
 
 from prefloop.data.prompts import Part, read_prompts
 from prefloop.errors import DataError, RecipeError, counted
+from prefloop.generate.cpu.products import is_multiplied
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
 from prefloop.methods import Actors
 from prefloop.models.adapter import lora_config, matches
 from prefloop.models.chat import Chat
-from prefloop.models.policy import initial_dtype
 from prefloop.models.sources import (
     ModelOptions,
     local_folder,
@@ -42,6 +42,7 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check import on_the_hub
 from prefloop.recipe.options import Budget
 from prefloop.records import GENERATED, READ, Message, Prompt, Request, Response, Sampling
+from prefloop.run.dtype import dtype_of
 from prefloop.run.engine import Metered
 
 FILL = 0.6
@@ -106,6 +107,8 @@ class Told(NamedTuple):
     """The model's config.json; texts are then counted with the embedded model's tokenizer, unless the model's is here."""
     prompt_tokens: int | None = None
     """Of every prompt, in its template; no data are read."""
+    device: str = "cpu"
+    """On which the weights are to be, "cpu" or "cuda": what `model.dtype: auto` is depends on it."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Shape:
     """Numbers that a token leaves in the cache."""
     bytes: int
     """Of a frozen weight."""
+    dtype: str
+    """In which products are computed: "float32" or "bfloat16"."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,7 @@ class Estimate:
     """generate, train; of one process that holds all."""
     disk_mb: float
     where: str
+    dtype: str
     gpus: int = 0
 
     def lines(self) -> list[str]:
@@ -166,7 +172,7 @@ class Estimate:
             f"FLOPs    {self.flops:.2g} without measuring",
             f"hours    {hours:.2g} ({stages}), {self.where}",
             *([self._gpu_hours()] if self.gpus > 1 else []),
-            f"memory   {memory}; disk {self.disk_mb / 1000:.2g} GB",
+            f"memory   {memory}, products in {self.dtype}; disk {self.disk_mb / 1000:.2g} GB",
         ]
 
     def _gpu_hours(self) -> str:
@@ -193,7 +199,7 @@ def estimate(
 
     Raises ModelError, DataError, and RecipeError where `told` is of no use.
     """
-    shape = model_shape(recipe, told.config)
+    shape = model_shape(recipe, told.config, told.device)
     known = rates(shape)
     if work is not None:
         return _at(recipe, shape, known, work)
@@ -264,6 +270,7 @@ def _at(recipe: Recipe, shape: Shape, known: Rates, work: Work) -> Estimate:
         memory(recipe, shape),
         disk(recipe, shape, work),
         known.where,
+        shape.dtype,
         known.gpus,
     )
 
@@ -271,8 +278,8 @@ def _at(recipe: Recipe, shape: Shape, known: Rates, work: Work) -> Estimate:
 # The model.
 
 
-def model_shape(recipe: Recipe, config_file: Path | None = None) -> Shape:
-    """The model's numbers, from its config or the one given: no weight is read. Raises ModelError, RecipeError."""
+def model_shape(recipe: Recipe, config_file: Path | None = None, device: str = "cpu") -> Shape:
+    """The model's numbers, for a `Told.device`, from its config or the one given: no weight is read. Raises ModelError, RecipeError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options = recipe.model
@@ -297,7 +304,7 @@ def model_shape(recipe: Recipe, config_file: Path | None = None) -> Shape:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     bits = options.quantization
-    dtype = initial_dtype(options, torch.device("cpu"))
+    dtype = dtype_of(model, recipe, device)
     return Shape(
         weights=total,
         multiplying=total - (table.numel() if head is not None and head.weight is not table else 0),
@@ -306,7 +313,8 @@ def model_shape(recipe: Recipe, config_file: Path | None = None) -> Shape:
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         key_values=2 * text.num_hidden_layers * heads * width,
-        bytes=1 if bits is not None else dtype.itemsize,
+        bytes=1 if bits is not None else getattr(torch, dtype).itemsize,
+        dtype=dtype,
     )
 
 
@@ -481,7 +489,7 @@ def rates_here(recipe: Recipe, limit: float = 20.0) -> Callable[[Shape], Rates]:
     a machine that does nothing else."""
 
     def measure(shape: Shape) -> Rates:
-        dtype = initial_dtype(recipe.model, torch.device("cpu"))
+        dtype = getattr(torch, shape.dtype)
         share = min(0.5, 0.8 * limit / max(1, 2 * len(shape.linears)))
         rows = min(recipe.generate.batch_size, recipe.loop.prompts_per_round)
         few = _product_rate(shape, rows, dtype, share)
@@ -523,8 +531,8 @@ def _product_rate(shape: Shape, rows: int, dtype: torch.dtype, seconds: float) -
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
-    """The product as generation computes it: in float32 with weights in oneDNN's order."""
-    if weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """The product as generation computes it: with weights in oneDNN's order where it multiplies them."""
+    if not is_multiplied(weight.dtype):
         return lambda: nn.functional.linear(x, weight)
     ordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     return lambda: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prefloop.errors import RunFolderError
-from prefloop.recipe import Recipe, load_recipe
+from prefloop.recipe import Recipe, dtype_of_run, load_recipe
 from prefloop.run.cost import Spent, spent
 from prefloop.run.estimate import Rates, Shape, Work, estimate
 from prefloop.run_folder import read_run
@@ -32,6 +32,9 @@ def beside(folder: Path, rates: Callable[[Recipe], Callable[[Shape], Rates]]) ->
             f"{folder} has not ended, and a part is no measure of the whole; {run.to_finish()}"
         )
     recipe = load_recipe(str(folder / "recipe.yaml"))
+    # As it was played, which may be otherwise than this machine would.
+    model = recipe.model.model_copy(update={"dtype": dtype_of_run(recipe, run) or "auto"})
+    recipe = recipe.model_copy(update={"model": model})
     found, trained = spent(run, recipe), [r.manifest("train") or {} for r in run.rounds()]
     at = rates(recipe)
     guess = estimate(recipe, at)

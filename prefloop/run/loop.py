@@ -48,6 +48,7 @@ from prefloop.records import (
 from prefloop.report.console import glance, stage_line
 from prefloop.run.chunks import Chunks, ChunkStore, Journal
 from prefloop.run.cost import spent
+from prefloop.run.dtype import settle_dtype
 from prefloop.run.held_out import HELD_OUT, KnownAnswers, answer_and_score
 from prefloop.run.inputs import inputs, surroundings
 from prefloop.run.publish import publish
@@ -73,7 +74,10 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
 
         make_reward_model(recipe, folder, console, make_pairs)
     with open_run(folder, recipe.dump(), accept_changes=accept_changes) as rundir:
+        choice = settle_dtype(recipe, rundir)
         rundir.same_inputs(inputs(recipe))
+        if choice is not None:
+            console.print(choice.in_words(), highlight=False, soft_wrap=True)
         for change in rundir.same_inputs(surroundings(), decisive=False):
             log.warning(
                 "%s: the run's numbers may differ in their last digits from here on", change
@@ -102,6 +106,7 @@ def run(recipe: Recipe, folder: Path, console: Console, *, accept_changes: bool 
 def make_pairs(recipe: Recipe, folder: Path, console: Console) -> list[Pair]:
     """The first round's pairs in a run's folder, not trained on; what is there already is read."""
     with open_run(folder, recipe.dump()) as rundir:
+        settle_dtype(recipe, rundir)
         rundir.same_inputs(inputs(recipe))
         loop, first = _Loop(recipe, rundir, console), rundir.round(0)
         with closing(loop.session.outside):

@@ -73,6 +73,8 @@ def merge_policy(
 ) -> Path:
     """Write the run's published policy, adapter merged in, to `out`, in the dtype it was trained in.
 
+    In float32 where `auto` chose bfloat16 on a CPU, as nothing of a young adapter would be left in bfloat16 weights.
+
     With `gguf` the folder gets the same model as a file for llama.cpp too, NAME-KIND.gguf. Code that comes
     with the model is run only where the caller says so, whatever the run's recipe says.
     Raises RunFolderError if the run has published none, it has changed, or `out` holds something or cannot be
@@ -86,6 +88,8 @@ def merge_policy(
         raise RunFolderError(f"{out} exists; name a folder that does not")
     recipe = load_recipe(str(run.path / "recipe.yaml"))
     source = without_code(initial_source(recipe, run), trust_remote_code)
+    if recipe.model.dtype == "auto" and run.inputs().get("device") == "cpu":
+        source = source.model_copy(update={"dtype": "float32"})
     policy = Policy.load(source, adapter, trainable=False)
     part = out.with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -14,13 +14,14 @@ from rich.console import Console
 from prefloop import cli
 from prefloop.recipe import load_recipe
 from prefloop.run import loop
+from tests.conftest import model_section
 
 ROWS = [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(6)]
 
 
 def recipe(model_folder: Path) -> str:
     sections = {
-        "model": {"source": str(model_folder)},
+        "model": model_section(model_folder),
         "data": {"train": "rows.jsonl", "holdout": 2},
         "method": {
             "name": "ial",

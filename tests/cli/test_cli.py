@@ -16,7 +16,7 @@ from prefloop.config import plugin_names
 from prefloop.recipe import load_recipe
 from tests.cli.conftest import called
 
-RECIPE = "# A recipe for tests.\nmethod: {name: ial}\njudge: {name: similarity}\n"
+RECIPE = "# A recipe for tests.\nmodel: {dtype: float32}\nmethod: {name: ial}\njudge: {name: similarity}\n"
 
 
 class Shell:

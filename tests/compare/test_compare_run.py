@@ -11,7 +11,7 @@ import pytest
 from prefloop.compare.file import Cell, Comparison, cells
 from prefloop.compare.run import describe_reuse, play, start_process
 from prefloop.errors import RunFolderError
-from prefloop.run_folder import RunDir, alone_in
+from prefloop.run_folder import RunDir, alone_in, open_run
 from tests.compare.test_compare_reuse import base
 
 
@@ -235,3 +235,33 @@ def test_a_played_folder_holds_the_recipe_that_reproduces_it(tmp_path):
     play(found, jobs=1, say=lambda line: None, start=Stage().start)
     assert (found[0].folder / "recipe.yaml").read_text() == found[0].recipe.dump()
     assert json.loads((found[0].folder / "environment.json").read_text())["versions"]
+
+
+@pytest.mark.parametrize("began", ["bfloat16", "float32"])
+def test_a_comparison_that_goes_on_elsewhere_keeps_its_dtype(tmp_path, began):
+    """Under `auto` the first cell's dtype is all cells', whatever this machine's would be."""
+    values = {**base(Path("model")), "sft": None}
+    values["model"] = {**values["model"], "dtype": "auto"}
+    variants = {"a": {}, "b": {"method.gamma": 1.0}, "c": {"model.lora": {"r": 3}}}
+    found, _ = cells(Comparison(base=values, seeds=(0,), variants=variants), tmp_path)
+    with open_run(found[0].folder, found[0].recipe.dump()) as run:
+        run.same_inputs({"model.dtype": began})
+    finish(found[0])
+    assert play(found[1:], other_cells=found, jobs=1, say=print, start=Stage().start) == {}
+    dtypes = [RunDir(cell.folder).inputs().get("model.dtype") for cell in found]
+    assert dtypes == [began, began, None], "another adapter decides for itself"
+
+
+def test_nothing_is_taken_from_a_cell_of_another_dtype(tmp_path):
+    values = {**base(Path("model")), "sft": None}
+    values["model"] = {**values["model"], "dtype": "auto"}
+    found, _ = cells(Comparison(base=values, seeds=(0,), variants=LOSSES), tmp_path)
+    for cell, dtype in zip(found, ("bfloat16", "float32"), strict=False):
+        with open_run(cell.folder, cell.recipe.dump()) as run:
+            run.same_inputs({"model.dtype": dtype})
+    finish(found[0])
+    lines: list[str] = []
+    assert (
+        play(found[1:2], other_cells=found[:1], jobs=1, say=lines.append, start=Stage().start) == {}
+    )
+    assert lines[0] == "b seed 0: begins"

@@ -188,7 +188,7 @@ def test_conversations_that_rounding_moves_far_are_followed_by_others(
     dtype: torch.dtype, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SmolLM2 in bfloat16 on a CPU with AMX: one pair of conversations was beyond the tolerance, the next were not."""
-    in_slots, moved = fallback._in_slots, iter([3.0, 0.0, 0.0, 0.0])
+    in_slots, moved = fallback._in_slots, iter([0.3, 0.0, 0.0, 0.0])
 
     def unlucky(model: Any, rows: list[list[int]]) -> torch.Tensor:
         logits_EV = in_slots(model, rows)

@@ -20,7 +20,7 @@ from prefloop.judges import CachedJudge, NoVerdict, OpenJudge, implicit, score_r
 from prefloop.judges.implicit import Implicit, decoupled_ratio
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.records import Message, Prompt, Response
-from tests.conftest import byte_tokenizer, save_tiny_llama
+from tests.conftest import byte_tokenizer, model_options, save_tiny_llama
 
 PROMPT = Prompt(id="p", messages=(Message(role="user", content="Where?"),))
 ANSWERS = ["in the north", "no", "nobody knows where"]
@@ -144,7 +144,7 @@ def test_the_decoupled_ratio_by_hand() -> None:
 
 
 def test_a_policy_that_has_not_moved_has_no_verdict(model_folder: Path) -> None:
-    policy = Policy.load(ModelOptions(source=str(model_folder), device="cpu"))
+    policy = Policy.load(model_options(model_folder))
     assert open_on(policy).score([PROMPT], [ANSWERS]) == [
         NoVerdict("the policy has not moved from its reference")
     ]

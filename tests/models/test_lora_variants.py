@@ -15,7 +15,7 @@ from prefloop.generate.hf_engine import HFEngine
 from prefloop.models.policy import LoraOptions, ModelOptions, Policy
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
-from tests.conftest import byte_tokenizer, trainable_weights
+from tests.conftest import byte_tokenizer, model_options, trainable_weights
 
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -42,9 +42,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def options(folder: Path, **lora: Any) -> ModelOptions:
-    return ModelOptions(
-        source=str(folder), device="cpu", lora=LoraOptions(**{"r": 4, "alpha": 6, **lora})
-    )
+    return model_options(folder, lora={"r": 4, "alpha": 6, **lora})
 
 
 def logps(model: Any) -> Tensor:
@@ -120,7 +118,8 @@ def test_an_engine_that_was_kept_scores_as_a_new_one_whatever_the_adapter_is_doi
     trained = scores()
     assert trained != pytest.approx(before, abs=1e-3)
     with policy.at_start():
-        assert scores() == before
+        # Without DoRA's adapter the layers have the form that C computes, and other last bits.
+        assert scores() == (pytest.approx(before, abs=1e-5) if kind == "dora" else before)
     with policy.merged():
         assert scores() == pytest.approx(trained, abs=1e-4)
         with policy.at_start():

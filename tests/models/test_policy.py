@@ -23,7 +23,7 @@ from transformers import (
 
 from prefloop.errors import ModelError
 from prefloop.models import sources
-from prefloop.models.policy import LoraOptions, ModelOptions, Policy, initial_dtype, resolve_source
+from prefloop.models.policy import LoraOptions, ModelOptions, Policy, resolve_source
 from tests.conftest import trainable_weights
 
 TEMPLATE = (
@@ -220,23 +220,6 @@ def test_gradient_checkpointing_gives_the_same_gradient(folder: Path) -> None:
     plain, checkpointed = gradient(False), gradient(True)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, checkpointed, strict=True))
     assert any(grad.abs().max() > 1e-4 for grad in plain)
-
-
-def test_auto_dtype_is_float32_where_all_weights_train() -> None:
-    assert initial_dtype(ModelOptions(tuning="full"), torch.device("cuda")) == torch.float32
-    assert initial_dtype(ModelOptions(), torch.device("cuda")) == torch.bfloat16
-    assert initial_dtype(ModelOptions(), torch.device("mps")) == torch.float32
-    assert initial_dtype(ModelOptions(dtype="float32"), torch.device("cuda")) == torch.float32
-
-
-@pytest.mark.parametrize("fast", [True, False])
-def test_auto_dtype_on_a_cpu_is_float32_also_where_bfloat16_is_fast(
-    monkeypatch: pytest.MonkeyPatch, fast: bool
-) -> None:
-    """Runs give the same bits for any batch and on every CPU."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    assert initial_dtype(ModelOptions(), CPU) == torch.float32
-    assert initial_dtype(ModelOptions(dtype="bfloat16"), CPU) == torch.bfloat16
 
 
 def test_unknown_options_are_refused() -> None:

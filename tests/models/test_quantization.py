@@ -17,15 +17,14 @@ from prefloop.recipe import Recipe
 from prefloop.recipe.check import check_recipe
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
+from tests.conftest import model_options
 from tests.models.test_lora_variants import logps, train_a_little
 
 INT8 = {"quant_type": "Int8WeightOnlyConfig"}
 
 
 def options(folder: Path, quantization: dict[str, Any], **more: Any) -> ModelOptions:
-    return ModelOptions.model_validate(
-        {"source": str(folder), "device": "cpu", "quantization": quantization, **more}
-    )
+    return model_options(folder, quantization=quantization, **more)
 
 
 @pytest.mark.parametrize(

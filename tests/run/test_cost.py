@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from prefloop.generate.engines.fake import FakeEngine
 from prefloop.models.chat import Chat
-from prefloop.models.policy import ModelOptions, Policy
+from prefloop.models.policy import Policy
 from prefloop.recipe import Recipe
 from prefloop.recipe.options import Budget
 from prefloop.records import Candidates, Message, Request, Response, Sampling
@@ -23,6 +23,7 @@ from prefloop.run.engine import Metered, _adapted, _adapted_otherwise
 from prefloop.run.loop import run
 from prefloop.run_folder import RunDir
 from prefloop.train.trainer import Trainer
+from tests.conftest import model_options
 from tests.run.test_loop import OPEN
 
 SHORT = {"max_new_tokens": 5}
@@ -136,7 +137,7 @@ def test_parts_of_several_processes_bring_their_counts(tmp_path):
 
 
 def test_weights_that_multiply_are_all_but_a_table_that_is_only_looked_up(model_folder, tokenizer):
-    policy = Policy.load(ModelOptions(source=str(model_folder), device="cpu"))
+    policy = Policy.load(model_options(model_folder))
     plain = LlamaForCausalLM.from_pretrained(model_folder)
     everything = sum(weight.numel() for weight in plain.parameters())
     assert policy.multiplying_weights == everything - len(tokenizer) * 32
@@ -155,8 +156,7 @@ def test_a_budget_that_limits_nothing_is_refused():
 def test_an_engine_is_told_all_that_the_adapter_changes(model_folder):
     """Also where a pattern names the modules; and experts that are parameters of one module."""
     pattern = {"r": 2, "target_modules": r".*\.(q|v)_proj"}
-    options = {"source": str(model_folder), "lora": pattern, "device": "cpu"}
-    policy = Policy.load(ModelOptions.model_validate(options))
+    policy = Policy.load(model_options(model_folder, lora=pattern))
     assert _adapted(policy) == ("q_proj", "v_proj")
     assert _adapted_otherwise(policy) == ()
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}

@@ -25,6 +25,7 @@ from prefloop.run.publish import (
     publish,
 )
 from prefloop.run_folder import Outcome, read_run
+from tests.conftest import model_options
 from tests.run.test_loop import play, recipe
 
 peft_calls_the_old_name = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated")
@@ -141,7 +142,7 @@ def test_a_saved_policy_may_be_read_by_whom_the_umask_lets(
 ) -> None:
     before = os.umask(umask)
     try:
-        Policy.load(ModelOptions(source=str(model_folder), device="cpu")).save(tmp_path / "policy")
+        Policy.load(model_options(model_folder)).save(tmp_path / "policy")
     finally:
         os.umask(before)
     found = {

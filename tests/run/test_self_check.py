@@ -8,15 +8,15 @@ import torch
 
 from prefloop.errors import ModelError
 from prefloop.models.policy import Policy
-from prefloop.models.sources import ModelOptions
 from prefloop.run import self_check
 from prefloop.run.self_check import TOLERANCE, check_policy
 from prefloop.train.options import TrainOptions
+from tests.conftest import model_options
 
 
 @pytest.fixture
 def policy(model_folder: Path) -> Policy:
-    return Policy.load(ModelOptions(source=str(model_folder), device="cpu"))
+    return Policy.load(model_options(model_folder))
 
 
 def test_all_ways_are_one_and_nothing_is_left_behind(policy: Policy, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_engine_that_scores_another_policy_is_found(
 def test_full_fine_tuning_is_checked_without_changing_weights(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    whole = Policy.load(ModelOptions(source=str(model_folder), device="cpu", tuning="full"))
+    whole = Policy.load(model_options(model_folder, tuning="full"))
     before = [weight.clone() for weight in whole.model.parameters()]
     found = check_policy(whole, TrainOptions(), tmp_path)
     assert set(found) == {"moved", "trainer", "merged", "scored", "decoded"}

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefloop.errors import RunFolderError, TrainingError
 from prefloop.methods.ppo import PPO
 from prefloop.models.chat import Chat
-from prefloop.models.policy import ModelOptions, Policy
+from prefloop.models.policy import Policy
 from prefloop.records import Message, Pair
 from prefloop.train import losses
 from prefloop.train.batches import check_initial_loss, encode_pairs
@@ -27,6 +27,7 @@ from prefloop.train.options import TrainOptions
 from prefloop.train.ppo import TokenLogps
 from prefloop.train.ppo_trainer import CRITIC, ROLLOUT, PPOTrainer, ValueHead
 from prefloop.train.trainer import Job
+from tests.conftest import model_options
 from tests.train.test_ranks import together
 from tests.train.test_trainer import interrupt_before, policy, rows
 
@@ -94,9 +95,7 @@ def test_no_layer_drops_anything_where_activations_are_computed_again(
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    options = ModelOptions(
-        source=str(tmp_path), tuning="full", device="cpu", gradient_checkpointing=True
-    )
+    options = model_options(tmp_path, tuning="full", gradient_checkpointing=True)
     trainer = PPOTrainer(Policy.load(options), OPTIONS)
     again = []
     usual = GradientCheckpointingLayer.__call__

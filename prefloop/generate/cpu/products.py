@@ -92,12 +92,18 @@ def _can_reorder(layer: nn.Linear) -> bool:
     return (
         weight.device.type == "cpu"
         and type(weight) is nn.Parameter  # not a quantised one
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and _has_bfloat16()))
+        and is_multiplied(weight.dtype)
         and "forward" not in layer.__dict__
     )
 
 
+def is_multiplied(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this dtype here."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
+
+
 def _has_bfloat16() -> bool:
-    """Whether this CPU has instructions for products of bfloat16."""
+    """Whether this CPU has instructions for products of bfloat16, or oneDNN emulates them."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
