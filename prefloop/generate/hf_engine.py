@@ -171,14 +171,18 @@ class HFEngine:
         with self._patched_model():
             count = min(count, self.batch_size)
             if self._slots is None:
-                self._slots = Slots(count, longest)
-            self._slots.grow(count, longest)
+                self._slots = Slots(count, longest, self._shelf(count))
+            self._slots.grow(count, longest, self._shelf(count))
             try:
                 yield self._slots
             except BaseException:
                 # Others that begin alike would wait for what an interrupted conversation has not computed.
                 self._slots = None
                 raise
+
+    def _shelf(self, count: int) -> int:
+        """A place for each slot's prompt, where a short one takes little memory."""
+        return count if self.model.device.type == "cpu" else 0
 
     @contextmanager
     def _patched_model(self) -> Iterator[None]:

@@ -155,7 +155,7 @@ def _admit(
         if found.coming >= found.shared + WORTH_WAITING:
             later.append(row)
             continue
-        slots.begin(found, row.ids)
+        slots.begin(found, row.ids, prompt=False)
         row.slot, row.present = found.slot, found.shared
         free.remove(row.slot)
         unused.discard(row.slot)
