@@ -115,7 +115,7 @@ class Slots:
         again = self._prompts[source] == length and self._begins(source, ids)
         known = int(self._repeated[slot])
         if known and not self._begins(slot, ids[:known]):
-            self._shelve(slot, known)
+            self._shelve(slot, known, source)
             known = 0
         self._copy(source, slot, shared)
         self._ids[slot] = -1
@@ -134,13 +134,18 @@ class Slots:
             for store_SKCD in (store for pair in self._layers.values() for store in pair):
                 store_SKCD[to, :, :length] = store_SKCD[source, :, :length]
 
-    def _shelve(self, slot: int, length: int) -> None:
-        """Keep the first `length` tokens of a slot on the shelf, in the place of what has stood there longest."""
+    def _shelve(self, slot: int, length: int, needed: int) -> None:
+        """Keep the first `length` tokens of a slot on the shelf, in the place of what has stood there longest.
+
+        Not in the place of row `needed`, which is about to be copied from.
+        """
         ids = self._ids[slot, :length].copy()
         if not self.shelf or (self._ids[self.count :, :length] == ids).all(axis=1).any():
             return
         place = self.count + self._next_on_shelf
         self._next_on_shelf = (self._next_on_shelf + 1) % self.shelf
+        if place == needed:
+            return
         self._copy(slot, place, length)
         self._ids[place] = -1
         self._ids[place, :length] = ids
