@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -198,10 +198,15 @@ class _InitialEngine:
             return self.engine.sample(requests, sampling, seed=seed, label=label)
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
         with self.policy.at_start():
-            return self.engine.score(requests, answers, top=top)
+            return self.engine.score(requests, answers, top=top, at=at)
 
     def choose(
         self, requests: Sequence[Request], options: Sequence[str]

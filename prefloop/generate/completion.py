@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,21 @@ def offsets(chat: Chat, ids: Sequence[int], text: str) -> list[tuple[int, int]]:
     shift = max(0, chat.decode(ids).rfind(text))
     ends = [min(max(0, end - shift), len(text)) for end in ends]
     return list(zip([0, *ends], ends, strict=False))
+
+
+def token_starts(text: str, spans: Sequence[tuple[int, int]]) -> list[int | None]:
+    """The first character of each token that is no space, by its span in `text`; None where there is none.
+
+    Tokenizers differ in whether a token's span includes the space before it.
+    """
+    said = [text[start:end].lstrip() for start, end in spans]
+    return [end - len(part) if part else None for part, (_, end) in zip(said, spans, strict=True)]
+
+
+def places_at(chat: Chat, ids: Sequence[int], text: str, characters: Collection[int]) -> list[int]:
+    """Which of the tokens that say `text` begin at one of its `characters`, spaces aside."""
+    starts = token_starts(text, offsets(chat, ids, text))
+    return [place for place, start in enumerate(starts) if start in characters]
 
 
 def _ends(chat: Chat, ids: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ fake_engine.py without a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
@@ -29,11 +29,18 @@ class Engine(Protocol):
         ...
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
         """Log-probability of each given answer: of the tokens that the policy sampled, else of the text's.
 
         An answer whose `finish` is "length" has no end token. `top` asks for that many alternatives a position.
+        `at`: characters of each answer. Only tokens that begin there, spaces aside, need be scored; the log-probs of
+        others may be NaN, and they may have no alternatives.
         """
         ...
 

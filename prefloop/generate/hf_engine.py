@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from prefloop.errors import GenerationError
 from prefloop.generate.cache_attention import slot_attention
 from prefloop.generate.completion import (
     completion_ids,
+    places_at,
     sampled_response,
     scored_answer,
     stop_place,
@@ -170,14 +171,18 @@ class HFEngine:
         with self._in_prepared_layers(), slot_attention(self.model):
             count = min(count, self.batch_size)
             if self._slots is None:
-                self._slots = Slots(count, longest)
-            self._slots.grow(count, longest)
+                self._slots = Slots(count, longest, self._shelf(count))
+            self._slots.grow(count, longest, self._shelf(count))
             try:
                 yield self._slots
             except BaseException:
                 # Others that begin alike would wait for what an interrupted conversation has not computed.
                 self._slots = None
                 raise
+
+    def _shelf(self, count: int) -> int:
+        """A place for each slot's prompt, where a short one takes little memory."""
+        return count if self.model.device.type == "cpu" else 0
 
     @contextmanager
     def _in_prepared_layers(self) -> Iterator[None]:
@@ -191,28 +196,54 @@ class HFEngine:
             yield
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
-        """Log-probability of each given answer."""
+        """Log-probability of each given answer, or of its tokens that begin `at` some characters."""
         rows = [
             completion_ids(self.chat, request, answer)
             for request, answer in zip(requests, answers, strict=True)
         ]
-        prompts = [self._prompt(request) for request in requests]
-        wanted = [Wanted(p + ids, len(p)) for p, ids in zip(prompts, rows, strict=True) if ids]
+        places_by_row: list[Sequence[int]] = [range(len(ids)) for ids in rows]
+        if at is not None:
+            places_by_row = [
+                places_at(self.chat, ids, answer.text, characters)
+                for ids, answer, characters in zip(rows, answers, at, strict=True)
+            ]
+        wanted = []
+        for request, ids, places in zip(requests, rows, places_by_row, strict=True):
+            if places:
+                prompt = self._prompt(request)
+                row = prompt + ids[: places[-1] + 1]
+                wanted.append(Wanted(row, [len(prompt) + place for place in places]))
         found = iter(self._score(wanted, top))
-        nothing = TokenScores([], [], [], [])
-        scores = [next(found) if ids else nothing for ids in rows]
-        return [
-            scored_answer(self.chat, answer, ids, s.logprobs, s.top_ids, s.top_logprobs)
-            for answer, ids, s in zip(answers, rows, scores, strict=True)
-        ]
+        scored = []
+        for answer, ids, places in zip(answers, rows, places_by_row, strict=True):
+            s = next(found) if places else TokenScores([], [], [], [])
+            scored.append(
+                scored_answer(
+                    self.chat,
+                    answer,
+                    ids,
+                    _spread(s.logprobs, places, len(ids), math.nan),
+                    _spread(s.top_ids, places, len(ids), []) if top else (),
+                    _spread(s.top_logprobs, places, len(ids), []) if top else (),
+                )
+            )
+        return scored
 
     def score_tokens(
         self, rows: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> list[TokenScores]:
         """Scores of each row's tokens from its start on."""
-        return self._score([Wanted(*row) for row in zip(rows, starts, strict=True)], 0)
+        return self._score(
+            [Wanted(row, range(start, len(row))) for row, start in zip(rows, starts, strict=True)],
+            0,
+        )
 
     def _score(self, wanted: Sequence[Wanted], top: int) -> list[TokenScores]:
         """In slots where the model can be served so, else in padded batches."""
@@ -225,9 +256,10 @@ class HFEngine:
         def forward(places: list[int]) -> list[None]:
             logits_BTV = self._logits([list(wanted[place].ids) for place in places])
             for place, logits_TV in zip(places, logits_BTV, strict=True):
-                ids, start = wanted[place]
-                at = range(start - 1, len(ids) - 1)
-                finished(place, joined(scores_of(logits_TV, at, ids[start:], top)))
+                ids, positions = wanted[place]
+                before = [position - 1 for position in positions]
+                tokens = [ids[position] for position in positions]
+                finished(place, joined(scores_of(logits_TV, before, tokens, top)))
             return [None] * len(places)
 
         longest = max((len(row.ids) for row in wanted), default=0)
@@ -257,7 +289,7 @@ class HFEngine:
             if rows and self._servable(max(map(len, rows)) + 1):
                 # Rows that differ in their last token alone are one row of scoring.
                 wanted = [
-                    Wanted([*row, first], len(row))
+                    Wanted([*row, first], [len(row)])
                     for row, options_of_row in zip(rows, firsts, strict=True)
                     for first in options_of_row
                 ]
@@ -357,6 +389,14 @@ def _tasks(prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> l
 def _slots_for(longest: int, rows: int, batch_size: int) -> int:
     """As many slots as hold `batch_size` times a step's tokens: long rows fill a step by few."""
     return min(rows, batch_size, max(4, batch_size * STEP_TOKENS // longest))
+
+
+def _spread(values: Sequence[T], places: Sequence[int], count: int, rest: T) -> list[T]:
+    """Values at their places among `count`."""
+    spread = [rest] * count
+    for place, value in zip(places, values, strict=True):
+        spread[place] = value
+    return spread
 
 
 def _finite(logprobs: list[float]) -> list[float]:

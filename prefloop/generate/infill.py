@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from prefloop.generate.completion import token_starts
 from prefloop.generate.engine import Engine
 from prefloop.records import Request, Response, Sampling, Scored, derive_seed
 
@@ -51,8 +52,8 @@ def _replacements(answer: str, scored: Scored) -> list[_Replacement]:
     """All replacements of words in an answer: first tokens of less likely words of the same kind."""
     replacements = []
     tokens = _tokens_at(answer, scored.offsets)
-    for match in _WORD.finditer(answer):
-        if match.start() not in tokens or match.group().lower() in _FUNCTION_WORDS:
+    for match in _content_words(answer):
+        if match.start() not in tokens:
             continue
         token_index, space = tokens[match.start()]
         for text, logprob in zip(
@@ -73,18 +74,19 @@ def _replacements(answer: str, scored: Scored) -> list[_Replacement]:
     return replacements
 
 
-def _tokens_at(answer: str, offsets: Sequence[tuple[int, int]]) -> dict[int, tuple[int, str]]:
-    """Index of a token's first character -> index of the token, and the space before it.
+def _content_words(answer: str) -> list[re.Match[str]]:
+    """The words that may be replaced."""
+    return [m for m in _WORD.finditer(answer) if m.group().lower() not in _FUNCTION_WORDS]
 
-    Tokenizers differ in whether a token's span includes the space before it.
-    """
+
+def _tokens_at(answer: str, offsets: Sequence[tuple[int, int]]) -> dict[int, tuple[int, str]]:
+    """Index of a token's first character -> index of the token, and the space before it."""
     tokens: dict[int, tuple[int, str]] = {}
     previous_end = 0
-    for index, (start, end) in enumerate(offsets):
-        text = answer[start:end].lstrip()
-        first_character = end - len(text)
+    starts = token_starts(answer, offsets)
+    for index, (first_character, (_, end)) in enumerate(zip(starts, offsets, strict=True)):
         # A character may consist of several tokens; the first one counts.
-        if text and first_character not in tokens:
+        if first_character is not None and first_character not in tokens:
             tokens[first_character] = (index, answer[previous_end:first_character])
         previous_end = end
     return tokens
@@ -103,8 +105,9 @@ def infill_flaws(
     The word is drawn by `seed` among those with alternatives, then the alternative by its probability;
     a replacement of several tokens is finished by sampling from the policy up to the word's end.
     """
-    scored = engine.score(requests, answers, top=_ALTERNATIVES)
     texts = [answer.text for answer in answers]
+    words = [{match.start() for match in _content_words(text)} for text in texts]
+    scored = engine.score(requests, answers, top=_ALTERNATIVES, at=words)
     attempts_by_answer: list[list[_Replacement]] = []
     for number, (answer, score) in enumerate(zip(texts, scored, strict=True)):
         random_generator = random.Random(derive_seed(seed, "word", number))

@@ -1,7 +1,8 @@
 """KV cache with one slot per conversation.
 
 A finished conversation stays in its slot until the slot is needed: a new one with a common prefix reuses its
-keys and values.
+keys and values. Of a prompt that was asked for more than once a copy stays even longer, in a shelf beside the slots:
+it may well be asked for again.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# S slots, N tokens of a step, P slots read together, K key/value heads, C positions of a slot, T positions
+# S slots, with the shelf's, N tokens of a step, P slots read together, K key/value heads, C positions of a slot, T positions
 # read, D head dimension.
 
 # Attention of several tokens is computed in tiles of this many positions; a slot's capacity is a multiple of it.
 TILE = 64
+# Longer prompts, in tokens, are not put on the shelf: memory.
+_SHORT = 4 * TILE
 
 
 class SlotMatch(NamedTuple):
@@ -36,15 +39,24 @@ class SlotMatch(NamedTuple):
 class Slots:
     """Keys and values by layer, allocated at a layer's first write, and the token ids that they belong to."""
 
-    def __init__(self, count: int, capacity: int) -> None:
-        """A cache of `count` conversations of at most `capacity` tokens."""
+    def __init__(self, count: int, capacity: int, shelf: int = 0) -> None:
+        """A cache of `count` conversations of at most `capacity` tokens, and of `shelf` prompts that were asked for again.
+
+        A shelf takes memory for what stands in it on CPUs, elsewhere for prompts of full length.
+        """
         capacity = -(-capacity // TILE) * TILE
-        self.count, self.capacity = count, capacity
+        self.count, self.capacity, self.shelf = count, capacity, shelf
+        rows = count + shelf
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._ids = np.full((count, capacity), -1, dtype=np.int64)
-        self._lengths = np.zeros(count, dtype=np.int64)
-        self._computed = np.zeros(count, dtype=np.int64)
-        self._tiled = np.zeros(count, dtype=np.int64)
+        self._ids = np.full((rows, capacity), -1, dtype=np.int64)
+        self._lengths = np.zeros(rows, dtype=np.int64)
+        self._computed = np.zeros(rows, dtype=np.int64)
+        self._tiled = np.zeros(rows, dtype=np.int64)
+        self._prompts = np.zeros(rows, dtype=np.int64)
+        """Tokens that each conversation began with."""
+        self._repeated = np.zeros(rows, dtype=np.int64)
+        """The same, where they had been asked for before; else 0."""
+        self._next_on_shelf = 0
 
     def write(self, layer: int, new: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> None:
         """Store one layer's new keys and values, each (K, N, D), at slots and positions, each (N,)."""
@@ -60,7 +72,7 @@ class Slots:
 
     def _zeros(self, K: int, D: int, like: Tensor) -> Tensor:
         """Zeros (S, K, C, D), as unwritten positions are read, with weight 0, where a neighbouring slot is longer."""
-        shape = (self.count, K, self.capacity, D)
+        shape = (self.count + self.shelf, K, self.capacity, D)
         if like.device.type != "cpu":
             return like.new_zeros(shape)
         # NumPy's zeros take no memory until written, which matters for the capacity of a rare long prompt.
@@ -92,16 +104,52 @@ class Slots:
         coming = int(np.minimum(common, self._lengths)[running].max(initial=0))
         return SlotMatch(slot, source, int(available[source]), coming)
 
-    def begin(self, match: SlotMatch, ids: Sequence[int]) -> None:
-        """Assign the matched slot to a conversation, and copy the common prefix from another slot."""
+    def begin(self, match: SlotMatch, ids: Sequence[int], *, prompt: bool = True) -> None:
+        """Assign the matched slot to a conversation, and copy the common prefix from another slot.
+
+        `prompt`: whether `ids` are a prompt, for answers to come, and so may be asked for again.
+        """
         slot, source, shared = match.slot, match.source, match.shared
-        if shared and source != slot:
-            for store_SKCD in (store for pair in self._layers.values() for store in pair):
-                store_SKCD[slot, :, :shared] = store_SKCD[source, :, :shared]
+        length = len(ids)
+        again = self._prompts[source] == length and self._begins(source, ids)
+        known = int(self._repeated[slot])
+        if known and not self._begins(slot, ids[:known]):
+            self._shelve(slot, known, source)
+            known = 0
+        self._copy(source, slot, shared)
         self._ids[slot] = -1
-        self._ids[slot, : len(ids)] = ids
-        self._lengths[slot], self._computed[slot] = len(ids), shared
+        self._ids[slot, :length] = ids
+        self._lengths[slot], self._computed[slot] = length, shared
         self._tiled[slot] = min(shared, int(self._tiled[source]))
+        self._prompts[slot] = length if prompt else 0
+        self._repeated[slot] = length if again and prompt and length <= _SHORT else known
+
+    def _begins(self, slot: int, ids: Sequence[int]) -> bool:
+        return bool((self._ids[slot, : len(ids)] == ids).all())
+
+    def _copy(self, source: int, to: int, length: int) -> None:
+        """Copy keys and values of the first `length` positions."""
+        if length and source != to:
+            for store_SKCD in (store for pair in self._layers.values() for store in pair):
+                store_SKCD[to, :, :length] = store_SKCD[source, :, :length]
+
+    def _shelve(self, slot: int, length: int, needed: int) -> None:
+        """Keep the first `length` tokens of a slot on the shelf, in the place of what has stood there longest.
+
+        Not in the place of row `needed`, which is about to be copied from.
+        """
+        ids = self._ids[slot, :length].copy()
+        if not self.shelf or (self._ids[self.count :, :length] == ids).all(axis=1).any():
+            return
+        place = self.count + self._next_on_shelf
+        self._next_on_shelf = (self._next_on_shelf + 1) % self.shelf
+        if place == needed:
+            return
+        self._copy(slot, place, length)
+        self._ids[place] = -1
+        self._ids[place, :length] = ids
+        self._lengths[place] = self._computed[place] = length
+        self._tiled[place] = min(length, int(self._tiled[slot]))
 
     def follow(self, slot: int, token: int) -> None:
         """Append a token to a slot's conversation."""
@@ -114,18 +162,18 @@ class Slots:
             self._tiled[slot] = present
         self._computed[slot] = present
 
-    def grow(self, count: int, capacity: int) -> None:
-        """Enlarge the cache to at least so many slots and tokens, with its contents."""
+    def grow(self, count: int, capacity: int, shelf: int = 0) -> None:
+        """Enlarge the cache to at least so many slots and tokens, with its contents but for the shelf's."""
         old, count, capacity = self.count, max(count, self.count), max(capacity, self.capacity)
         if (count, capacity) == (self.count, self.capacity):
             return
-        larger = Slots(count, capacity)
+        larger = Slots(count, capacity, max(shelf, self.shelf))
         for layer, pair in self._layers.items():
             _, K, _, D = pair[0].shape
             wider = larger.layer(layer, K, D, pair[0])
             for store_SKCD, old_SKCD in zip(wider, pair, strict=True):
-                store_SKCD[:old, :, : self.capacity] = old_SKCD
-        larger._ids[:old, : self.capacity] = self._ids
-        larger._lengths[:old], larger._computed[:old] = self._lengths, self._computed
-        larger._tiled[:old] = self._tiled
+                store_SKCD[:old, :, : self.capacity] = old_SKCD[:old]
+        larger._ids[:old, : self.capacity] = self._ids[:old]
+        for name in ("_lengths", "_computed", "_tiled", "_prompts", "_repeated"):
+            getattr(larger, name)[:old] = getattr(self, name)[:old]
         self.__dict__.update(larger.__dict__)

@@ -26,11 +26,11 @@ from prefloop.generate.kv_cache import TILE, Slots
 
 
 class Wanted(NamedTuple):
-    """A row of tokens, of which those from `start` on are scored."""
+    """A row of tokens, some of which are scored."""
 
     ids: Sequence[int]
-    start: int
-    """At least 1: nothing comes before the first token."""
+    positions: Sequence[int]
+    """Of the tokens that are scored, ascending; at least 1, as nothing comes before the first token."""
 
 
 class _Asked(NamedTuple):
@@ -126,11 +126,12 @@ def _add(scores: TokenScores, more: TokenScores) -> None:
 def _distinct(wanted: Sequence[Wanted]) -> list[_Row]:
     """The rows to be fed, those that begin alike behind each other."""
     rows: dict[tuple[int, ...], _Row] = {}
-    for place, (ids, start) in enumerate(wanted):
-        assert 0 < start < len(ids), f"row {place}: {start} of {len(ids)}"
-        row = rows.setdefault(tuple(ids[:-1]), _Row(list(ids[:-1]), [], start - 1))
+    for place, (ids, positions) in enumerate(wanted):
+        first, last = positions[0], positions[-1]
+        assert 0 < first <= last < len(ids), f"row {place}: {first} to {last} of {len(ids)}"
+        row = rows.setdefault(tuple(ids[:-1]), _Row(list(ids[:-1]), [], first - 1))
         row.places.append(place)
-        row.first = min(row.first, start - 1)
+        row.first = min(row.first, first - 1)
         row.scores[place] = TokenScores([], [], [], [])
     return [rows[key] for key in sorted(rows)]
 
@@ -154,7 +155,7 @@ def _admit(
         if found.coming >= found.shared + WORTH_WAITING:
             later.append(row)
             continue
-        slots.begin(found, row.ids)
+        slots.begin(found, row.ids, prompt=False)
         row.slot, row.present = found.slot, found.shared
         free.remove(row.slot)
         unused.discard(row.slot)
@@ -198,12 +199,12 @@ def _forward(
     for row, count in fed:
         begin, end = row.present, row.present + count
         for position in range(max(begin, row.first), end):
-            asked += [
-                _Asked(len(ends), place, wanted[place].ids[position + 1])
-                for place in row.places
-                if position + 1 >= wanted[place].start
-            ]
-            ends.append(len(ids) + position - begin)
+            told = [place for place in row.places if position + 1 in wanted[place].positions]
+            if told:
+                asked += [
+                    _Asked(len(ends), place, wanted[place].ids[position + 1]) for place in told
+                ]
+                ends.append(len(ids) + position - begin)
         ids += row.ids[begin:end]
     step = Step.plan(slots, [(row.slot, row.present, count) for row, count in fed], model.device)
     logits_EV = feed(model, ids, ends, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -40,10 +40,15 @@ class Metered:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
         """As the engine does; counted."""
-        scored = self._engine.score(requests, answers, top=top)
+        scored = self._engine.score(requests, answers, top=top, at=at)
         self._counts[READ] += sum(len(answer.token_ids) for answer in scored)
         self._read(requests)
         return scored

@@ -5,7 +5,7 @@ What is measured in the middle leaves the weights that are trained, and the rand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -82,10 +82,15 @@ class KnownAnswers:
         return [next(new) if known is None else known for known in found]
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
         """As the policy does."""
-        return self._policy.score(requests, answers, top=top)
+        return self._policy.score(requests, answers, top=top, at=at)
 
     def choose(
         self, requests: Sequence[Request], options: Sequence[str]

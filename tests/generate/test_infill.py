@@ -39,7 +39,9 @@ class ScriptedEngine(FakeEngine):
         self.prefixes += [request.prefix for request in requests]
         return [self.continuation for _ in requests]
 
-    def score(self, requests: Any, answers: Sequence[Response], *, top: int = 0) -> list[Scored]:
+    def score(
+        self, requests: Any, answers: Sequence[Response], *, top: int = 0, at: Any = None
+    ) -> list[Scored]:
         return [self._tokens(answer.text) for answer in answers]
 
     def _tokens(self, answer: str) -> Scored:
@@ -229,6 +231,31 @@ def test_sampling_ends_with_the_word_and_gives_the_same_flaws(
     many, many_tokens = flaws()
     assert few == many
     assert few_tokens < many_tokens
+
+
+def test_only_words_that_may_be_replaced_are_scored_and_the_flaws_are_the_same(
+    model: Any, tokenizer: Any
+) -> None:
+    answers = [f"{SENTENCE} It is the café {n} — open, I hear.\n 17 °C. " * 2 for n in range(6)]
+    asked: list[Any] = []
+
+    class Whole(HFEngine):
+        def score(self, *given: Any, at: Any = None, **options: Any) -> list[Scored]:
+            asked.extend(at)
+            return super().score(*given, **options)
+
+    def flaws(engine: HFEngine) -> list[Infill | None]:
+        return infill_flaws(engine, [ASK] * 6, said(answers), Sampling(), seed=3)
+
+    found = flaws(HFEngine(model, tokenizer))
+    assert any(found)
+    assert found == flaws(Whole(model, tokenizer))
+    words = [
+        [m.group() for m in WORD.finditer(text) if m.start() in at]
+        for text, at in zip(answers, asked, strict=True)
+    ]
+    once = "Seven red boats went under stone bridge Monday café 0 open hear 17 C".split()
+    assert words[0] == once * 2
 
 
 def sentencepiece_like(words: list[str]) -> PreTrainedTokenizerFast:

@@ -65,6 +65,35 @@ def test_what_was_computed_singly_is_not_shared_where_bits_count() -> None:
     assert slots.find(asked, [2], tiled=True).shared == 6, "a copy knows it too"
 
 
+def test_a_prompt_asked_for_twice_stays_when_its_slot_is_needed() -> None:
+    """One that was asked for once does not, nor does what was only scored."""
+    slots = Slots(1, 32, shelf=1)
+    twice, once, scored = [1, *range(2, 12)], [1, *range(20, 30)], [1, *range(30, 40)]
+    begun(slots, 0, twice, 11)
+    begun(slots, 0, twice, 11)
+    begun(slots, 0, once, 11)
+    assert slots.find([*twice, 50, 51], [0]).shared == 11
+    assert slots.find([*twice, 50, 51], [0], tiled=True).source == 1
+    for _ in range(2):
+        slots.begin(slots.find(scored, [0]), scored, prompt=False)
+        slots.computed(0, 11, tiled=True)
+    begun(slots, 0, [1, 90, 91], 3)
+    assert slots.find([*once, 50, 51], [0]).shared == 1
+    assert slots.find([*scored, 50, 51], [0]).shared == 1
+    assert slots.find([*twice, 50, 51], [0]).shared == 11
+    slots.grow(2, 64, shelf=2)
+    assert slots.find([*twice, 50, 51], [0]).shared == 1
+
+
+def test_a_prompt_stays_in_its_slot_while_conversations_there_begin_with_it() -> None:
+    slots = Slots(1, 32, shelf=1)
+    prompt = list(range(1, 12))
+    for ids in (prompt, prompt, [*prompt, 40, 41], [*prompt, 50, 51], [1, 2, 60]):
+        begun(slots, 0, ids, len(ids))
+    found = slots.find([*prompt, 50, 51, 52, 53], [0])
+    assert (found.source, found.shared) == (1, 11)
+
+
 def test_nothing_is_coming_from_a_conversation_that_has_ended() -> None:
     slots = Slots(2, 64)
     begun(slots, 0, list(range(40)), 3)

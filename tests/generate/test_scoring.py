@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -180,3 +181,51 @@ def test_answers_to_one_question_are_scored_as_each_alone(model: Any, tokenizer:
     together = HFEngine(model, tokenizer).score([request] * 5, answers, top=2)
     alone = [HFEngine(model, tokenizer).score([request], [a], top=2)[0] for a in answers]
     assert together == alone
+
+
+@pytest.mark.usefixtures("attention")
+def test_tokens_that_nobody_asks_for_are_not_scored_and_no_bit_of_the_others_tells(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["One  two, three four.", "A longer answer, of more words, than one.", "é", ""]
+    asks = [Request(messages=(Message(role="user", content=f"Say {n}."),)) for n in range(4)]
+    answers = [Response(text=text) for text in texts]
+    characters = [{5, 10}, {0, 9, 33}, {0}, {0}]
+    ends = []
+    real = scoring.feed
+
+    def counting(model: Any, ids: list[int], at: list[int], step: Any) -> Any:
+        ends.append(len(at))
+        return real(model, ids, at, step)
+
+    whole = HFEngine(model, tokenizer).score(asks, answers, top=3)
+    monkeypatch.setattr(scoring, "feed", counting)
+    monkeypatch.setattr(scoring, "STEP_TOKENS", 65)
+    found = HFEngine(model, tokenizer).score(asks, answers, top=3, at=characters)
+    assert sum(ends) == 7, "one for each character, two for that of two tokens"
+    for text, one, other, at in zip(texts, found, whole, characters, strict=True):
+        assert (one.token_ids, one.offsets) == (other.token_ids, other.offsets)
+        places = [n for n, (start, end) in enumerate(one.offsets) if start in at and start < end]
+        assert {one.offsets[n][0] for n in places} == (at if text else set())
+        for n, logprob in enumerate(one.logprobs):
+            if n in places:
+                assert logprob == other.logprobs[n]
+                assert one.top_texts[n] == other.top_texts[n]
+                assert one.top_logprobs[n] == other.top_logprobs[n]
+            else:
+                assert math.isnan(logprob)
+                assert one.top_texts[n] == one.top_logprobs[n] == ()
+
+
+def test_padded_batches_score_what_is_asked_for(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = [Request(messages=(Message(role="user", content="Say it."),))]
+    answer = [Response(text="One two, three four.")]
+    expected = HFEngine(model, tokenizer).score(ask, answer, at=[{4, 9}])[0].logprobs
+    monkeypatch.setattr(
+        hf_engine, "slot_decoding_unsupported", lambda model, longest: "so the test wants it"
+    )
+    found = HFEngine(model, tokenizer).score(ask, answer, at=[{4, 9}])[0].logprobs
+    assert [n for n, value in enumerate(found) if value == value] == [4, 9]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4, equal_nan=True)

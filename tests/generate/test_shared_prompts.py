@@ -151,6 +151,29 @@ def test_a_scored_answer_stays_for_its_infilled_copy_though_other_rows_begin_ali
     assert sum(fed) < 0.2 * whole
 
 
+@pytest.mark.usefixtures("attention")
+def test_prompts_of_two_drafts_are_there_for_scores_though_others_took_all_slots(
+    model: Any, tokenizer: Any, fed: list[int]
+) -> None:
+    engine = HFEngine(model, tokenizer, batch_size=len(ASKS))
+    others = [
+        Request(
+            messages=(Message(role="user", content=f"Improve this: {ask.messages[0].content}"),)
+        )
+        for ask in ASKS
+    ]
+    for seed in (1, 2):
+        engine.sample(ASKS, SAMPLING, seed=seed)
+    texts = [
+        answer.model_copy(update={"token_ids": ()})
+        for answer in engine.sample(others, SAMPLING, seed=3)
+    ]
+    fed.clear()
+    found = engine.score(ASKS, texts, top=3)
+    assert sum(fed) <= sum(len(one.token_ids) + 1 for one in found)
+    assert found == HFEngine(model, tokenizer).score(ASKS, texts, top=3)
+
+
 def test_questions_that_begin_alike_are_asked_once_and_no_bit_tells(
     model: Any, tokenizer: Any, fed: list[int]
 ) -> None:

@@ -59,7 +59,9 @@ class Rater(FakeEngine):
         self.rows = rows or []
         self.asked: list[str] = []
 
-    def score(self, requests: Any, answers: Sequence[Response], *, top: int = 0) -> list[Scored]:
+    def score(
+        self, requests: Any, answers: Sequence[Response], *, top: int = 0, at: Any = None
+    ) -> list[Scored]:
         return [
             Scored(token_ids=(1, 0), offsets=((0, 1), (1, 1)), logprobs=(2 * mean, 0.0))
             for mean in (self.confidences[answer.text] for answer in answers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
@@ -45,7 +45,12 @@ class FakeEngine:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
         """Log-probs that depend on the word alone; alternatives come from a fixed list."""
         return [self._scored(answer, top) for answer in answers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -88,7 +88,12 @@ class _OpenAIEngine:
         return responses
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
         """Cannot be had."""
         raise NotImplementedError(_NO_LOGPROBS)

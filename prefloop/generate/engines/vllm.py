@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -290,9 +290,14 @@ class VLLMEngine:
         ]
 
     def score(
-        self, requests: Sequence[Request], answers: Sequence[Response], *, top: int = 0
+        self,
+        requests: Sequence[Request],
+        answers: Sequence[Response],
+        *,
+        top: int = 0,
+        at: Sequence[Collection[int]] | None = None,
     ) -> list[Scored]:
-        """Log-probability of each given answer."""
+        """Log-probability of each given answer, wherever it is asked for: the server scores whole prompts."""
         rows = [
             completion_ids(self._chat, request, answer)
             for request, answer in zip(requests, answers, strict=True)
