@@ -1,9 +1,10 @@
 """Claim: prompts stream through a round; ten times as many take hardly more memory, and ten times the time.
 
-Plays one round of AROP with the fake engine, for each number of prompts in a process of its own: data, generating,
-ranking and pairing, and with `--train-steps` also the reference pass over all pairs on a tiny model, so many optimiser
-steps, measuring and publishing. Then the report, the pairs as a data set, and the same command again, which finds all of
-it done. For each stage its seconds, the largest memory during it, and the bytes that it left; then the largest files.
+Plays one round of AROP or SFT with the fake engine, for each number of prompts in a process of its own: data, generating,
+ranking and pairing; unless `--train-steps` is 0 also encoding, the reference pass over all pairs on a tiny model, so many
+optimiser steps, measuring and publishing. Then the report, the pairs as a data set, and the same command again, which finds
+all of it done. For each stage its CPU and clock seconds, the largest memory during it, and the bytes that it left; then the
+largest files. Stages are told on standard error as they end, as a million prompts take most of an hour.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from prefloop.manifest import _hash_large
 
 _WORDS = "a river carries what the mountain gives it and the town takes what it needs from it "
 _GATES = {"cut_off": False, "max_edit_share": None, "max_length_ratio": None}
+_METHODS = {
+    "arop": {"name": "arop", "margin": {"kind": "fixed"}, "gates": _GATES},
+    "sft": {"name": "sft"},
+}
 
 
 def prompts(path: Path, count: int, repeats: int) -> None:
@@ -58,11 +63,12 @@ class Stages:
         size = sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
         self.found[name] = {
             "seconds": round(time.perf_counter() - wall, 1),
-            "cpu_seconds": round(time.process_time() - thread, 1),
+            "cpu_seconds": round(time.process_time() - thread, 2),
             "peak_mib": _status("VmHWM"),
             "mb": round((size - self._bytes) / 1e6, 1),
         }
         self._bytes = size
+        print(f"{name}: {self.found[name]}", file=sys.stderr, flush=True)
 
 
 def _status(key: str) -> float:
@@ -87,7 +93,7 @@ def round_of(count: int, job: dict[str, Any]) -> dict[str, Any]:
                     "max_prompt_tokens": 4096,
                     "max_response_tokens": 4096,
                 },
-                "method": {"name": "arop", "margin": {"kind": "fixed"}, "gates": _GATES},
+                "method": _METHODS[job["method"]],
                 "engine": {"name": "fake"},
                 "loop": {"rounds": 1, "prompts_per_round": count},
                 "generate": {"chunk_size": 256},
@@ -107,6 +113,8 @@ def round_of(count: int, job: dict[str, Any]) -> dict[str, Any]:
             "start_mib": found["model"]["peak_mib"],
             "peak_mib": max(stage["peak_mib"] for stage in found.values()),
             "seconds": round(sum(stage["seconds"] for stage in making), 1),
+            "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in found.values()), 1),
+            "folder_mb": round(sum(stage["mb"] for stage in found.values()), 1),
             "stages": found,
             "files_mb": largest_files(out),
         }
@@ -178,20 +186,22 @@ def _read(recipe: Any, out: Path, stages: Stages, train_steps: int) -> None:
         write_report([out], out / "report.html")
     with stages.measured("show"):
         show_run(out, quiet, pair=None, count=3)
-    with stages.measured("export"):
-        pairs = (pair for _, made in read_run(out).pairs() for pair in made)
-        export_pairs(pairs, out / "pairs.jsonl")
+    if "rejected" in recipe.method.roles:
+        with stages.measured("export"):
+            pairs = (pair for _, made in read_run(out).pairs() for pair in made)
+            export_pairs(pairs, out / "pairs.jsonl")
     with stages.measured("verify"):
         verify_run(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[2_000, 10_000])
+    parser.add_argument("--method", choices=_METHODS, default="arop")
     parser.add_argument("--holdout", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="80 characters each, of a prompt")
+    parser.add_argument("--repeats", type=int, default=1, help="80 characters each, of a prompt")
     parser.add_argument(
-        "--train-steps", type=int, default=0, help="optimiser steps; 0: end with the pairs"
+        "--train-steps", type=int, default=10, help="optimiser steps; 0: end with the pairs"
     )
     parser.add_argument("--model", default="tiny", help="tiny, or a model's folder")
     parser.add_argument("--folder", type=Path, help="where the runs lie while they are measured")
@@ -219,13 +229,13 @@ def measure(counts: list[int], job: dict[str, Any]) -> dict[str, Any]:
         code = f"import json; from prompt_memory import *; print(json.dumps(round_of({count}, {job!r})))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            capture_output=True,
+            stdout=subprocess.PIPE,
             check=False,
             text=True,
             cwd=Path(__file__).parent,
         )
         if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
+            raise SystemExit(f"{count} prompts ended with code {done.returncode}")
         sizes.append(json.loads(done.stdout.splitlines()[-1]))
     return {"sizes": sizes, "grew_mib": round(sizes[-1]["peak_mib"] - sizes[0]["peak_mib"], 1)}
 
@@ -241,6 +251,7 @@ def table(found: dict[str, Any]) -> str:
             lines.append(
                 f"{size['prompts']:9,} {name:12} " + " ".join(f"{n:9,.2f}" for n in numbers)
             )
+        lines += [f"{size['prompts']:9,} all: {size['cpu_seconds']} CPU s, {size['folder_mb']} MB"]
         lines += [
             f"{size['prompts']:9,} {mb:9,.1f} MB {path}" for path, mb in size["files_mb"].items()
         ]
