@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -44,12 +46,21 @@ def prompts(path: Path, count: int, repeats: int) -> None:
 
 
 class Stages:
-    """What each stage took: seconds, peak MiB, and megabytes left in the run's folder."""
+    """What each stage took: seconds, peak MiB, and megabytes left in the run's folder.
+
+    Of stages in chunks also the median milliseconds (CPU) of a chunk in the first and in the last tenth: on a busy machine
+    these tell growth better than sums do.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.found: dict[str, dict[str, float]] = {}
         self._folder = folder
         self._bytes = 0
+        self._chunk_ends: list[float] = []
+
+    def chunk_ended(self) -> None:
+        """Called after each chunk of a stage."""
+        self._chunk_ends.append(time.process_time())
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
@@ -58,6 +69,7 @@ class Stages:
         _hash_large.cache_clear()
         # Forgets the peak so far (Linux), so that each stage has one of its own.
         Path("/proc/self/clear_refs").write_text("5")
+        self._chunk_ends.clear()
         wall, thread = time.perf_counter(), time.process_time()
         yield
         size = sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
@@ -67,6 +79,12 @@ class Stages:
             "peak_mib": _status("VmHWM"),
             "mb": round((size - self._bytes) / 1e6, 1),
         }
+        if tenth := len(self._chunk_ends) // 10:
+            took = [1000 * (end - start) for start, end in pairwise(self._chunk_ends)]
+            self.found[name] |= {
+                "first_chunks_ms": round(median(took[:tenth]), 2),
+                "last_chunks_ms": round(median(took[-tenth:]), 2),
+            }
         self._bytes = size
         print(f"{name}: {self.found[name]}", file=sys.stderr, flush=True)
 
@@ -134,16 +152,24 @@ def _play(recipe: Any, out: Path, stages: Stages, train_steps: int) -> int:
     """The round; the number of its pairs."""
     from rich.console import Console
 
+    from prefloop.run.chunks import Journal
     from prefloop.run.loop import _Loop
     from prefloop.run_folder import open_run
     from prefloop.train import trainer
 
-    whole = trainer.schedule
+    whole, append = trainer.schedule, Journal.append
+
+    def append_and_tell(journal: Journal, *args: Any) -> None:
+        append(journal, *args)
+        stages.chunk_ended()
 
     def few_steps(count: int, **options: int) -> list[list[int]]:
         return whole(count, **options)[:train_steps]
 
-    with open_run(out, recipe.dump()) as rundir:
+    with (
+        open_run(out, recipe.dump()) as rundir,
+        mock.patch.object(Journal, "append", append_and_tell),
+    ):
         loop = _Loop(recipe, rundir, Console(file=StringIO()))
         with stages.measured("model"):
             loop.session.policy_at(None)
@@ -249,13 +275,21 @@ def table(found: dict[str, Any]) -> str:
             each = 1000 * of["cpu_seconds"] / size["prompts"]
             numbers = (of["seconds"], of["cpu_seconds"], each, of["peak_mib"], of["mb"])
             lines.append(
-                f"{size['prompts']:9,} {name:12} " + " ".join(f"{n:9,.2f}" for n in numbers)
+                f"{size['prompts']:9,} {name:12} "
+                + " ".join(f"{n:9,.2f}" for n in numbers)
+                + _growth(of)
             )
         lines += [f"{size['prompts']:9,} all: {size['cpu_seconds']} CPU s, {size['folder_mb']} MB"]
         lines += [
             f"{size['prompts']:9,} {mb:9,.1f} MB {path}" for path, mb in size["files_mb"].items()
         ]
     return "\n".join([*lines, f"the last number's peak is {found['grew_mib']} MiB higher"])
+
+
+def _growth(stage: dict[str, float]) -> str:
+    if "last_chunks_ms" not in stage:
+        return ""
+    return f"  chunks {stage['first_chunks_ms']} to {stage['last_chunks_ms']} ms"
 
 
 if __name__ == "__main__":
