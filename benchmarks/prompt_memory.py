@@ -1,9 +1,10 @@
 """Claim: prompts stream through a round; ten times as many take hardly more memory, and ten times the time.
 
-Plays one round of AROP with the fake engine, for each number of prompts in a process of its own: data, generating,
-ranking and pairing, and with `--train-steps` also the reference pass over all pairs on a tiny model, so many optimiser
-steps, measuring and publishing. Then the report, the pairs as a data set, and the same command again, which finds all of
-it done. For each stage its seconds, the largest memory during it, and the bytes that it left; then the largest files.
+Plays one round of AROP or SFT with the fake engine, for each number of prompts in a process of its own: data, generating,
+ranking and pairing; unless `--train-steps` is 0 also encoding, the reference pass over all pairs on a tiny model, so many
+optimiser steps, measuring and publishing. Then the report, the pairs as a data set, and the same command again, which finds
+all of it done. For each stage its CPU and clock seconds, the largest memory during it, and the bytes that it left; then the
+largest files. Stages are told on standard error as they end, as a million prompts take most of an hour.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -25,6 +28,10 @@ from prefloop.manifest import _hash_large
 
 _WORDS = "a river carries what the mountain gives it and the town takes what it needs from it "
 _GATES = {"cut_off": False, "max_edit_share": None, "max_length_ratio": None}
+_METHODS = {
+    "arop": {"name": "arop", "margin": {"kind": "fixed"}, "gates": _GATES},
+    "sft": {"name": "sft"},
+}
 
 
 def prompts(path: Path, count: int, repeats: int) -> None:
@@ -39,12 +46,21 @@ def prompts(path: Path, count: int, repeats: int) -> None:
 
 
 class Stages:
-    """What each stage took: seconds, peak MiB, and megabytes left in the run's folder."""
+    """What each stage took: seconds, peak MiB, and megabytes left in the run's folder.
+
+    Of stages in chunks also the median milliseconds (CPU) of a chunk in the first and in the last tenth: on a busy machine
+    these tell growth better than sums do.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.found: dict[str, dict[str, float]] = {}
         self._folder = folder
         self._bytes = 0
+        self._chunk_ends: list[float] = []
+
+    def chunk_ended(self) -> None:
+        """Called after each chunk of a stage."""
+        self._chunk_ends.append(time.process_time())
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
@@ -53,16 +69,24 @@ class Stages:
         _hash_large.cache_clear()
         # Forgets the peak so far (Linux), so that each stage has one of its own.
         Path("/proc/self/clear_refs").write_text("5")
+        self._chunk_ends.clear()
         wall, thread = time.perf_counter(), time.process_time()
         yield
         size = sum(p.stat().st_size for p in self._folder.rglob("*") if p.is_file())
         self.found[name] = {
             "seconds": round(time.perf_counter() - wall, 1),
-            "cpu_seconds": round(time.process_time() - thread, 1),
+            "cpu_seconds": round(time.process_time() - thread, 2),
             "peak_mib": _status("VmHWM"),
             "mb": round((size - self._bytes) / 1e6, 1),
         }
+        if tenth := len(self._chunk_ends) // 10:
+            took = [1000 * (end - start) for start, end in pairwise(self._chunk_ends)]
+            self.found[name] |= {
+                "first_chunks_ms": round(median(took[:tenth]), 2),
+                "last_chunks_ms": round(median(took[-tenth:]), 2),
+            }
         self._bytes = size
+        print(f"{name}: {self.found[name]}", file=sys.stderr, flush=True)
 
 
 def _status(key: str) -> float:
@@ -87,7 +111,7 @@ def round_of(count: int, job: dict[str, Any]) -> dict[str, Any]:
                     "max_prompt_tokens": 4096,
                     "max_response_tokens": 4096,
                 },
-                "method": {"name": "arop", "margin": {"kind": "fixed"}, "gates": _GATES},
+                "method": _METHODS[job["method"]],
                 "engine": {"name": "fake"},
                 "loop": {"rounds": 1, "prompts_per_round": count},
                 "generate": {"chunk_size": 256},
@@ -107,6 +131,8 @@ def round_of(count: int, job: dict[str, Any]) -> dict[str, Any]:
             "start_mib": found["model"]["peak_mib"],
             "peak_mib": max(stage["peak_mib"] for stage in found.values()),
             "seconds": round(sum(stage["seconds"] for stage in making), 1),
+            "cpu_seconds": round(sum(stage["cpu_seconds"] for stage in found.values()), 1),
+            "folder_mb": round(sum(stage["mb"] for stage in found.values()), 1),
             "stages": found,
             "files_mb": largest_files(out),
         }
@@ -126,16 +152,24 @@ def _play(recipe: Any, out: Path, stages: Stages, train_steps: int) -> int:
     """The round; the number of its pairs."""
     from rich.console import Console
 
+    from prefloop.run.chunks import Journal
     from prefloop.run.loop import _Loop
     from prefloop.run_folder import open_run
     from prefloop.train import trainer
 
-    whole = trainer.schedule
+    whole, append = trainer.schedule, Journal.append
+
+    def append_and_tell(journal: Journal, *args: Any) -> None:
+        append(journal, *args)
+        stages.chunk_ended()
 
     def few_steps(count: int, **options: int) -> list[list[int]]:
         return whole(count, **options)[:train_steps]
 
-    with open_run(out, recipe.dump()) as rundir:
+    with (
+        open_run(out, recipe.dump()) as rundir,
+        mock.patch.object(Journal, "append", append_and_tell),
+    ):
         loop = _Loop(recipe, rundir, Console(file=StringIO()))
         with stages.measured("model"):
             loop.session.policy_at(None)
@@ -178,20 +212,22 @@ def _read(recipe: Any, out: Path, stages: Stages, train_steps: int) -> None:
         write_report([out], out / "report.html")
     with stages.measured("show"):
         show_run(out, quiet, pair=None, count=3)
-    with stages.measured("export"):
-        pairs = (pair for _, made in read_run(out).pairs() for pair in made)
-        export_pairs(pairs, out / "pairs.jsonl")
+    if "rejected" in recipe.method.roles:
+        with stages.measured("export"):
+            pairs = (pair for _, made in read_run(out).pairs() for pair in made)
+            export_pairs(pairs, out / "pairs.jsonl")
     with stages.measured("verify"):
         verify_run(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[2_000, 10_000])
+    parser.add_argument("--method", choices=_METHODS, default="arop")
     parser.add_argument("--holdout", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="80 characters each, of a prompt")
+    parser.add_argument("--repeats", type=int, default=1, help="80 characters each, of a prompt")
     parser.add_argument(
-        "--train-steps", type=int, default=0, help="optimiser steps; 0: end with the pairs"
+        "--train-steps", type=int, default=10, help="optimiser steps; 0: end with the pairs"
     )
     parser.add_argument("--model", default="tiny", help="tiny, or a model's folder")
     parser.add_argument("--folder", type=Path, help="where the runs lie while they are measured")
@@ -219,13 +255,13 @@ def measure(counts: list[int], job: dict[str, Any]) -> dict[str, Any]:
         code = f"import json; from prompt_memory import *; print(json.dumps(round_of({count}, {job!r})))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            capture_output=True,
+            stdout=subprocess.PIPE,
             check=False,
             text=True,
             cwd=Path(__file__).parent,
         )
         if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
+            raise SystemExit(f"{count} prompts ended with code {done.returncode}")
         sizes.append(json.loads(done.stdout.splitlines()[-1]))
     return {"sizes": sizes, "grew_mib": round(sizes[-1]["peak_mib"] - sizes[0]["peak_mib"], 1)}
 
@@ -239,12 +275,21 @@ def table(found: dict[str, Any]) -> str:
             each = 1000 * of["cpu_seconds"] / size["prompts"]
             numbers = (of["seconds"], of["cpu_seconds"], each, of["peak_mib"], of["mb"])
             lines.append(
-                f"{size['prompts']:9,} {name:12} " + " ".join(f"{n:9,.2f}" for n in numbers)
+                f"{size['prompts']:9,} {name:12} "
+                + " ".join(f"{n:9,.2f}" for n in numbers)
+                + _growth(of)
             )
+        lines += [f"{size['prompts']:9,} all: {size['cpu_seconds']} CPU s, {size['folder_mb']} MB"]
         lines += [
             f"{size['prompts']:9,} {mb:9,.1f} MB {path}" for path, mb in size["files_mb"].items()
         ]
     return "\n".join([*lines, f"the last number's peak is {found['grew_mib']} MiB higher"])
+
+
+def _growth(stage: dict[str, float]) -> str:
+    if "last_chunks_ms" not in stage:
+        return ""
+    return f"  chunks {stage['first_chunks_ms']} to {stage['last_chunks_ms']} ms"
 
 
 if __name__ == "__main__":

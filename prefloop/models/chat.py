@@ -8,6 +8,7 @@ sampled are encoded in their context, so that prompt and completion are the toke
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -73,6 +74,8 @@ class Chat:
         self._spelled = "" if self._special.search(opening) else opening
         """The thought's opening, where a text can spell it because it is no special token."""
         self._place = lru_cache(maxsize=256)(self._find_place)
+        # An engine, the count of what it read, and the completions of a prompt all ask for its tokens.
+        self._prompt = lru_cache(maxsize=256)(self._encode_prompt)
         self._trims = self.template.trims()
         probe = self._place(_PROBE).layout
         self._opens_thought = self._opened(probe.prompt)
@@ -101,9 +104,9 @@ class Chat:
         A begun answer stands where the template puts answers: after a closed thought, in the final channel.
         `at_answer` goes there without a prefix too, for asking what the answer's first token is.
         """
-        layout, masked = self._place(tuple(messages))
         if not prefix and not at_answer:
-            return self._ids(layout.prompt, masked)
+            return list(self._prompt(tuple(messages)))
+        layout, masked = self._place(tuple(messages))
         text, masked = self._with(layout.prompt + layout.lead, prefix, masked)
         return self._ids(text if prefix else self._without_space(text), masked)
 
@@ -118,7 +121,7 @@ class Chat:
         layout, masked = self._place(tuple(messages))
         text, masked = self._with(*self._before_answer(layout, answer), masked)
         closing = self._closing(layout) if ended else ""
-        before = self._ids(layout.prompt, masked)
+        before = list(self._prompt(tuple(messages)))
         ids = self._after(before, layout.prompt, text + closing, masked)
         return [*ids, *self.end_ids] if ended and not closing else ids
 
@@ -251,6 +254,11 @@ class Chat:
         if self.thought and self.thought.opened_by(prompt + lead):
             lead += self.thought.closing(prompt + lead)
         return Place(Layout(prompt, lead, tail), tuple(masked))
+
+    def _encode_prompt(self, messages: tuple[Message, ...]) -> array[int]:
+        """A conversation's tokens up to where the policy begins to write, in four bytes each."""
+        layout, masked = self._place(messages)
+        return array("I", self._ids(layout.prompt, masked))
 
     def _masked_turns(self, messages: Sequence[Message]) -> tuple[list[Turn], list[str]]:
         masked: list[str] = []

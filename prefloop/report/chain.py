@@ -6,7 +6,7 @@ A pair, a reject or a held-out prompt becomes one `Chain`, which both the page a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rich.console import Console
@@ -79,11 +79,9 @@ class Chain:
 
     def to_json(self) -> dict[str, Any]:
         """The chain as JSON values without empty fields; a step's text stays, as an answer may be empty."""
-        values = asdict(self)
-        values["steps"] = [
-            {**_without_empty(step), "text": step["text"]} for step in values["steps"]
-        ]
-        return _without_empty(values)
+        # Not asdict: it copies every value deeply, at a third of a report's time.
+        steps = [{**_without_empty(vars(step)), "text": step.text} for step in self.steps]
+        return _without_empty({**vars(self), "steps": steps})
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:

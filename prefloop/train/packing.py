@@ -77,15 +77,17 @@ def build_tree(group: TokenGroup) -> Tree:
         tokens=tuple(tokens),
         positions=tuple(positions),
         parents=tuple(parents),
-        ends=_subtree_ends(parents),
+        ends=_subtree_ends(parents, prompt_length),
         paths=tuple(paths[completion] for completion in group.completions),
         prompt_length=prompt_length,
     )
 
 
-def _subtree_ends(parents: Sequence[int]) -> tuple[int, ...]:
-    ends = list(range(1, len(parents) + 1))
-    for node in range(len(parents) - 1, 0, -1):
+def _subtree_ends(parents: Sequence[int], prompt_length: int) -> tuple[int, ...]:
+    size = len(parents)
+    # All that comes after a token of the prompt is below it.
+    ends = [size] * prompt_length + list(range(prompt_length + 1, size + 1))
+    for node in range(size - 1, prompt_length, -1):
         ends[parents[node]] = max(ends[parents[node]], ends[node])
     return tuple(ends)
 

@@ -55,6 +55,21 @@ def test_end_of_turn_is_what_the_template_puts_after_an_answer(tokenizer: Any) -
     assert chat.stop_ids == {chat.end_id}
 
 
+def test_a_prompt_is_encoded_once_and_its_tokens_are_the_callers_own(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, encoded = Chat(tokenizer), list[str]()
+    encode = chat._encode
+    monkeypatch.setattr(chat, "_encode", lambda text: encoded.append(text) or encode(text))
+    first = chat.prompt_ids(turns("Why?"))
+    wanted = list(first)
+    first.append(0)
+    answered = [*wanted, *chat.completion_ids(turns("Why?"), "So.")]
+    assert chat.prompt_ids(turns("Why?")) == wanted
+    assert len(encoded) == 2
+    assert encode(encoded[1]) == answered
+
+
 def test_offsets_cover_the_text(tokenizer: Any) -> None:
     chat = Chat(tokenizer)
     assert [(a, b) for a, b in chat.text_offsets("abc")] == [(0, 1), (1, 2), (2, 3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from prefloop.generate.engine import EngineContext, EngineOptions, Probe, Weights
@@ -19,6 +20,11 @@ _WORDS = "red blue seven river quiet paper under Monday stone light north bread"
 def _babble(request: Request, seed: int, limit: int) -> str:
     draw = random.Random(derive_seed(seed, request.messages[-1].content, request.prefix))
     return " ".join(draw.choice(_WORDS) for _ in range(min(limit, draw.randint(3, 9)))) + "."
+
+
+@lru_cache(maxsize=1024)
+def _token_of(word: str) -> int:
+    return derive_seed(word) % 50_000
 
 
 class FakeEngine:
@@ -40,7 +46,7 @@ class FakeEngine:
                 if self._answer
                 else _babble(request, own, sampling.max_new_tokens)
             )
-            ids = tuple(derive_seed(word) % 50_000 for word in text.split())
+            ids = tuple(map(_token_of, text.split()))
             responses.append(Response(text=text, token_ids=(*ids, 0), mean_logprob=-1.0))
         return responses
 
@@ -72,7 +78,7 @@ class FakeEngine:
         for word in text.split():
             start = text.index(word, place)
             offsets.append((place, start + len(word)))
-            ids.append(derive_seed(word) % 50_000)
+            ids.append(_token_of(word))
             place = start + len(word)
         if answer.finish == "stop":
             offsets.append((len(text), len(text)))
