@@ -79,13 +79,12 @@ def auto_dtype(
     if options.dtype != "auto" or device.type != "cpu" or choice.dtype == "float32":
         return choice
     kind: Any = AutoModelForCausalLM
-    code = options.trust_remote_code
     try:
         with quiet(), torch.device("meta"):
             config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=code, local_files_only=True
+                folder, trust_remote_code=options.trust_remote_code, local_files_only=True
             )
-            empty = kind.from_config(config, trust_remote_code=code)
+            empty = kind.from_config(config, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, RuntimeError, ImportError, TypeError) as error:
         # What is wrong with a model is said by who loads it; code that comes with one may want weights here.
         return Choice(

@@ -183,7 +183,7 @@ def test_answers_to_one_question_are_scored_as_each_alone(model: Any, tokenizer:
     assert together == alone
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 def test_tokens_that_nobody_asks_for_are_not_scored_and_no_bit_of_the_others_tells(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,7 +151,7 @@ def test_a_scored_answer_stays_for_its_infilled_copy_though_other_rows_begin_ali
     assert sum(fed) < 0.2 * whole
 
 
-@pytest.mark.usefixtures("attention")
+@pytest.mark.usefixtures("computing")
 def test_prompts_of_two_drafts_are_there_for_scores_though_others_took_all_slots(
     model: Any, tokenizer: Any, fed: list[int]
 ) -> None:
