@@ -177,9 +177,28 @@ def test_layers_of_another_form_are_left_alone() -> None:
     gelu = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
     hooked = made(llama)
     hooked.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    replaced = made(llama)
+    attention = replaced.model.layers[0].self_attn
+    attention.forward = attention.forward
     half = made(llama).to(torch.float16)
-    for model, in_c in ((gelu, 0), (hooked, 1), (half, 0)):
+    for model, in_c in ((gelu, 0), (hooked, 1), (replaced, 1), (half, 0)):
         assert sum(isinstance(m, FusedLayer) for _, m in Prepared(model)._layers) == in_c
+
+
+def test_rows_that_do_not_fit_are_the_layers_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of another dtype, heads of which a part is turned, and what is no step of decoding."""
+    model = made(llama)
+    layer = next(made for _, made in Prepared(model)._layers if isinstance(made, FusedLayer))
+    monkeypatch.setattr(type(model.model.layers[0]), "forward", lambda *_, **options: options)
+    hidden, whole, part = torch.randn(1, 3, 96), torch.ones(1, 3, 16), torch.ones(1, 3, 8)
+    for rows, turned, step in (
+        (hidden.bfloat16(), whole.bfloat16(), object()),
+        (hidden, whole.double(), object()),
+        (hidden, part, object()),
+        (hidden, whole, None),
+    ):
+        options: Any = {"position_embeddings": (turned, turned), "step": step}
+        assert layer(rows, **options) == options
 
 
 def test_without_a_compiler_they_are_torchs_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,26 +48,17 @@ class FusedLayer:
         self._norms = [_norm_of(layer.input_layernorm), _norm_of(layer.post_attention_layernorm)]
         self._window = _WINDOWS[type(layer).__name__](layer.self_attn)
 
-    def __call__(
-        self,
-        hidden_1NI: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        step: Any = None,
-        **others: Any,
-    ) -> Tensor:
-        """`hidden_1NI` (1, N, I) is changed in place, and returned."""
-        if step is None:
-            usual: Tensor = type(self._layer).forward(
-                self._layer, hidden_1NI, position_embeddings=position_embeddings, **others
-            )
+    def __call__(self, hidden_1NI: Tensor, **options: Any) -> Tensor:
+        """`hidden_1NI` (1, N, I) is changed in place, and returned; `options` are the layer's own, and the step."""
+        step, (cosines, sines) = options.get("step"), options["position_embeddings"]
+        if step is None or not self._fits(hidden_1NI, cosines):
+            usual: Tensor = type(self._layer).forward(self._layer, hidden_1NI, **options)
             return usual
         hidden_NI, D = hidden_1NI[0], self._attention.head_dim
         first, second = self._norms
         heads_NHD = self._qkv(norm(hidden_NI, None, first)).view(len(hidden_NI), -1, D)
         K = heads_NHD.shape[1] // (self._attention.num_key_value_groups + 2)
         query_NHD, keys_NKD = heads_NHD[:, : -2 * K], heads_NHD[:, -2 * K : -K]
-        cosines, sines = position_embeddings
         out_NHD = attention.attend(
             query_NHD,
             (keys_NKD, heads_NHD[:, -K:]),
@@ -82,13 +73,21 @@ class FusedLayer:
         hidden_NI += self._down(silu_times(self._gate_up(inside_NI)))
         return hidden_1NI
 
+    def _fits(self, hidden_1NI: Tensor, cosines: Tensor) -> bool:
+        """Whether rows have the weights' dtype, and heads are turned whole: C reads what it is told is there."""
+        return (
+            hidden_1NI.dtype == self._norms[0].weight_I.dtype
+            and cosines.dtype == hidden_1NI.dtype
+            and cosines.shape[-1] == self._attention.head_dim
+        )
+
 
 def fused(layer: Any) -> FusedLayer | None:
     """The layer in this form; None where it is not of Llama's form, is hooked, or C cannot be had."""
     if (
         type(layer).__name__ not in _WINDOWS
         or not type(layer).__module__.startswith("transformers.models.")
-        or "forward" in layer.__dict__
+        or any("forward" in part.__dict__ for part in (layer, layer.self_attn, layer.mlp))
         or any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
     ):
         return None
