@@ -36,6 +36,12 @@ def python_of(cell: dict[str, Any]) -> str:
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest takes the second one for the first, where compiled files are kept."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_citation_has_the_formats_required_keys_and_the_packages_version() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(cited)
