@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def afresh() -> None:
-    compiled.library.cache_clear()
+    compiled.c_functions.cache_clear()
     attention._compiled.cache_clear()
 
 

@@ -202,13 +202,13 @@ def test_rows_that_do_not_fit_are_the_layers_own_work(monkeypatch: pytest.Monkey
 
 
 def test_without_a_compiler_they_are_torchs_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled.library.cache_clear()
+    compiled.c_functions.cache_clear()
     layers._rows.cache_clear()
     monkeypatch.setenv("CC", "no-such-compiler")
     try:
         found, expected, count = compared(made(llama))
     finally:
-        compiled.library.cache_clear()
+        compiled.c_functions.cache_clear()
         layers._rows.cache_clear()
     assert count == 0
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)

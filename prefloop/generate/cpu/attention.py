@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefloop.generate.cpu.compiled import library
+from prefloop.generate.cpu.compiled import c_functions
 
 # N tokens of a step, S slots, K key/value heads, G query heads for each of those, C positions of a slot, D head
 # dimension.
@@ -60,7 +60,7 @@ def attend(
 @cache
 def _compiled(D: int, G: int, dtype: torch.dtype) -> Callable[..., int] | None:
     """The C function for these shapes; None where it cannot be had."""
-    found = library("attention", dtype, D=D, G=G)
+    found = c_functions("attention", dtype, D=D, G=G)
     if found is None:
         return None
     sizes: list[Any] = [ctypes.c_int, *[ctypes.c_long] * 4, ctypes.c_float, *[ctypes.c_long] * 3]

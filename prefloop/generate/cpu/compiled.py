@@ -24,7 +24,7 @@ _COMPILE_SECONDS = 60
 
 
 @cache
-def library(name: str, dtype: torch.dtype, **values: int) -> ctypes.CDLL | None:
+def c_functions(name: str, dtype: torch.dtype, **values: int) -> ctypes.CDLL | None:
     """`name`.c for activations of this dtype, with `values` defined; None without a compiler, or where it cannot be loaded."""
     if dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prefloop.generate.cpu.compiled import library
+from prefloop.generate.cpu.compiled import c_functions
 
 # B rows, V vocabulary, C candidates.
 
@@ -53,7 +53,7 @@ def survey(logits_BV: Tensor, temperature: float, size: int) -> Survey | None:
 
 @cache
 def _compiled() -> Callable[..., int] | None:
-    found = library("draws", torch.float32)
+    found = c_functions("draws", torch.float32)
     if found is None:
         return None
     sizes: list[Any] = [ctypes.c_int, *[ctypes.c_long] * 3, ctypes.c_float]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prefloop.generate.cpu import attention
-from prefloop.generate.cpu.compiled import library
+from prefloop.generate.cpu.compiled import c_functions
 from prefloop.generate.cpu.products import Product, Reordered, product_of, stacked
 
 # N tokens of a step, I features of a row, F features inside the MLP, H query heads, K key/value heads, D head dimension.
@@ -151,7 +151,7 @@ def silu_times(gate_up_NF: Tensor) -> Tensor:
 
 @cache
 def _rows(dtype: torch.dtype) -> ctypes.CDLL | None:
-    found = library("rows", dtype)
+    found = c_functions("rows", dtype)
     if found is None:
         return None
     sizes: list[Any] = [ctypes.c_int, *[ctypes.c_long] * 2]
