@@ -18,6 +18,7 @@ from prefloop.generate.cpu import attention, draws, layers
 from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions
 from prefloop.records import Message, Prompt
+from tests.c_compiler import needs_c_compiler
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -164,7 +165,7 @@ def model(tokenizer: Any) -> LlamaForCausalLM:
     return tiny_llama(len(tokenizer))
 
 
-@pytest.fixture(params=["C", "torch"])
+@pytest.fixture(params=[pytest.param("C", marks=needs_c_compiler), "torch"])
 def computing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Decoding by the compiled functions, and by torch as where there is no compiler."""
     if request.param == "torch":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from mmap import ACCESS_COPY, mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -75,9 +76,10 @@ class Slots:
         shape = (self.count + self.shelf, K, self.capacity, D)
         if like.device.type != "cpu":
             return like.new_zeros(shape)
-        # NumPy's zeros take no memory until written, which matters for the capacity of a rare long prompt.
-        size = math.prod(shape) * like.element_size()
-        return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
+        # Pages of their own take no memory until written, which matters for the shelf and the capacity of a rare long
+        # prompt. Zeros from the allocator do where it reuses what was freed (machine.keep_freed_memory).
+        pages = mmap(-1, math.prod(shape) * like.element_size(), access=ACCESS_COPY)
+        return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` positions, views of (P, K, T, D)."""

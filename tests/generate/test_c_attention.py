@@ -16,6 +16,7 @@ from torch.nn import functional
 from prefloop.generate.cache_attention import Step
 from prefloop.generate.cpu import attention, compiled
 from prefloop.generate.kv_cache import Slots
+from tests.c_compiler import needs_c_compiler
 
 # S slots, C positions, N tokens, K key/value heads, G query heads for each of those, D head dimension.
 
@@ -25,9 +26,7 @@ STEP = [(4, 0), (2, 100), (0, 191), *[(1, t) for t in range(40, 60)], *[(3, t) f
 SHAPES = [(2, 3, 64), (2, 1, 8), (1, 7, 128), (3, 2, 80), (1, 4, 256), (2, 5, 12)]
 
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
-)
+pytestmark = needs_c_compiler
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
@@ -12,10 +11,9 @@ from torch import Tensor
 from prefloop.generate.cpu.draws import Survey, survey
 from prefloop.generate.decode import draw
 from prefloop.records import Sampling
+from tests.c_compiler import needs_c_compiler
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"
-)
+pytestmark = needs_c_compiler
 
 
 def surveyed(logits: Tensor, temperature: float, size: int) -> Survey:

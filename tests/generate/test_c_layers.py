@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +23,10 @@ from prefloop.generate.cpu import compiled, layers
 from prefloop.generate.cpu.layers import FusedLayer
 from prefloop.generate.cpu.prepared import Prepared
 from prefloop.models import lora_linear
+from tests.c_compiler import needs_c_compiler
 
 pytestmark = [
-    pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="no C compiler"),
+    needs_c_compiler,
     # PEFT asks transformers by a name of before.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]

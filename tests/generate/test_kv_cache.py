@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -122,6 +124,31 @@ def test_after_an_interruption_the_same_prompt_is_not_waited_for(
         with pytest.raises(KeyboardInterrupt):
             engine.sample([request], greedy, seed=0)
     assert engine.sample([request], greedy, seed=0) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
+def test_room_takes_memory_when_it_is_written_also_where_freed_memory_is_kept() -> None:
+    """The second cache took as much as both the first and its empty shelf."""
+    code = """
+import torch
+from prefloop.generate.kv_cache import Slots
+from prefloop.machine import keep_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def made():
+    return Slots(8, 4096, shelf=8).layer(0, 4, 64, torch.zeros(1))
+
+keep_freed_memory()
+before = resident()
+size = sum(store.fill_(1).nbytes for store in made())
+again = made()
+assert not any(store[:, :, ::64].any() for store in again)
+print((resident() - before) / size)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.2
 
 
 def test_growing_keeps_what_is_there() -> None:

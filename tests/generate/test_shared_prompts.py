@@ -19,6 +19,12 @@ ASKS = [
 ]
 
 
+def asked_of(task: str) -> list[Request]:
+    """Other prompts that quote these."""
+    texts = [ask.messages[0].content for ask in ASKS]
+    return [Request(messages=(Message(role="user", content=f"{task}: {text}"),)) for text in texts]
+
+
 @pytest.fixture
 def model(tokenizer: Any) -> Any:
     """A model of which no bit depends on the other rows: torch's SiLU gives the numbers beyond a multiple of 32 other last bits."""
@@ -130,12 +136,7 @@ def test_a_scored_answer_stays_for_its_infilled_copy_though_other_rows_begin_ali
 ) -> None:
     """Each row is scored in a slot of its own while there are some; in between the slots held something else."""
     engine = HFEngine(model, tokenizer, batch_size=len(ASKS))
-    asks = [
-        Request(
-            messages=(Message(role="user", content=f"Write this again: {ask.messages[0].content}"),)
-        )
-        for ask in ASKS
-    ]
+    asks = asked_of("Write this again")
     long = SAMPLING.model_copy(update={"max_new_tokens": 120})
     answers = engine.sample(asks, long, seed=1)
     texts = [answer.model_copy(update={"token_ids": ()}) for answer in answers]
@@ -156,12 +157,7 @@ def test_prompts_of_two_drafts_are_there_for_scores_though_others_took_all_slots
     model: Any, tokenizer: Any, fed: list[int]
 ) -> None:
     engine = HFEngine(model, tokenizer, batch_size=len(ASKS))
-    others = [
-        Request(
-            messages=(Message(role="user", content=f"Improve this: {ask.messages[0].content}"),)
-        )
-        for ask in ASKS
-    ]
+    others = asked_of("Improve this")
     for seed in (1, 2):
         engine.sample(ASKS, SAMPLING, seed=seed)
     texts = [
