@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _TEMPERATURE, _TOP_P = 0.7, 0.95
+DTYPES = ("float32", "bfloat16")
 _PREFILL_ROWS = 512
 _VLLM_ROWS = 64
 _LIMITS = ("decode_seconds", "prefill_seconds")
@@ -393,8 +394,8 @@ def main() -> None:
         default=64,
         help="how many of the prompts generate continues",
     )
-    parser.add_argument("--dtype", default="float32", help="of this engine")
-    parser.add_argument("--vllm-dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of this engine")
+    parser.add_argument("--vllm-dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", choices=list(WORKERS), help=argparse.SUPPRESS)

@@ -220,9 +220,16 @@ def _read(recipe: Any, out: Path, stages: Stages, train_steps: int) -> None:
         verify_run(out)
 
 
+def _count(text: str) -> int:
+    """A number of prompts."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of prompts, such as 10000")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[2_000, 10_000])
+    parser.add_argument("--prompts", type=_count, nargs="+", default=[2_000, 10_000])
     parser.add_argument("--method", choices=_METHODS, default="arop")
     parser.add_argument("--holdout", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=1, help="80 characters each, of a prompt")

@@ -30,6 +30,7 @@ from typing import Any
 
 _SOURCE = "embedded:smollm2-135m"
 _LR, _BATCH, _MICRO, _LORA_R, _LORA_ALPHA = 1e-4, 8, 4, 16, 32
+DTYPES = ("float32", "bfloat16")
 _TEMPERATURE = 0.7
 _GENERATE_ROWS = 32
 _VLLM_ROWS = 64
@@ -407,10 +408,17 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="turns of all pipelines")
     parser.add_argument("--slots", type=int, default=64, help="rows that prefloop decodes together")
     parser.add_argument(
-        "--dtype", nargs="+", default=["float32", "bfloat16"], help="prefloop's; a pipeline each"
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=list(DTYPES),
+        help="prefloop's; a pipeline each",
     )
     parser.add_argument(
-        "--generate-dtype", default="bfloat16", help="of the peers' generation; this was the faster"
+        "--generate-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the peers' generation; this was the faster",
     )
     parser.add_argument(
         "--trl-dtype", default="bfloat16", help="of the peers' training; this was the faster"

@@ -42,6 +42,8 @@ from prefloop.models.policy import ModelOptions, Policy
 from prefloop.train.logprobs import group_logprobs
 from prefloop.train.packing import build_tree, pack
 
+DTYPES = ("float32", "bfloat16")
+
 
 class Bench:
     """A model, and the ways to take a step on it."""
@@ -283,7 +285,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="embedded:smollm2-135m", help="as in model.source")
     parser.add_argument("--tuning", choices=["lora", "full"], default="lora")
-    parser.add_argument("--dtype", default="float32", help="of frozen weights: float32, bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of frozen weights")
     parser.add_argument("--cases", default=",".join(CASES), help="some of the cases")
     parser.add_argument("--pairs", type=Path, help="a file of `prefloop export`, for the case real")
     parser.add_argument("--groups", type=int, default=4, help="pairs or triples of a step")

@@ -2,8 +2,8 @@
 
 Tokens are counted by playing the method on a few prompts with an engine that only counts. Operations are those
 of docs/compare.md, 2 N a token and pass. Hours are operations over a rate: matrix products of this model's own
-shapes, timed here, or the peak of a named GPU, times a share of it that generation and training were seen to
-reach. A judge's own work is not in it.
+shapes, timed here, with what generation and training were seen to take beside them; or the peak of a named GPU, times a
+share of it. A judge's own work is not in it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,23 @@ from prefloop.run.engine import Metered
 
 FILL = 0.6
 """Share of `max_new_tokens` that an answer is taken to fill where no finished run says better."""
-DECODES, READS, TRAINS = 0.2, 2.0, 0.54
-"""Operations as counted here, over those of bare products in the same time, fitted to a few runs (docs/estimate.md). The
-timed weights lie in a cache, a model's do not; and tokens are counted that are not computed: prompts that begin alike
-are read once, answers that share a beginning are trained on once."""
+
+
+class Share(NamedTuple):
+    """Seconds of an operation, as counted here, over those of an operation of bare products: what it takes in products of
+    the run's dtype and in all else, whose pace is that of float32 products whatever the dtype. Fitted to a few runs
+    (docs/estimate.md). The timed weights lie in a cache, a model's do not; and tokens are counted that are not computed:
+    prompts that begin alike are read once, answers that share a beginning are trained on once."""
+
+    products: float
+    rest: float
+
+    def rate(self, products: float, float32: float) -> float:
+        """Operations a second, from those of bare products in the run's dtype and in float32."""
+        return 1 / (self.products / products + self.rest / float32)
+
+
+DECODES, READS, TRAINS = Share(3.0, 2.0), Share(0.4, 0.1), Share(1.0, 0.85)
 GPU_TRAINS, GPU_DECODES = 0.35, 0.5
 """On GPUs, of the peak of bfloat16 products, and of the memory's bandwidth while decoding: usual figures of other
 programs, not measured with this one."""
@@ -489,16 +502,20 @@ def rates_here(recipe: Recipe, limit: float = 20.0) -> Callable[[Shape], Rates]:
     a machine that does nothing else."""
 
     def measure(shape: Shape) -> Rates:
-        dtype = getattr(torch, shape.dtype)
-        share = min(0.5, 0.8 * limit / max(1, 2 * len(shape.linears)))
-        rows = min(recipe.generate.batch_size, recipe.loop.prompts_per_round)
-        few = _product_rate(shape, rows, dtype, share)
-        many = _product_rate(shape, 1024, dtype, share)
-        threads = torch.get_num_threads()
+        own, threads = getattr(torch, shape.dtype), torch.get_num_threads()
+        dtypes = [own] if own == torch.float32 else [own, torch.float32]
+        moment = min(0.5, 0.8 * limit / max(1, 2 * len(dtypes) * len(shape.linears)))
+
+        def timed(rows: int) -> tuple[float, float]:
+            found = [threads * _product_rate(shape, rows, dtype, moment) for dtype in dtypes]
+            return found[0], found[-1]
+
+        few = timed(min(recipe.generate.batch_size, recipe.loop.prompts_per_round))
+        many = timed(1024)
         return Rates(
-            few * threads * DECODES,
-            many * threads * READS,
-            many * threads * TRAINS,
+            DECODES.rate(*few),
+            READS.rate(*many),
+            TRAINS.rate(*many),
             f"this machine with nothing else to do, {counted(threads, 'thread')}",
         )
 

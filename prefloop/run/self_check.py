@@ -74,7 +74,8 @@ def check_policy(policy: Policy, options: TrainOptions, folder: Path) -> dict[st
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Mute this throw-away engine: the run's own engine gives the same warnings about the model."""
-    logger = logging.getLogger("prefloop.generate")
+    # What is said once a process, as of the C compiler, stays.
+    logger = logging.getLogger("prefloop.generate.hf_engine")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -173,6 +173,8 @@ def test_without_a_compiler_it_is_torchs_work_and_said(
         assert attention._compiled(64, 3, torch.float32) is None
         assert attention._compiled(64, 3, torch.float32) is None
     assert caplog.text.count("torch does the work") == 1, "once a process"
+    assert caplog.records[-1].levelname == "WARNING", "who names a compiler wants it"
+    assert "or unset CC" in caplog.text
 
 
 def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """What a run is said to take: counts that are exact, rates that are proportional, a finished run beside its estimate."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from prefloop.cli import app
@@ -14,6 +16,7 @@ from prefloop.models.policy import Policy
 from prefloop.recipe import Recipe
 from prefloop.run.cost import spent
 from prefloop.run.estimate import (
+    DECODES,
     FILL,
     READS,
     TRAINS,
@@ -239,7 +242,22 @@ def test_this_machine_is_timed_in_a_moment(model_folder: Path) -> None:
     chosen = recipe(model_folder)
     rates = rates_here(chosen, limit=0.1)(model_shape(chosen))
     assert rates.decode > 0
-    assert rates.train == pytest.approx(rates.prefill * TRAINS / READS)
+    # Both are of the same timed products, in float32.
+    assert rates.train == pytest.approx(rates.prefill * sum(READS) / sum(TRAINS))
+
+
+def test_what_is_not_products_does_not_become_faster_in_bfloat16(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {torch.float32: 1e9, torch.bfloat16: 8e9}
+    monkeypatch.setattr(
+        "prefloop.run.estimate._product_rate", lambda shape, rows, dtype, seconds: speeds[dtype]
+    )
+    chosen = recipe(model_folder)
+    shape = dataclasses.replace(model_shape(chosen), dtype="bfloat16")
+    threads = torch.get_num_threads()
+    expected = [threads / (s.products / 8e9 + s.rest / 1e9) for s in (DECODES, READS, TRAINS)]
+    assert rates_here(chosen)(shape)[:3] == pytest.approx(expected)
 
 
 def test_a_finished_run_stands_beside_its_estimate(model_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A policy that is not one is stopped before the first round."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from prefloop.errors import ModelError
 from prefloop.models.policy import Policy
 from prefloop.run import self_check
-from prefloop.run.self_check import TOLERANCE, check_policy
+from prefloop.run.self_check import TOLERANCE, _without_warnings, check_policy
 from prefloop.train.options import TrainOptions
 from tests.conftest import model_options
 
@@ -78,3 +79,10 @@ def test_full_fine_tuning_is_checked_without_changing_weights(
     found = check_policy(whole, TrainOptions(), tmp_path)
     assert set(found) == {"moved", "trainer", "merged", "scored", "decoded"}
     assert all(map(torch.equal, whole.model.parameters(), before))
+
+
+def test_its_engines_warnings_are_left_to_the_runs_own(caplog: pytest.LogCaptureFixture) -> None:
+    with _without_warnings():
+        logging.getLogger("prefloop.generate.hf_engine").warning("said again by the run's engine")
+        logging.getLogger("prefloop.generate.cpu.compiled").warning("said once a process")
+    assert caplog.messages == ["said once a process"]

@@ -42,7 +42,12 @@ def c_functions(name: str, dtype: torch.dtype, **values: int) -> ctypes.CDLL | N
             # A loaded library stays when its file is gone.
             return ctypes.CDLL(str(made))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        log.info("torch does the work of %s.c, which cannot be had: %s", name, error)
+        named = os.environ.get("CC")
+        remedy = f"; CC is {named}: name a C compiler that works here, or unset CC" if named else ""
+        log.log(
+            logging.WARNING if named else logging.INFO,
+            "torch does the work of %s.c, more slowly, as it cannot be had: %s%s", name, error, remedy,
+        )  # fmt: skip
         return None
 
 
