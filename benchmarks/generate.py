@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 _TEMPERATURE, _TOP_P = 0.7, 0.95
+ENGINES = ("generate", "prefloop", "vllm")
+STOPPING = ("ignored", "stops")
 DTYPES = ("float32", "bfloat16")
 _PREFILL_ROWS = 512
 _VLLM_ROWS = 64
@@ -376,10 +378,14 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prompts")
     parser.add_argument(
-        "--engines", nargs="*", default=["generate", "prefloop", "vllm"], help="which ones"
+        "--engines", nargs="*", choices=ENGINES, default=list(ENGINES), help="which ones"
     )
     parser.add_argument(
-        "--stopping", nargs="*", default=["ignored", "stops"], help="stop tokens ignored, or not"
+        "--stopping",
+        nargs="*",
+        choices=STOPPING,
+        default=list(STOPPING),
+        help="stop tokens ignored, or not",
     )
     parser.add_argument(
         "--generate-rows",
