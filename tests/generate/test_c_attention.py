@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import shutil
 import subprocess
 import sys
@@ -35,20 +36,25 @@ def afresh() -> None:
     attention._compiled.cache_clear()
 
 
-def made(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+def made(
+    shape: tuple[int, int, int], dtype: torch.dtype, step: list[tuple[int, int]] = STEP
+) -> tuple[Tensor, ...]:
     """Queries (N, H, D), new keys and values (K, N, D), and slots of noise (S, K, C, D)."""
     K, G, D = shape
-    N = len(STEP)
+    N = len(step)
     gen = torch.Generator().manual_seed(K * G * D)
     sizes = [(N, K * G, D), (K, N, D), (K, N, D), (S, K, C, D), (S, K, C, D)]
     return tuple(torch.randn(size, generator=gen).to(dtype) for size in sizes)
 
 
 def attended(
-    parts: tuple[Tensor, ...], tokens: slice = slice(None), window: int | None = None
+    parts: tuple[Tensor, ...],
+    tokens: slice | list[int] = slice(None),
+    window: int | None = None,
+    step: list[tuple[int, int]] = STEP,
 ) -> Tensor:
     query, new_keys, new_values, keys, values = parts
-    slots, positions = torch.tensor(STEP)[tokens].T.contiguous()
+    slots, positions = torch.tensor(step)[tokens].T.contiguous()
     new = new_keys[:, tokens].transpose(0, 1), new_values[:, tokens].transpose(0, 1)
     found = attention.attend(
         query[tokens], new, (keys, values), (slots, positions), window=window, scale=0.3
@@ -118,6 +124,37 @@ def test_no_bit_depends_on_the_other_tokens_or_the_threads(
         assert torch.equal(together, attended(parts))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_bit_depends_on_how_conversations_are_fed(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """Token by token, or in blocks that begin anywhere, are cut by windows, or whose tokens come in any order."""
+    conversations = [(slot, position) for slot in (1, 3) for position in range(50)]
+    parts = made(shape, dtype, conversations)
+    rng = random.Random(0)
+    for window in (None, 1, 5, 24):
+        for store in parts[3:]:
+            store.fill_(torch.nan)  # what no token has written is read by none
+        alone = [attended(parts, [row], window, conversations) for row in range(100)]
+        for shuffled in (False, False, True):
+            for store in parts[3:]:
+                store.fill_(torch.nan)
+            found = torch.full((100, *alone[0].shape[1:]), torch.nan, dtype=dtype)
+            fed, sizes = [0, 50], [50, 100]
+            while fed != sizes:
+                rows: list[int] = []
+                for number in (0, 1):
+                    end = min(fed[number] + rng.randrange(30), sizes[number])
+                    rows += range(fed[number], end)
+                    fed[number] = end
+                if shuffled:
+                    rng.shuffle(rows)
+                if rows:
+                    found[rows] = attended(parts, rows, window, conversations)
+            assert torch.equal(found, torch.cat(alone))
 
 
 def test_large_scores_and_nan_come_out_as_they_should() -> None:

@@ -1,9 +1,10 @@
 /* Attention of a step's tokens over their conversations' slots (kv_cache.py), on CPUs; loaded by
    attention.py.
 
-   Keys and values are read once, where they lie, for all query heads that share them; sums are float32 whatever the
-   numbers are. Every token's sums are divided at the same positions of its conversation, so that no bit depends on
-   the others in the step or on the number of threads.
+   Keys and values are read where they lie, once for all query heads that share them and for up to BLOCK tokens that
+   follow each other, as a prompt's do; sums are float32 whatever the numbers are. Every token's sums are divided at the
+   same positions of its conversation, so that no bit depends on the others in its block or step or on the number of
+   threads.
 
    Compiled with D (head dimension), G (query heads for each key/value head) and BFLOAT16 (0 or 1). */
 
@@ -17,8 +18,27 @@
 /* Positions ahead of which keys and values are fetched: a processor does not do so by itself across pages. */
 #define AHEAD 32
 
-/* Query heads whose sums over values fit registers together. */
-#define HEADS (D >= 384 ? 1 : 384 / D < G ? 384 / D : G)
+/* Tokens that share what is read, at most. */
+#define BLOCK 8
+
+/* The numbers of a head, or of a position for one. */
+typedef float filled[WIDTH];
+
+/* Vectors as long as the processor's, and the query heads whose sums over values fit its registers together. */
+#ifdef __AVX512F__
+#define LANES 16
+#define HELD 24
+#else
+#ifdef __AVX__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define HELD 12
+#endif
+typedef float native __attribute__((vector_size(LANES * 4)));
+#define FITTING (HELD * LANES / WIDTH ? HELD * LANES / WIDTH : 1)
+#define HEADS (FITTING < G ? FITTING : G)
 
 /* Ask for `rows` rows of D numbers ahead of their use; what lies beyond is harmless. */
 static inline void fetch(const number *rows_D, int rows) {
@@ -42,7 +62,7 @@ typedef int32_t places __attribute__((vector_size(64)));
 #define FOLD(a, b, apart) (SHUFFLE(a, b, EVERY(NEAR, apart)) + SHUFFLE(a, b, EVERY(FAR, apart)))
 
 /* Scores of 16 keys: lane t is the product of `query` and the key at position t of `keys`. */
-static inline floats score(const float query[WIDTH], const float keys[16][WIDTH]) {
+static inline floats score(const float *query, const filled *keys) {
     floats sums[16];
     for (int t = 0; t < 16; t++) {
         floats sum = {0};
@@ -69,51 +89,90 @@ static inline void rotate(const number *head, const number *cosines, const numbe
     }
 }
 
-/* One token's attention to positions begin <= t < end of a slot, for the G query heads of a key/value head. Scores are
-   in base 2. `weights` is room for (G, C), `out` (G, D). */
-static void attend_head(const float query[G][WIDTH], const number *keys_CD, const number *values_CD, float *weights_GC, long C,
-                        long begin, long end, number *out) {
-    for (long first = begin / 16 * 16; first < end; first += 16) {
-        fetch(keys_CD + (first + AHEAD) * D, 16);
+/* Keys or values of 16 positions in whole vectors: where they lie, or copied to `room`. */
+static inline const filled *in_vectors(const number *rows_D, filled room[16]) {
 #if BFLOAT16 || D % 16
-        float keys[16][WIDTH] = {{0}};
-        for (int t = 0; t < 16; t++)
-            for (int d = 0; d < D; d++) keys[t][d] = wide(keys_CD[(first + t) * D + d]);
+    for (int t = 0; t < 16; t++)
+        for (int d = 0; d < D; d++) room[t][d] = wide(rows_D[t * D + d]);
+    return (const filled *)room;
 #else
-        const float(*keys)[WIDTH] = (const float(*)[WIDTH])(keys_CD + first * D);
+    return (const filled *)rows_D;
 #endif
-        for (int g = 0; g < G; g++) {
-            floats scores = score(query[g], keys);
-            memcpy(weights_GC + g * C + first, &scores, sizeof scores);
+}
+
+/* Add the values at positions from <= t < to of 16, each times its weight, to the sums of `heads` heads of a token. Rows
+   of `ahead`, unless it is null, are asked for meanwhile. */
+static inline __attribute__((always_inline)) void add_values(const int heads, const float *weights, long row,
+                                                             const filled *values, int from, int to, filled *sums,
+                                                             const number *ahead) {
+    native held[HEADS][WIDTH / LANES];
+    for (int h = 0; h < heads; h++)
+        for (int v = 0; v < WIDTH / LANES; v++) memcpy(&held[h][v], sums[h] + v * LANES, sizeof held[h][v]);
+    for (int t = from; t < to; t++) {
+        if (ahead) fetch(ahead + t * D, 1);
+        for (int v = 0; v < WIDTH / LANES; v++) {
+            native value;
+            memcpy(&value, values[t] + v * LANES, sizeof value);
+            for (int h = 0; h < heads; h++) held[h][v] += weights[h * row + t] * value;
+        }
+    }
+    for (int h = 0; h < heads; h++)
+        for (int v = 0; v < WIDTH / LANES; v++) memcpy(sums[h] + v * LANES, &held[h][v], sizeof held[h][v]);
+}
+
+/* Scores of positions from <= t < to become powers of two, the largest 1, whose sum is returned. Whole vectors are
+   worked on: of the first and the last one, what the token doesn't see becomes nothing. */
+static inline float exponentials(float *weights, long from, long to) {
+    float *first = __builtin_assume_aligned(weights + (from & -16), 64), largest = -INFINITY, sum = 0;
+    long length = (to + 15 & -16) - (from & -16);
+    for (long t = from & -16; t < from; t++) weights[t] = -INFINITY;
+    for (long t = to; t < (to + 15 & -16); t++) weights[t] = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (long t = 0; t < length; t++) largest = first[t] > largest ? first[t] : largest;
+#pragma omp simd reduction(+ : sum)
+    for (long t = 0; t < length; t++) sum += first[t] = power_of_two(first[t] - largest);
+    return sum;
+}
+
+/* Attention of `tokens` <= BLOCK tokens of a slot, at positions `at`, at + 1 and so on, for the G query heads of a
+   key/value head. Scores are in base 2. `weights` is room for (BLOCK * G, row); tokens' outputs (G, D) lie `out_row`
+   numbers apart. */
+static void attend_block(int tokens, long at, long window, const filled *query, const number *keys_CD,
+                         const number *values_CD, float *weights, long row, number *out, long out_row) {
+    filled room[16] = {{0}}, sums[BLOCK * G];
+    float totals[BLOCK * G];
+    long begin = at + 1 > window ? at + 1 - window : 0, end = at + tokens;
+    for (long first = begin & -16; first < end; first += 16) {
+        fetch(keys_CD + (first + AHEAD) * D, 16);
+        const filled *keys = in_vectors(keys_CD + first * D, room);
+        for (int q = 0; q < tokens * G; q++) {
+            __asm__("" : "+r"(keys)); /* else a compiler loads all 16 keys ahead of the loop, and spills them */
+            floats scores = score(query[q], keys);
+            memcpy(weights + q * row + first, &scores, sizeof scores);
         }
     }
     fetch(values_CD + begin * D, AHEAD);
-    float total[G];
-    for (int g = 0; g < G; g++) {
-        float *weights = weights_GC + g * C, largest = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : largest)
-        for (long t = begin; t < end; t++) largest = weights[t] > largest ? weights[t] : largest;
-#pragma omp simd reduction(+ : sum)
-        for (long t = begin; t < end; t++) sum += weights[t] = power_of_two(weights[t] - largest);
-        total[g] = sum;
+    for (int q = 0; q < tokens * G; q++) {
+        long to = at + q / G + 1;
+        totals[q] = exponentials(weights + q * row, to > window ? to - window : 0, to);
     }
-    for (int head = 0; head < G; head += HEADS) {
-        int heads = G - head < HEADS ? G - head : HEADS;
-        float sums[HEADS][D] = {{0}};
-        if (heads == HEADS) {
-            for (long t = begin; t < end; t++) {
-                fetch(values_CD + (t + AHEAD) * D, 1);
-                for (int g = 0; g < HEADS; g++)
-                    for (int d = 0; d < D; d++) sums[g][d] += weights_GC[(head + g) * C + t] * wide(values_CD[t * D + d]);
+    memset(sums, 0, tokens * G * sizeof *sums);
+    for (long first = begin & -16; first < end; first += 16) {
+        const filled *values = in_vectors(values_CD + first * D, room);
+        for (int q = 0; q < tokens * G; q += G) {
+            long to = at + q / G + 1 - first, from = to > window ? to - window : 0;
+            if (to > 16) to = 16;
+            const number *ahead = q ? 0 : values_CD + (first + AHEAD) * D;
+            for (int g = 0; g < G / HEADS * HEADS; g += HEADS, ahead = 0)
+                add_values(HEADS, weights + (q + g) * row + first, row, values, from, to, sums + q + g, ahead);
+            if (G % HEADS) {
+                int g = G - G % HEADS;
+                add_values(G % HEADS, weights + (q + g) * row + first, row, values, from, to, sums + q + g, 0);
             }
-        } else {
-            for (long t = begin; t < end; t++)
-                for (int g = 0; g < heads; g++)
-                    for (int d = 0; d < D; d++) sums[g][d] += weights_GC[(head + g) * C + t] * wide(values_CD[t * D + d]);
         }
-        for (int g = 0; g < heads; g++)
-            for (int d = 0; d < D; d++) out[(head + g) * D + d] = narrow(sums[g][d] / total[head + g]);
     }
+    for (int q = 0; q < tokens * G; q++)
+        for (int d = 0; d < D; d++) out[q / G * out_row + q % G * D + d] = narrow(sums[q][d] / totals[q]);
 }
 
 /* Write the keys and values of a step's tokens to their slots, then attend: each token to the `window` last positions of
@@ -126,6 +185,13 @@ int attend(int threads, long N, long K, long C, long window, float scale, long q
            const number *new_values, number *keys_SKCD, number *values_SKCD, const number *cosines_ND,
            const number *sines_ND, number *out) {
     int failed = 0;
+    long blocks = 0, *begins = malloc(sizeof(long) * (N + 1));
+    if (!begins) return 1;
+    for (long token = 0; token < N; token++)
+        if (!token || token == begins[blocks - 1] + BLOCK || slots_N[token] != slots_N[token - 1] ||
+            positions_N[token] != positions_N[token - 1] + 1)
+            begins[blocks++] = token;
+    begins[blocks] = N;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -140,28 +206,34 @@ int attend(int threads, long N, long K, long C, long window, float scale, long q
             } else
                 memcpy(keys_SKCD + place, new_key, D * sizeof(number));
         }
-        /* Aligned, as loops may be divided where alignment begins; C is a multiple of 64. */
-        float *weights_GC = aligned_alloc(64, sizeof(float) * G * C);
-#pragma omp for schedule(dynamic, 4)
-        for (long task = 0; task < N * K; task++) {
-            if (!weights_GC) {
+        /* Aligned, as loops may be divided where alignment begins; C is a multiple of 64. Caches hold few rows that lie
+           powers of two apart. */
+        long row = C + 16;
+        float *weights = aligned_alloc(64, sizeof(float) * BLOCK * G * row);
+#pragma omp for schedule(dynamic, 1)
+        for (long task = 0; task < blocks * K; task++) {
+            if (!weights) {
                 failed = 1;
                 continue;
             }
-            long token = task / K, end = positions_N[token] + 1, slot = (slots_N[token] * K + task % K) * C * D;
-            float scaled[G][WIDTH] = {{0}};
-            for (int g = 0; g < G; g++) {
-                const number *head = query + token * query_row + (task % K * G + g) * D;
+            long first = begins[task / K], head = task % K, slot = (slots_N[first] * K + head) * C * D;
+            int tokens = begins[task / K + 1] - first;
+            filled scaled[BLOCK * G];
+            memset(scaled, 0, tokens * G * sizeof *scaled);
+            for (int q = 0; q < tokens * G; q++) {
+                long token = first + q / G;
+                const number *given = query + token * query_row + (head * G + q % G) * D;
                 if (cosines_ND)
-                    rotate(head, cosines_ND + token * D, sines_ND + token * D, scaled[g]);
+                    rotate(given, cosines_ND + token * D, sines_ND + token * D, scaled[q]);
                 else
-                    for (int d = 0; d < D; d++) scaled[g][d] = wide(head[d]);
-                for (int d = 0; d < D; d++) scaled[g][d] *= scale * LOG2_E;
+                    for (int d = 0; d < D; d++) scaled[q][d] = wide(given[d]);
+                for (int d = 0; d < D; d++) scaled[q][d] *= scale * LOG2_E;
             }
-            attend_head(scaled, keys_SKCD + slot, values_SKCD + slot, weights_GC, C, end > window ? end - window : 0, end,
-                        out + task * G * D);
+            attend_block(tokens, positions_N[first], window, (const filled *)scaled, keys_SKCD + slot,
+                         values_SKCD + slot, weights, row, out + (first * K + head) * G * D, K * G * D);
         }
-        free(weights_GC);
+        free(weights);
     }
+    free(begins);
     return failed;
 }
