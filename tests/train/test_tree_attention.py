@@ -86,3 +86,17 @@ def test_dropout_of_attention_reaches_every_chain():
     states = tree_attention(ones, ones, ones, row.ends, dropout=0.5)
     assert not torch.equal(states, ones)
     torch.testing.assert_close(tree_attention(ones, ones, ones, row.ends), ones)
+
+
+def test_bfloat16_is_attended_in_float32_and_rounded_once() -> None:
+    row = row_of(TokenGroup((1, 2, 3), ((4, 5), (4, 6, 7))))
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(1, heads, len(row.input_ids), 8, generator=generator).bfloat16()
+        for heads in (4, 2, 2)
+    ]
+    expected = tree_attention(*(x.float() for x in states), row.ends)
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found = tree_attention(*states, row.ends)
+        torch.testing.assert_close(found, expected.bfloat16(), rtol=0, atol=0)
