@@ -42,6 +42,8 @@ def slot_decoding_unsupported(model: Any, longest: int) -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa":
         return f"its attention is {config._attn_implementation!r}"
+    if any(longest > limit for limit in _stretched_beyond(config)):
+        return "its rotary embedding turns every token by the length of the longest conversation"
     length = max([9, *(window + 3 for window in windows_of(model) if window < longest)])
     worst, tolerance = [], []
     for attempt in range(1 if _is_exact(model) else _ATTEMPTS):
@@ -89,19 +91,35 @@ def _tolerance(model: Any, rows: list[list[int]], expected_EV: Tensor) -> float:
 
 
 def windows_of(model: Any) -> list[int]:
-    """Numbers of tokens beyond which some layers no longer see everything."""
+    """Numbers of tokens beyond which some layers no longer see everything, or turn tokens otherwise."""
     config = model.config.get_text_config()
     found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return [int(window) for window in found if window]
+    return [*(int(window) for window in found if window), *_stretched_beyond(config)]
+
+
+def _stretched_beyond(config: Any) -> list[int]:
+    """Numbers of tokens beyond which transformers changes a rotary embedding's frequencies, of all rows at once."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    limits = []
+    for rope in by_layer or [ropes]:
+        kind = str(rope.get("rope_type"))
+        if "dynamic" in kind:
+            limits.append(config.max_position_embeddings)
+        elif kind == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+    return limits
 
 
 def reads_padding(model: Any) -> bool:
     """Whether a row's logits stay the same beside a longer one, padded on the left: some models see no mask.
 
     Asked of `generate` itself, at its first token and at one that comes out of the cache, since some see the mask
-    at the first alone.
+    at the first alone. Where a rotary embedding goes by the longest row the mask is no help.
     """
     config = model.config.get_text_config()
+    if _stretched_beyond(config):
+        return False
     rows = [[(7919 * n + 3) % config.vocab_size for n in range(size)] for size in (5, 9)]
     ids_BT = torch.tensor([[0] * (9 - len(row)) + row for row in rows], device=model.device)
     mask_BT = torch.tensor(

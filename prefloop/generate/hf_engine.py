@@ -338,7 +338,7 @@ class HFEngine:
         reads = reads_padding(self.model)
         if not reads:
             log.warning(
-                "only prompts of one length share a batch: %s does not see what is padding",
+                "only prompts of one length share a batch: longer ones would change what %s computes",
                 type(self.model).__name__,
             )
         return reads

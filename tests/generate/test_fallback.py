@@ -10,6 +10,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MiniMaxConfig,
@@ -120,3 +122,43 @@ def test_padding_that_is_seen_from_the_second_token_on_is_noticed(first: str) ->
             weight.data.mul_(3)
     with torch.inference_mode():
         assert reads_padding(model) == (first == "full_attention")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_a_longer_conversation_does_not_turn_the_tokens_of_others(
+    rope: dict[str, Any], tokenizer: Any
+) -> None:
+    """Beyond a number of tokens these embeddings take other frequencies for all rows of a forward pass."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=16, eos_token_id=1,
+        rope_parameters={"rope_theta": 10000.0, **rope},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.mul_(12)
+    short, long = list(range(3, 13)), list(range(60, 100))
+    with torch.inference_mode():
+        logps = model(torch.tensor([short]), use_cache=False).logits[0].log_softmax(dim=-1)
+    expected = [float(logps[n, token]) for n, token in enumerate(short[1:])]
+    engine = HFEngine(model, tokenizer)
+    assert engine.score_tokens([short], [1])[0].logprobs == pytest.approx(expected, abs=1e-4)
+    assert engine._served == {0: True}
+    found = engine.score_tokens([short, long], [1, 1])[0].logprobs
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert engine._served == {0: True, 1: False}
+    greedy = Sampling(temperature=0.0, max_new_tokens=4)
+    alone = engine.continue_tokens([short], greedy, seed=0)
+    assert engine.continue_tokens([short, long], greedy, seed=0)[:1] == alone
