@@ -78,7 +78,12 @@ class Slots:
             return like.new_zeros(shape)
         # Pages of their own take no memory until written, which matters for the shelf and the capacity of a rare long
         # prompt. Zeros from the allocator do where it reuses what was freed (machine.keep_freed_memory).
-        pages = mmap(-1, math.prod(shape) * like.element_size(), access=ACCESS_COPY)
+        size = math.prod(shape) * like.element_size()
+        try:
+            pages = mmap(-1, size, access=ACCESS_COPY)
+        except OSError as error:
+            # As torch says it (machine.is_out_of_memory): fewer rows may fit.
+            raise RuntimeError(f"can't allocate memory for {size} bytes of a KV cache") from error
         return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
     def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:

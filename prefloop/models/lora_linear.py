@@ -206,6 +206,8 @@ def _is_plain(layer: Any, dtype: torch.dtype) -> bool:
         and b.bias is None
         and base.weight.dtype == dtype
         and a.weight.dtype == b.weight.dtype == adapter_dtype
+        # There is room for the rank of the adapter that was there first.
+        and (not in_bfloat16 or len(a.weight) == layer.wide_weight.shape[1] - base.weight.shape[1])
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
         # Sharded weights are gathered by hooks of the layers that this would not call.

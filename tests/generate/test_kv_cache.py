@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from mmap import mmap
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 
-from prefloop.generate import decode
+from prefloop.generate import decode, kv_cache
 from prefloop.generate.cache_attention import ATTENTION, _group, slot_attention
 from prefloop.generate.cpu import products
 from prefloop.generate.cpu.prepared import Prepared, fingerprint
 from prefloop.generate.hf_engine import HFEngine
 from prefloop.generate.kv_cache import Slots
+from prefloop.machine import is_out_of_memory
 from prefloop.models import lora_linear
 from prefloop.records import Message, Request, Sampling
 
@@ -151,6 +155,29 @@ print((resident() - before) / size)
     assert float(done.stdout) < 0.2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for more than addresses on Linux")
+def test_no_room_for_a_cache_is_out_of_memory_as_torch_says_it(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that fewer conversations are tried."""
+    with pytest.raises(RuntimeError) as caught:
+        Slots(1, 64).layer(0, 2**20, 2**20, torch.zeros(1))
+    assert is_out_of_memory(caught.value)
+
+    def tight(*args: Any, **options: Any) -> Any:
+        if args[1] > 2**15:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return mmap(*args, **options)
+
+    requests = [Request(messages=(Message(role="user", content=c),)) for c in "abcdefgh"]
+    greedy = Sampling(temperature=0, max_new_tokens=4)
+    expected = HFEngine(model, tokenizer).sample(requests, greedy, seed=0)
+    monkeypatch.setattr(kv_cache, "mmap", tight)
+    engine = HFEngine(model, tokenizer, batch_size=8)
+    assert engine.sample(requests, greedy, seed=0) == expected
+    assert engine.batch_size == 4
+
+
 def test_growing_keeps_what_is_there() -> None:
     slots = Slots(2, 5)
     keys = torch.arange(12.0).view(2, 3, 2)
@@ -218,6 +245,34 @@ def test_a_fingerprint_sees_a_single_bit(model: Any) -> None:
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data[0, 0] = torch.nextafter(weight.data[0, 0], torch.tensor(torch.inf))
     assert fingerprint(model) != before
+
+
+# PEFT asks transformers by a name of before.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_prepared_layers_follow_an_adapters_scale_and_hooks(model: Any, tokenizer: Any) -> None:
+    """Neither is a weight; what was prepared before holds the scale, and calls no hook of what it replaces."""
+    torch.manual_seed(0)
+    options = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(model, options).eval()
+    engine, row = HFEngine(adapted, tokenizer), list(range(40, 60))
+
+    def follows() -> None:
+        with torch.inference_mode():
+            logps = adapted(input_ids=torch.tensor([row])).logits[0].log_softmax(dim=-1)
+        expected = [float(logps[n, token]) for n, token in enumerate(row[1:])]
+        found = engine.score_tokens([row], [1])[0].logprobs
+        assert found == pytest.approx(expected, abs=1e-4)
+
+    follows()
+    with rescale_adapter_scale(adapted, 0.1):
+        follows()
+    follows()
+    layer = engine.model.model.layers[0]
+    for part in (layer.mlp, layer.input_layernorm, layer.self_attn.q_proj.base_layer):
+        hook = part.register_forward_hook(lambda _, inputs, output: output * 3)
+        follows()
+        hook.remove()
+        follows()
 
 
 @pytest.mark.parametrize("width", [64, 1536, 4096])

@@ -226,3 +226,20 @@ def test_a_quantized_weight_is_not_moved():
     assert layer.weight is before
     assert layer.weight.is_contiguous()
     assert torch.equal(model(x), usual)
+
+
+def test_a_second_adapter_of_another_rank_is_added_as_peft_does():
+    """The matrix has room for the first one's rank."""
+    model, x = half(size=1e-2)
+    model.add_adapter("small", LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    usual = copy.deepcopy(model)
+    lora_linear.fuse(model)
+    first = model(x)
+    for one in (model, usual):
+        one.set_adapter("small")
+    torch.testing.assert_close(model(x), usual(x), atol=0.02, rtol=0.02)
+    assert not lora_linear.is_joined(model.base_model.model[0])
+    with model.disable_adapter(), usual.disable_adapter():
+        torch.testing.assert_close(model(x), usual(x), atol=0.02, rtol=0.02)
+    model.set_adapter("default")
+    assert torch.equal(model(x), first)

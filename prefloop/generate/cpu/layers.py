@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prefloop.generate.cpu import attention
 from prefloop.generate.cpu.compiled import c_functions
-from prefloop.generate.cpu.products import Product, Reordered, product_of, stacked
+from prefloop.generate.cpu.products import Product, Reordered, is_hooked, product_of, stacked
 
 # N tokens of a step, I features of a row, F features inside the MLP, H query heads, K key/value heads, D head dimension.
 
@@ -88,7 +88,7 @@ def fused(layer: Any) -> FusedLayer | None:
         type(layer).__name__ not in _WINDOWS
         or not type(layer).__module__.startswith("transformers.models.")
         or any("forward" in part.__dict__ for part in (layer, layer.self_attn, layer.mlp))
-        or any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
+        or any(map(is_hooked, layer.modules()))
     ):
         return None
     block, mlp = layer.self_attn, layer.mlp

@@ -10,17 +10,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from prefloop.generate.cpu.layers import fused
-from prefloop.generate.cpu.products import Reordered, product_of
+from prefloop.generate.cpu.products import Reordered, is_hooked, product_of
 
 
 def fingerprint(model: nn.Module) -> tuple[object, ...]:
-    """A value that changes with any bit of a parameter, and with the active adapters."""
+    """A value that changes with any bit of a parameter, with the active adapters and their scales, and with who is hooked."""
+    parts = list(model.modules())
     adapters = [
-        (layer.disable_adapters, tuple(layer.active_adapters))
-        for layer in model.modules()
+        (layer.disable_adapters, tuple(layer.active_adapters), dict(getattr(layer, "scaling", {})))
+        for layer in parts
         if isinstance(layer, BaseTunerLayer)
     ]
-    return (*adapters, *(_bits(parameter) for parameter in model.parameters()))
+    hooked = tuple(n for n, part in enumerate(parts) if is_hooked(part) or "forward" in vars(part))
+    return (hooked, *adapters, *(_bits(parameter) for parameter in model.parameters()))
 
 
 def _bits(values: Tensor) -> int:

@@ -37,6 +37,8 @@ def product_of(layer: nn.Module) -> Product | None:
     base: Any = layer.get_base_layer()
     if type(base) is not nn.Linear or not _can_reorder(base):
         return None
+    if any(is_hooked(part) for part in layer.modules() if part is not layer):
+        return None
     if is_joined(layer):
         down_RI, wide_OW = joined_weights(layer)
         return Product(wide_OW, base.bias, down_RI)
@@ -95,6 +97,11 @@ def _can_reorder(layer: nn.Linear) -> bool:
         and is_multiplied(weight.dtype)
         and "forward" not in layer.__dict__
     )
+
+
+def is_hooked(part: nn.Module) -> bool:
+    """Whether a forward pass through the module calls somebody else too."""
+    return bool(part._forward_hooks or part._forward_pre_hooks)
 
 
 def is_multiplied(dtype: torch.dtype) -> bool:
