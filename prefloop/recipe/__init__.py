@@ -251,6 +251,12 @@ def _recipe_path(path_or_name: str) -> Path:
         raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), beside)}" if beside else ""))
     recipes = shipped_recipes()
     if path_or_name not in recipes:
+        if (inside := path / "recipe.yaml").is_file():
+            raise RecipeError(f"{path} is a run; its recipe is {inside}")
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder, and no run (it has no recipe.yaml)")
+        if len(path.parts) > 1:
+            raise RecipeError(f"no recipe's file and no run {path}; a run is a folder below runs/")
         raise RecipeError(f"no recipe {path_or_name!r}; {nearest(path_or_name, sorted(recipes))}")
     return recipes[path_or_name]
 
