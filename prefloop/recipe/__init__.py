@@ -34,6 +34,7 @@ from prefloop.config import (
     model_in,
     plugin_name,
     read_recipe,
+    read_yaml,
 )
 from prefloop.data.prompts import DataOptions
 from prefloop.errors import RecipeError, nearest
@@ -233,6 +234,8 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     `overrides` are "section.key=value" with the value written as YAML. Raises RecipeError.
     """
     path = _recipe_path(path_or_name)
+    if "variants" in read_yaml(path, needs="method"):
+        raise RecipeError(f"{path} is a comparison; play it with prefloop compare {path}")
     return read_recipe(path, Recipe, overrides, needs="method")
 
 

@@ -45,6 +45,7 @@ REDO = "`prefloop verify runs/r --redo`"
         ("method: !!python/name:os.system\n", ("r.yaml:1:9", "os.system")),
         ("metod: {name: ial}\n", ("r.yaml", "'metod'", "did you mean 'method'?")),
         ("method: {name: iall}\n", ("r.yaml", "'iall'", "did you mean 'ial'?")),
+        ("base: quickstart-ial\nvariants: {a: {}}\n", ("r.yaml is a comparison", "compare r.yaml")),
         ("method: {name: .ial}\n", ("r.yaml", "'.ial'", "arop, dpo, ", "my_package.my_module")),
         (
             "method: {name: laboratory.broken}\n",
