@@ -391,7 +391,7 @@ def check(
     notes = check_recipe(loaded)
     # Only a model that was looked at, or is to be, is worth torch's import.
     if loaded.model.dtype == "auto" and (estimate or "torch" in sys.modules):
-        notes.append(_dtype_here(loaded))
+        notes.append(_dtype_here(loaded) if gpus is None else _dtype_on_cuda(loaded))
     if dump:
         typer.echo(loaded.dump(), nl=False)
     for text in notes:
@@ -415,6 +415,14 @@ def _dtype_here(recipe: Recipe) -> str:
 
     device = device_type(recipe.model.device)
     return choose_dtype(recipe.model, device, against_bfloat16(recipe)).in_words()
+
+
+def _dtype_on_cuda(recipe: Recipe) -> str:
+    """The same of the GPUs that an estimate is for."""
+    from prefloop.models.dtype import choose_dtype
+
+    choice = choose_dtype(recipe.model, "cuda")
+    return f"model.dtype auto is {choice.dtype} there: {choice.why}"
 
 
 def _only_to_estimate(options: Mapping[str, object], *, estimate: bool) -> None:

@@ -34,6 +34,7 @@ from prefloop.config import (
     model_in,
     plugin_name,
     read_recipe,
+    read_yaml,
 )
 from prefloop.data.prompts import DataOptions
 from prefloop.errors import RecipeError, nearest
@@ -233,6 +234,8 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     `overrides` are "section.key=value" with the value written as YAML. Raises RecipeError.
     """
     path = _recipe_path(path_or_name)
+    if "variants" in read_yaml(path, needs="method"):
+        raise RecipeError(f"{path} is a comparison; play it with prefloop compare {path}")
     return read_recipe(path, Recipe, overrides, needs="method")
 
 
@@ -251,6 +254,12 @@ def _recipe_path(path_or_name: str) -> Path:
         raise RecipeError(f"no file {path}" + (f"; {nearest(str(path), beside)}" if beside else ""))
     recipes = shipped_recipes()
     if path_or_name not in recipes:
+        if (inside := path / "recipe.yaml").is_file():
+            raise RecipeError(f"{path} is a run; its recipe is {inside}")
+        if path.is_dir():
+            raise RecipeError(f"{path} is a folder, and no run (it has no recipe.yaml)")
+        if len(path.parts) > 1:
+            raise RecipeError(f"no recipe's file and no run {path}; a run is a folder below runs/")
         raise RecipeError(f"no recipe {path_or_name!r}; {nearest(path_or_name, sorted(recipes))}")
     return recipes[path_or_name]
 

@@ -215,7 +215,8 @@ def check_sources(
             )
             yield f"{key} {source} is not there yet: {remedy}"
         else:
-            yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub"
+            meant = f" (or is embedded:{source} meant?)" if source in embedded_names else ""
+            yield f"{key} {source} is no folder here: it will be looked up on the Hugging Face Hub{meant}"
 
 
 def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]]) -> Iterator[str]:
@@ -228,6 +229,11 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
     if None not in counts:
         found = sum(amounts(data.sources("train"), [count or 0 for count in counts]))
         usable = min(found, data.limit or found) - data.holdout
+        if usable <= 0 < data.holdout:
+            raise RecipeError(
+                f"data.holdout is {data.holdout}, and data.train has {usable + data.holdout} usable prompts "
+                "in all; lower it, or give more data"
+            )
         if usable < size:
             raise RecipeError(
                 f"loop.prompts_per_round is {size}, and data.train leaves {max(usable, 0)} "

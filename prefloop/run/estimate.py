@@ -44,6 +44,7 @@ from prefloop.recipe.options import Budget
 from prefloop.records import GENERATED, READ, Message, Prompt, Request, Response, Sampling
 from prefloop.run.dtype import dtype_of
 from prefloop.run.engine import Metered
+from prefloop.run.gpus import GPUS
 
 FILL = 0.6
 """Share of `max_new_tokens` that an answer is taken to fill where no finished run says better."""
@@ -77,27 +78,6 @@ _PROGRAM_MB = 700.0
 """Python, torch and transformers without a model."""
 _OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4}
 """Of an optimiser's state, for each trained weight."""
-
-
-class Gpu(NamedTuple):
-    """The makers' dense peak figures."""
-
-    tflops: float
-    """bfloat16 products, TFLOP/s."""
-    bandwidth: float
-    """GB/s."""
-
-
-GPUS: Mapping[str, Gpu] = {
-    "4090": Gpu(165, 1008),
-    "A100": Gpu(312, 2039),
-    "A10G": Gpu(70, 600),
-    "H100": Gpu(989, 3350),
-    "H200": Gpu(989, 4800),
-    "L20": Gpu(119.5, 864),
-    "L4": Gpu(121, 300),
-    "L40S": Gpu(362, 864),
-}
 
 
 class Rates(NamedTuple):

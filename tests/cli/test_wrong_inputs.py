@@ -45,6 +45,7 @@ REDO = "`prefloop verify runs/r --redo`"
         ("method: !!python/name:os.system\n", ("r.yaml:1:9", "os.system")),
         ("metod: {name: ial}\n", ("r.yaml", "'metod'", "did you mean 'method'?")),
         ("method: {name: iall}\n", ("r.yaml", "'iall'", "did you mean 'ial'?")),
+        ("base: quickstart-ial\nvariants: {a: {}}\n", ("r.yaml is a comparison", "compare r.yaml")),
         ("method: {name: .ial}\n", ("r.yaml", "'.ial'", "arop, dpo, ", "my_package.my_module")),
         (
             "method: {name: laboratory.broken}\n",
@@ -66,6 +67,9 @@ def test_a_wrong_recipe_file(shell: Shell, text: str | bytes, saying: tuple[str,
     ("words", "saying"),
     [
         (("nope",), ("no recipe 'nope'", "quickstart-ial")),
+        (("runs/gone", "--estimate"), ("no run runs/gone", "below runs/")),
+        (("empty", "--estimate"), ("empty is a folder, and no run", "recipe.yaml")),
+        (("run",), ("run is a run", "its recipe is run/recipe.yaml")),
         (("R.yaml",), ("no file R.yaml", "did you mean 'r.yaml'?")),
         (("folder.yaml",), ("no file folder.yaml", "did you mean 'r.yaml'?")),
         (("x" * 300,), ("xxx", "too long; shorten it")),
@@ -108,6 +112,8 @@ def test_a_wrong_word_on_the_command_line(
 ) -> None:
     Path("folder.yaml").mkdir()
     Path("empty").mkdir()
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text("seed: 1\n")
     Path("broken").mkdir()
     Path("broken/advisor.jinja").write_text("Advise:\n{{ question")
     if "data.train.x=1" in words:

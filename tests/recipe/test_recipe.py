@@ -486,6 +486,11 @@ def test_the_embedded_setup_passes_without_a_note(folder: Path) -> None:
             "lower it, or give more data",
         ),
         (
+            IAL_RECIPE + "data: {train: few.jsonl, holdout: 9}\n",
+            "data.holdout is 9, and data.train has 3 usable prompts in all; "
+            "lower it, or give more data",
+        ),
+        (
             IAL_RECIPE + "data: {train: few.jsonl, holdout: 2}\nloop: {prompts_per_round: 2}\n",
             "loop.prompts_per_round is 2, and data.train leaves 1 to train on; "
             "lower it, or give more data",
@@ -551,6 +556,11 @@ def test_data_are_relative_to_the_working_directory_not_to_the_recipe(folder: Pa
         (
             IAL_RECIPE + "model: {source: owner/name}\n",
             "model.source owner/name is no folder here: it will be looked up on the Hugging Face Hub",
+        ),
+        (
+            IAL_RECIPE + "model: {source: smollm2-135m}\n",
+            "model.source smollm2-135m is no folder here: it will be looked up on the Hugging Face Hub "
+            "(or is embedded:smollm2-135m meant?)",
         ),
         (
             IAL_RECIPE + "data: {train: owner/name, holdout: 2}\n",

@@ -286,6 +286,19 @@ def test_the_command_prints_all_of_it(model_folder: Path, tmp_path: Path) -> Non
         assert word in told.output
 
 
+def test_of_named_gpus_the_dtype_there_is_told_not_this_machines(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "clean.yaml"
+    path.write_text(recipe(model_folder).dump(), encoding="utf-8")
+    options = ["--set", "model.dtype=auto", "--set", "sft={epochs: 1}", "--estimate"]
+    told = CliRunner().invoke(app, ["check", str(path), *options, "--gpus", "8xL20"])
+    assert told.exit_code == 0, told.output
+    assert "model.dtype auto is bfloat16 there: as for every adapter on CUDA" in told.output
+    assert "products in bfloat16" in told.output
+    assert "this CPU" not in told.output
+
+
 def test_what_an_estimate_cannot_use_is_refused(model_folder: Path, tmp_path: Path) -> None:
     path, run_folder = tmp_path / "clean.yaml", tmp_path / "stopped"
     run_folder.mkdir()
