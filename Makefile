@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 # Two test processes on two cores: one thread each, or they wait for each other.
 test test-slow: export OMP_NUM_THREADS := 1
+# Compiled once: where Python is told to keep no bytecode, both and all that they start compile tests and package anew.
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup quickstart test test-slow check fix docs bench clean
 

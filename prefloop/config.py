@@ -27,7 +27,7 @@ def parse_yaml(text: str, source: str) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
         # ValueError where an alias stands inside its own anchor, or aliases of aliases would fill the memory.
-        _count(value, set())
+        _count(value, set(), {})
         return value
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -49,17 +49,21 @@ def parse_yaml(text: str, source: str) -> Any:
 _MOST_VALUES = 10**6
 
 
-def _count(value: object, around: set[int], so_far: int = 0) -> int:
+def _count(value: object, around: set[int], counted: dict[int, int]) -> int:
     """How many values there are once aliases are written out; ValueError where there is no end to them."""
-    so_far += 1
-    if so_far > _MOST_VALUES:
-        raise ValueError(f"more than {_MOST_VALUES:,} values, once its aliases are written out")
-    if isinstance(value, dict | list):
-        if id(value) in around:
-            raise ValueError("an alias inside its own anchor")
+    if not isinstance(value, dict | list):
+        return 1
+    place = id(value)
+    if place in around:
+        raise ValueError("an alias inside its own anchor")
+    if place not in counted:
+        so_far = 1
         for inner in value.values() if isinstance(value, dict) else value:
-            so_far = _count(inner, around | {id(value)}, so_far)
-    return so_far
+            so_far += _count(inner, around | {place}, counted)
+        if so_far > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES:,} values, once its aliases are written out")
+        counted[place] = so_far
+    return counted[place]
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer.main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -150,6 +152,14 @@ def what_every_run_begins_with_is_brief() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "check_policy", check_once)
         patch.setattr(estimate, "_MOMENT", 0.01)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_command_line_is_built_once() -> Iterator[None]:
+    """As in a process that is one command; typer builds all commands anew whenever it is called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", cache(typer.main.get_command))
         yield
 
 

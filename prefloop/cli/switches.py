@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import typer
@@ -101,11 +102,12 @@ def _declared(
     """Both switches, declared where typer reads them; never called."""
 
 
-def _switches() -> list[Any]:
-    """Both switches as a command's options."""
+@cache
+def _switches() -> tuple[Any, ...]:
+    """Both switches as options, which all commands share: parsing leaves an option as it is."""
     declaring = typer.Typer(add_completion=False)
     declaring.command()(_declared)
-    return list(typer.main.get_command(declaring).params)
+    return tuple(typer.main.get_command(declaring).params)
 
 
 class Group(TyperGroup):

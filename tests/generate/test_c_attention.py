@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,14 @@ SHAPES = [(2, 3, 64), (2, 1, 8), (1, 7, 128), (3, 2, 80), (1, 4, 256), (2, 5, 12
 pytestmark = needs_c_compiler
 
 
-@pytest.fixture(autouse=True)
-def afresh() -> None:
-    compiled.c_functions.cache_clear()
-    attention._compiled.cache_clear()
+@pytest.fixture
+def afresh() -> Iterator[None]:
+    """Nothing compiled so far; and what this test could not compile, the next ones can."""
+    for wait in (True, False):
+        compiled.c_functions.cache_clear()
+        attention._compiled.cache_clear()
+        if wait:
+            yield
 
 
 def made(
@@ -201,6 +206,7 @@ def test_a_conversation_longer_than_its_slot_is_no_step() -> None:
         Step.plan(Slots(2, 64), [(0, 60, 5)], torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", '"'])
 def test_without_a_compiler_it_is_torchs_work_and_said(
     compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -214,12 +220,14 @@ def test_without_a_compiler_it_is_torchs_work_and_said(
     assert "or unset CC" in caplog.text
 
 
+@pytest.mark.usefixtures("afresh")
 def test_no_compiler_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert attention._compiled(64, 3, torch.float32) is None
 
 
+@pytest.mark.usefixtures("afresh")
 def test_compiling_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert attention._compiled(64, 3, torch.float32) is not None

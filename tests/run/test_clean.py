@@ -1,6 +1,7 @@
 """Which weights a run keeps, what can be freed, and that what is left is whole; training that ends early."""
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def recipe(model_folder: Path, **changes: Any) -> Recipe:
         "model": {"source": str(model_folder), "dtype": "float32", "device": "cpu"},
         "method": {"name": "arop", "sampling": SHORT, "gates": OPEN},
         "judge": {"name": "similarity"},
+        "data": {"limit": 48},
         "loop": {"rounds": 3, "prompts_per_round": 2, "carry_optimizer": True},
         "train": {"lr": 1e-2, "batch_size": 2, "micro_batch_size": 2},
         "evaluate": {"prompts": 2, "introspection": False},
@@ -49,9 +51,15 @@ def play(recipe: Recipe, folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def untouched(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return play(recipe(model_folder), tmp_path_factory.mktemp("runs") / "run")
+
+
 @pytest.fixture
-def finished(model_folder: Path, tmp_path: Path) -> Path:
-    return play(recipe(model_folder), tmp_path / "run")
+def finished(untouched: Path, tmp_path: Path) -> Path:
+    """A run of three rounds, to take weights from."""
+    return shutil.copytree(untouched, tmp_path / "run")
 
 
 def rounds_with_weights(folder: Path) -> list[str]:

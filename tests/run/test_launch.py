@@ -37,6 +37,7 @@ def recipe(source: Path, **changes: Any) -> Recipe:
         "model": {"source": str(source), "device": "cpu", "dtype": "float32"},
         "method": {"name": "ial", "sampling": SAMPLING, "advice": SAMPLING, "gates": GATES},
         "judge": {"name": "similarity"},
+        "data": {"limit": 32},
         "generate": {"chunk_size": 8},
         "loop": {"rounds": 1, "prompts_per_round": 6},
         "train": {"epochs": 2, "lr": 1e-3, "batch_size": 4, "micro_batch_size": 2, "save_every": 1},
@@ -138,7 +139,6 @@ def test_a_killed_process_is_told_of_and_the_run_goes_on_to_the_same_bytes(
         loop={"rounds": int(places[-1]) + 1},
         launch={"processes": 2, "sharding": sharding},
         sft={"batch_size": 16},
-        data={"limit": 32},
     )
     unbroken = play(launched, tmp_path / "unbroken")
     killed = tmp_path / "killed"

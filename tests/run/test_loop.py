@@ -64,6 +64,7 @@ def recipe(folder: Path, name: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": name,
         "model": {"source": str(folder), "device": "cpu", "dtype": "float32"},
+        "data": {"limit": 48},
         "generate": {"chunk_size": 4},
         "loop": {"rounds": 2, "prompts_per_round": 8},
         "train": {"epochs": 1, "lr": 1e-3, "batch_size": 4, "micro_batch_size": 2, "save_every": 1},
