@@ -25,7 +25,6 @@ def test_a_run_mixes_its_sources_and_measures_each_evaluation_set(
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     chat, maths = rows(tmp_path, "chat", 6), rows(tmp_path, "maths", 9)
     data = {
-        "limit": None,
         "train": [{"source": chat, "take": 3}, {"source": maths, "take": 5}],
         "eval": [{"name": "talk", "source": chat}, {"name": "sums", "source": maths}],
     }

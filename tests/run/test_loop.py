@@ -20,7 +20,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import prefloop.manifest
+import prefloop.run.chunks
+import prefloop.run.held_out
 import prefloop.run.loop
+import prefloop.run.publish
+import prefloop.run.session
 import prefloop.run_folder
 import prefloop.train.checkpoint
 from prefloop.errors import GuardStop
@@ -64,7 +69,6 @@ def recipe(folder: Path, name: str, **changes: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": name,
         "model": {"source": str(folder), "device": "cpu", "dtype": "float32"},
-        "data": {"limit": 48},
         "generate": {"chunk_size": 4},
         "loop": {"rounds": 2, "prompts_per_round": 8},
         "train": {"epochs": 1, "lr": 1e-3, "batch_size": 4, "micro_batch_size": 2, "save_every": 1},
@@ -539,13 +543,20 @@ class Interrupter:
         self._around(
             prefloop.run.loop, "publish", lambda recipe, run, round_dir, results: round_dir.policy
         )
-        self._around(prefloop.run_folder, "replace_folder", lambda temporary, final: final)
+        for room in (prefloop.run.session, prefloop.run.publish):
+            self._around(room, "replace_folder", lambda temporary, final: final)
         save: Any = prefloop.train.checkpoint
         self._around(save, "save_checkpoint", lambda folder, *_, **p: folder / str(p["step"]))
         self._around(save, "drop_checkpoints", lambda folder: folder)
         if thorough:
             self._around(save, "save_file", lambda tensors, path, **_: path)
-            self._around(prefloop.run_folder, "write_atomically", lambda path, text: path)
+            for room in (
+                prefloop.manifest,
+                prefloop.run_folder,
+                prefloop.run.chunks,
+                prefloop.run.held_out,
+            ):
+                self._around(room, "write_atomically", lambda path, text: path)
 
     def _around(self, owner: Any, name: str, place: Callable[..., Path]) -> None:
         original = getattr(owner, name)
@@ -615,7 +626,10 @@ def test_a_run_stopped_at_every_single_place_ends_in_the_same_bytes(
     wanted = recipe(model_folder, name, **changes)
     unbroken = play(wanted, tmp_path / "unbroken").folder
     places = play_interrupted(wanted, tmp_path / "stopped", thorough=True)
-    assert len(places) > 100
+    assert len(places) > 140
+    for place in ("progress", "done"):
+        assert f"after write_atomically stopped/rounds/0001/candidates.{place}.json" in places
+    assert any(place.startswith("after replace_folder") for place in places)
     assert what_counts(tmp_path / "stopped") == what_counts(unbroken)
 
 
