@@ -465,22 +465,6 @@ def read_run(path: Path) -> RunDir:
     return RunDir(path)
 
 
-def _changed_options(stored: Path, recipe: str) -> list[str]:
-    """Options that decide about a run's records and are others than in its recipe.yaml."""
-    try:
-        text = stored.read_text(encoding="utf-8")
-        if text == recipe:  # as nearly always: nothing to parse
-            return []
-        old = yaml.safe_load(text)
-        if not isinstance(old, dict):
-            raise ValueError("it holds no sections")
-    except (yaml.YAMLError, ValueError) as error:
-        raise RunFolderError(
-            f"{stored} is damaged ({error}); choose another --out, or delete {stored.parent} to begin again"
-        ) from error
-    return differences(_decisive(old), _decisive(yaml.safe_load(recipe)))
-
-
 def _claim(path: Path, recipe: str) -> None:
     """Leave recipe and environment in a new folder; refuse a folder that another recipe made."""
     stored, around = path / "recipe.yaml", path / "environment.json"
@@ -493,7 +477,15 @@ def _claim(path: Path, recipe: str) -> None:
             )
         # The recipe goes first: it alone makes the folder a run, whenever the process is killed.
         write_atomically(stored, recipe)
-    changed = _changed_options(stored, recipe)
+    try:
+        old = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        if not isinstance(old, dict):
+            raise ValueError("it holds no sections")
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunFolderError(
+            f"{stored} is damaged ({error}); choose another --out, or delete {path} to begin again"
+        ) from error
+    changed = differences(_decisive(old), _decisive(yaml.safe_load(recipe)))
     if changed and not _has_made_something(path):
         # Its first attempt ended before its first chunk: a mended recipe may take its place.
         shutil.rmtree(path / "rounds", ignore_errors=True)

@@ -15,7 +15,7 @@ from prefloop.data.entries import Tally
 from prefloop.data.prompts import Part, amounts, nothing_left, read_prompts
 from prefloop.data.rows import EMBEDDED as EMBEDDED_DATA
 from prefloop.data.rows import is_data_file
-from prefloop.errors import DataError, RecipeError, nearest
+from prefloop.errors import DataError, RecipeError, counted, nearest
 from prefloop.generate.engines.hf import InProcess
 from prefloop.generate.templates import PromptSet
 from prefloop.models.embedding import EMBEDDED as EMBEDDED_EMBEDDERS
@@ -231,8 +231,8 @@ def _check_data(recipe: Recipe, asked: dict[tuple[str, ...], tuple[Message, ...]
         usable = min(found, data.limit or found) - data.holdout
         if usable <= 0 < data.holdout:
             raise RecipeError(
-                f"data.holdout is {data.holdout}, and data.train has {usable + data.holdout} usable prompts "
-                "in all; lower it, or give more data"
+                f"data.holdout is {data.holdout}, and data.train has "
+                f"{counted(usable + data.holdout, 'usable prompt')} in all; lower it, or give more data"
             )
         if usable < size:
             raise RecipeError(

@@ -84,7 +84,7 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("check", "twice.yaml"), ("twice.yaml:2:1", "'method' is given twice")),
     (("check", "number.yaml"), ("method", "3")),
     (("check", "null.yaml"), ("method",)),
-    (("check", "."), ("'.'",)),
+    (("check", "."), (". is a folder, and no run",)),
     (("check", ""), ("recipe",)),
     (("check", "r.yaml", *set_("method.name=boom.ial")), ("boom",)),
     (("check", "r.yaml", *set_("method={name: package.boom}")), ("package.boom", "KeyError", "boom.py:1")),

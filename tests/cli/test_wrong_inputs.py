@@ -158,7 +158,7 @@ def test_a_wrong_word_on_the_command_line(
         ("d.jsonl", '{"id": 1, "prompt": "a", "response": "b"}\n' * 2, ("d.jsonl:2 repeats",)),
         ("d.csv", "prompt,response\na,b,c\n", ("d.csv:2 is not CSV", "check its quotes")),
         ("d.parquet", "no parquet", ("d.parquet cannot be read", "write the file again")),
-        ("d.jsonl", ROW, ("loop.prompts_per_round is 4", "lower it, or give more data")),
+        ("d.jsonl", ROW, ("data.holdout is 2", "lower it, or give more data")),
     ],
 )
 def test_wrong_data(shell: Shell, name: str, content: str | None, saying: tuple[str, ...]) -> None:
