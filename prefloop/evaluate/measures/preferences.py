@@ -70,7 +70,9 @@ class Preferences(Measure):
 
     def _pairs(self) -> list[Preference]:
         if self.data is None:
-            raise DataError("it has no pairs of its own: name a file of labelled pairs with --set preferences.data=FILE")
+            raise DataError(
+                "it has no pairs of its own: name a file of labelled pairs with --set preferences.data=FILE"
+            )
         pairs = [pair for pair in read_preferences(self.data).pairs if not pair.tie]
         if not pairs:
             raise DataError(f"{self.data} holds ties only; name a file of pairs with a better one")
