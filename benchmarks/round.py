@@ -421,7 +421,10 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         help="of the peers' generation; this was the faster",
     )
     parser.add_argument(
-        "--trl-dtype", default="bfloat16", help="of the peers' training; this was the faster"
+        "--trl-dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="of the peers' training; this was the faster",
     )
     parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -81,7 +81,7 @@ def test_an_installed_wheel_lists_and_checks_its_recipes(prefloop: Prefloop) -> 
 def test_a_run_from_an_empty_folder_plays_with_what_is_in_the_wheel(
     prefloop: Prefloop, tmp_path: Path
 ) -> None:
-    pytest.importorskip("gguf", reason="the embedded model is unpacked with gguf")
+    pytest.importorskip("gguf", reason="needs the extra embedded, which make setup installs")
     changes = {
         "loop.rounds": 1,
         "loop.prompts_per_round": 4,

@@ -391,7 +391,7 @@ def check(
     notes = check_recipe(loaded)
     # Only a model that was looked at, or is to be, is worth torch's import.
     if loaded.model.dtype == "auto" and (estimate or "torch" in sys.modules):
-        notes.append(_dtype_here(loaded) if gpus is None else _dtype_on_cuda(loaded))
+        notes.append(_dtype_of_auto(loaded, on_gpus=gpus is not None))
     if dump:
         typer.echo(loaded.dump(), nl=False)
     for text in notes:
@@ -408,21 +408,15 @@ def check(
         typer.echo(f"{loaded.name}: ok")
 
 
-def _dtype_here(recipe: Recipe) -> str:
-    """What `model.dtype: auto` would be in a run that began on this machine, as far as it is known without the model."""
+def _dtype_of_auto(recipe: Recipe, *, on_gpus: bool) -> str:
+    """What `model.dtype: auto` would be in a run that began on this machine, or on GPUs, as far as it is known without the model."""
     from prefloop.models.dtype import choose_dtype, device_type
     from prefloop.recipe import against_bfloat16
 
+    if on_gpus:
+        return choose_dtype(recipe.model, "cuda").in_words("there")
     device = device_type(recipe.model.device)
     return choose_dtype(recipe.model, device, against_bfloat16(recipe)).in_words()
-
-
-def _dtype_on_cuda(recipe: Recipe) -> str:
-    """The same of the GPUs that an estimate is for."""
-    from prefloop.models.dtype import choose_dtype
-
-    choice = choose_dtype(recipe.model, "cuda")
-    return f"model.dtype auto is {choice.dtype} there: {choice.why}"
 
 
 def _only_to_estimate(options: Mapping[str, object], *, estimate: bool) -> None:

@@ -14,9 +14,9 @@ class Choice(NamedTuple):
     dtype: Literal["float32", "bfloat16"]
     why: str
 
-    def in_words(self) -> str:
+    def in_words(self, place: str = "here") -> str:
         """For the console."""
-        return f"model.dtype auto is {self.dtype} here: {self.why}"
+        return f"model.dtype auto is {self.dtype} {place}: {self.why}"
 
 
 def choose_dtype(options: ModelOptions, device: str, obstacle: str | None = None) -> Choice:

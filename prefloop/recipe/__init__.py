@@ -234,9 +234,14 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     `overrides` are "section.key=value" with the value written as YAML. Raises RecipeError.
     """
     path = _recipe_path(path_or_name)
-    if "variants" in read_yaml(path, needs="method"):
-        raise RecipeError(f"{path} is a comparison; play it with prefloop compare {path}")
-    return read_recipe(path, Recipe, overrides, needs="method")
+    try:
+        return read_recipe(path, Recipe, overrides, needs="method")
+    except RecipeError as error:
+        if "variants" in read_yaml(path, needs="method"):
+            raise RecipeError(
+                f"{path} is a comparison; play it with prefloop compare {path}"
+            ) from error
+        raise
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -257,7 +262,9 @@ def _recipe_path(path_or_name: str) -> Path:
         if (inside := path / "recipe.yaml").is_file():
             raise RecipeError(f"{path} is a run; its recipe is {inside}")
         if path.is_dir():
-            raise RecipeError(f"{path} is a folder, and no run (it has no recipe.yaml)")
+            raise RecipeError(
+                f"{path} is a folder, and no run (it has no recipe.yaml); name a recipe or a run's folder"
+            )
         if len(path.parts) > 1:
             raise RecipeError(f"no recipe's file and no run {path}; a run is a folder below runs/")
         raise RecipeError(f"no recipe {path_or_name!r}; {nearest(path_or_name, sorted(recipes))}")

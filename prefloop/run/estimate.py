@@ -50,10 +50,9 @@ FILL = 0.6
 """Share of `max_new_tokens` that an answer is taken to fill where no finished run says better."""
 
 
-class Share(NamedTuple):
-    """Seconds of an operation, as counted here, over those of an operation of bare products: what it takes in products of
-    the run's dtype and in all else, whose pace is that of float32 products whatever the dtype. Fitted to a few runs
-    (docs/estimate.md). The timed weights lie in a cache, a model's do not; and tokens are counted that are not computed:
+class Cost(NamedTuple):
+    """Seconds of an operation, as counted here, in those of an operation of bare products: so many in the run's dtype, and
+    for all else, which no dtype makes faster, so many in float32. Fitted to a few runs (docs/estimate.md). The timed weights lie in a cache, a model's do not; and tokens are counted that are not computed:
     prompts that begin alike are read once, answers that share a beginning are trained on once."""
 
     products: float
@@ -64,7 +63,7 @@ class Share(NamedTuple):
         return 1 / (self.products / products + self.rest / float32)
 
 
-DECODES, READS, TRAINS = Share(3.0, 2.0), Share(0.4, 0.1), Share(1.0, 0.85)
+DECODES, READS, TRAINS = Cost(3.0, 2.0), Cost(0.4, 0.1), Cost(1.0, 0.85)
 GPU_TRAINS, GPU_DECODES = 0.35, 0.5
 """On GPUs, of the peak of bfloat16 products, and of the memory's bandwidth while decoding: usual figures of other
 programs, not measured with this one."""

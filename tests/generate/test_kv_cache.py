@@ -134,12 +134,13 @@ def test_after_an_interruption_the_same_prompt_is_not_waited_for(
 def test_room_takes_memory_when_it_is_written_also_where_freed_memory_is_kept() -> None:
     """The second cache took as much as both the first and its empty shelf."""
     code = """
+from mmap import PAGESIZE
 import torch
 from prefloop.generate.kv_cache import Slots
 from prefloop.machine import keep_freed_memory
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    return int(open("/proc/self/statm").read().split()[1]) * PAGESIZE
 
 def made():
     return Slots(8, 4096, shelf=8).layer(0, 4, 64, torch.zeros(1))
@@ -155,15 +156,16 @@ print((resident() - before) / size)
     assert float(done.stdout) < 0.2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks for more than addresses on Linux")
-def test_no_room_for_a_cache_is_out_of_memory_as_torch_says_it(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that fewer conversations are tried."""
+@pytest.mark.skipif(sys.platform != "linux", reason="the size is more than Linux has addresses for")
+def test_no_room_for_a_cache_is_out_of_memory_as_torch_says_it() -> None:
     with pytest.raises(RuntimeError) as caught:
         Slots(1, 64).layer(0, 2**20, 2**20, torch.zeros(1))
     assert is_out_of_memory(caught.value)
 
+
+def test_where_there_is_no_room_for_a_cache_fewer_conversations_are_tried(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def tight(*args: Any, **options: Any) -> Any:
         if args[1] > 2**15:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")

@@ -32,7 +32,7 @@ from prefloop.models.policy import Policy
 from prefloop.models.sources import ModelOptions
 from tests import shapes
 
-gguf = pytest.importorskip("gguf", reason="needs the extra embedded")
+gguf = pytest.importorskip("gguf", reason="needs the extra embedded, which make setup installs")
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,

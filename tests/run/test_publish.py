@@ -66,7 +66,7 @@ def test_an_adapter_and_its_merged_model_open_as_their_cards_say_and_are_one_pol
 
 
 def test_a_merged_model_may_have_a_gguf_file_beside_it(outcome: Outcome, tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs the extra embedded")
+    pytest.importorskip("gguf", reason="needs the extra embedded, which make setup installs")
     merged = merge_policy(outcome.folder, tmp_path / "merged", gguf="f16")
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     again = AutoModelForCausalLM.from_pretrained(

@@ -1,5 +1,8 @@
 """Examples on disk behave as a list of them would."""
 
+import subprocess
+import sys
+
 from prefloop.train.batches import Example
 from prefloop.train.example_store import ExampleStore
 from prefloop.train.packing import TokenGroup
@@ -18,3 +21,9 @@ def test_examples_come_back_as_they_went_in_by_place_by_slice_and_in_order(tmp_p
     assert store[0].group.longest == EXAMPLES[0].group.longest
     assert [example.tokens for example in store] == [example.tokens for example in EXAMPLES]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_ends_with_rows_open_says_nothing():
+    code = "from prefloop.data.row_file import RowFile; kept = RowFile([b'a']); kept.itself = kept"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -18,8 +18,9 @@
 /* Positions ahead of which keys and values are fetched: a processor does not do so by itself across pages. */
 #define AHEAD 32
 
-/* Tokens that share what is read, at most. */
-#define BLOCK 8
+/* Tokens that share what is read, at most. Where there are many query heads these share enough, and a block's would not
+   fit a thread's stack. */
+#define BLOCK (G * D > 4096 ? 1 : 8)
 
 /* The numbers of a head, or of a position for one. */
 typedef float filled[WIDTH];

@@ -54,13 +54,13 @@ class Prepared:
     def in_use(self) -> Iterator[None]:
         """A context in which the layers compute so."""
         usual = [layer.__dict__.get("forward") for layer, _ in self._layers]
-        for layer, faster in self._layers:
-            layer.forward = faster
         try:
+            for layer, faster in self._layers:
+                layer.forward = faster
             yield
         finally:
             for (layer, _), forward in zip(self._layers, usual, strict=True):
-                del layer.forward
+                layer.__dict__.pop("forward", None)
                 if forward is not None:
                     layer.forward = forward
 

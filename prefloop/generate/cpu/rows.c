@@ -38,7 +38,7 @@ void silu_times(int threads, long N, long F, const number *gate_up, number *out)
         for (long f = 0; f < F; f++) {
             float x = wide(gate[f]);
             float capped = x < -87.0f ? -87.0f : x; /* beyond it the result is 0, almost; NaN stays */
-            out[n * F + f] = narrow(x / (1.0f + power_of_two(-capped * LOG2_E)) * wide(up[f]));
+            out[n * F + f] = narrow(capped / (1.0f + power_of_two(-capped * LOG2_E)) * wide(up[f]));
         }
     }
 }
